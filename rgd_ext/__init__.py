@@ -1,0 +1,31 @@
+"""Relativistic gradient descent for PyTorch: exact per-sample gradient geometry at the price of SGD."""
+
+from importlib.metadata import version
+
+from . import ops
+from ._binary import build_info
+from .batch_norm import convert_batch_norm
+from .capture import Preconditioner, mark, precondition, register_rule, unit
+from .gradients import PerSampleGradients
+from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
+from .optim import RGD
+
+__version__ = version("rgd_ext")
+__all__ = [
+    "RGD",
+    "Fixed",
+    "PerSampleGradients",
+    "Preconditioner",
+    "Rayleigh",
+    "Spectral",
+    "Stats",
+    "Trace",
+    "build_info",
+    "convert_batch_norm",
+    "direction",
+    "mark",
+    "ops",
+    "precondition",
+    "register_rule",
+    "unit",
+]

@@ -1,0 +1,73 @@
+"""Batch normalisation couples the samples of a batch: recognising it, and a layer to put in its place."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+REMEDIES = (
+    "call .eval() on it for frozen statistics, replace it with rgd_ext.convert_batch_norm(model), or pass"
+    " batch_norm='contribution' to take the batch's statistics as part of the layer"
+)
+
+
+def batch_norms(module: nn.Module, name: str = "") -> dict[str, _BatchNorm]:
+    """The batch normalisation layers in `module`, itself included, by name."""
+    return {n: m for n, m in module.named_modules(prefix=name) if isinstance(m, _BatchNorm)}
+
+
+def check_frozen(layers: dict[str, _BatchNorm], remedies: str = REMEDIES) -> None:
+    """Raise ValueError if one of `layers` would normalise by the statistics of the batch."""
+    for name, layer in layers.items():
+        if layer.training or layer.running_mean is None:
+            kind = type(layer).__name__
+            raise ValueError(
+                f"module '{name or kind}' ({kind}) normalises by the batch's own statistics, which couples the samples,"
+                f" so per-sample gradients do not exist: {remedies}"
+            )
+
+
+def convert_batch_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
+    """A copy of `model` with every batch normalisation replaced by group normalisation (Wu and He, 2018).
+
+    Scale and shift are kept. A layer of n channels gets gcd(n, num_groups) groups, fewer where groups of one channel
+    each would be left, since on inputs without further dimensions those normalise every value to zero.
+
+    Args:
+        model: not captured.
+        num_groups: the most groups a layer gets.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        ValueError: if `num_groups` is not positive.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    if num_groups < 1:
+        raise ValueError(f"num_groups is {num_groups}: pass a positive number")
+    if isinstance(model, _BatchNorm):
+        return _group_norm(model, num_groups)
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, _group_norm(child, num_groups))
+    return model
+
+
+def _group_norm(layer: _BatchNorm, num_groups: int) -> nn.GroupNorm:
+    channels = layer.num_features
+    groups = math.gcd(channels, num_groups)
+    if groups == channels:
+        groups = max((d for d in range(1, channels // 2 + 1) if channels % d == 0), default=1)
+    reference = next((t for t in (layer.weight, layer.running_mean) if t is not None), torch.empty(0))
+    norm = nn.GroupNorm(groups, channels, layer.eps, layer.affine, device=reference.device, dtype=reference.dtype)
+    if layer.affine:
+        norm.load_state_dict({"weight": layer.weight.detach(), "bias": layer.bias.detach()})
+        norm.weight.requires_grad_(layer.weight.requires_grad)
+        norm.bias.requires_grad_(layer.bias.requires_grad)
+    return norm.train(layer.training)

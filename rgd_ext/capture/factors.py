@@ -1,0 +1,286 @@
+"""One parameter's per-sample contributions in the form its layer gives them, and a model's worth of them.
+
+A backward of a loss L gives contributions h_i with sum_i h_i = grad L. The per-sample gradients are g_i = B h_i, so
+that their mean is grad L whatever the reduction of the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..gradients import squared_norm
+from ..reference import accumulate_dtype
+
+
+class Factor(Protocol):
+    """Contributions h_i of one parameter, (B, *shape) in effect."""
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        ...
+
+    def gram(self) -> Tensor:
+        """<h_i, h_j>, (B, B), in the accumulation dtype."""
+        ...
+
+    def align(self, vector: Tensor) -> Tensor:
+        """<h_i, v>, (B,)."""
+        ...
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """sum_i w_i h_i, (*shape)."""
+        ...
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        ...
+
+    def settled(self) -> Factor:
+        """This factor in the form that is cheapest from here on."""
+        ...
+
+
+class Dense:
+    """Contributions as a tensor (B, *shape)."""
+
+    def __init__(self, contributions: Tensor) -> None:
+        self.contributions = contributions
+
+    @property
+    def batch_size(self) -> int:
+        return self.contributions.shape[0]
+
+    def gram(self) -> Tensor:
+        return ops.gram(self.contributions)
+
+    def align(self, vector: Tensor) -> Tensor:
+        return (self.contributions * vector).flatten().view(self.batch_size, -1).sum(1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return ops.combine(self.contributions, weights)[0]
+
+    def dense(self) -> Tensor:
+        return self.contributions
+
+    def settled(self) -> Factor:
+        return self
+
+
+class Outer:
+    """h_i = sum_t e_it a_it^T viewed as `shape`: every weight that multiplies T vectors of each sample.
+
+    Args:
+        inputs: A, (B, T, n).
+        output_grads: E, (B, T, m).
+        shape: of the parameter, m n elements.
+    """
+
+    # Temporaries of a chunked Gramian, in elements.
+    _CHUNK = 1 << 24
+
+    def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
+        self.inputs, self.output_grads, self.shape = inputs, output_grads, shape
+
+    @property
+    def batch_size(self) -> int:
+        return self.inputs.shape[0]
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        dtype = accumulate_dtype(self.output_grads.dtype)
+        return self.inputs.to(dtype), self.output_grads.to(dtype)
+
+    def gram(self) -> Tensor:
+        """K_ij = sum_ts <a_it, a_js> <e_it, e_js>: the weight gradient is never formed."""
+        inputs, output_grads = self._operands()
+        batch_size, length, _ = inputs.shape
+        inputs, output_grads = inputs.flatten(0, 1), output_grads.flatten(0, 1)
+        if length == 1:
+            return (inputs @ inputs.T).mul_(output_grads @ output_grads.T)
+        samples = max(1, self._CHUNK // (length * length * batch_size))
+        rows = []
+        for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
+            products = (a @ inputs.T).mul_(e @ output_grads.T)
+            rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
+        return torch.cat(rows)
+
+    def align(self, vector: Tensor) -> Tensor:
+        inputs, output_grads = self._operands()
+        matrix = vector.reshape(output_grads.shape[-1], inputs.shape[-1]).to(inputs.dtype)
+        return (inputs @ matrix.T).mul_(output_grads).sum((1, 2))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        # One plain weight-gradient product over all samples, as in the backward of SGD.
+        weighted = self.output_grads * weights.to(self.output_grads.dtype)[:, None, None]
+        return (weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1)).view(self.shape)
+
+    def dense(self) -> Tensor:
+        return (self.output_grads.mT @ self.inputs).view(self.batch_size, *self.shape)
+
+    def settled(self) -> Factor:
+        batch_size, length, n = self.inputs.shape
+        m = self.output_grads.shape[-1]
+        ghost = batch_size**2 * length**2 * (n + m)
+        materialised = batch_size * length * n * m + batch_size**2 * n * m / 2
+        fits = batch_size * n * m <= 4 * (self.inputs.numel() + self.output_grads.numel())
+        return Dense(self.dense()) if fits and materialised < ghost else self
+
+
+class Rows:
+    """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
+
+    Args:
+        indices: (B, T), int64.
+        output_grads: E, (B, T, n).
+        shape: of the parameter, (rows, n).
+    """
+
+    def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
+        self.indices, self.output_grads, self.shape = indices, output_grads, shape
+
+    @property
+    def batch_size(self) -> int:
+        return self.indices.shape[0]
+
+    def gram(self) -> Tensor:
+        """K in blocks of the rows in use, so that nothing larger than E is held."""
+        batch_size, length, width = self.output_grads.shape
+        used, position = self.indices.unique(return_inverse=True)
+        order = position.flatten().argsort(stable=True)
+        sample = torch.arange(batch_size, device=order.device).repeat_interleave(length)[order]
+        position, grads = position.flatten()[order], self.output_grads.flatten(0, 1)[order]
+        gram = 0
+        for start in range(0, used.numel(), length):
+            first, last = torch.searchsorted(position, torch.tensor([start, start + length], device=order.device))
+            block = grads.new_zeros(batch_size * length, width)
+            block.index_add_(0, sample[first:last] * length + position[first:last] - start, grads[first:last])
+            gram = gram + ops.gram(block.view(batch_size, length, width))
+        return gram
+
+    def align(self, vector: Tensor) -> Tensor:
+        return (vector[self.indices] * self.output_grads).sum((1, 2))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        weighted = self.output_grads * weights.to(self.output_grads.dtype)[:, None, None]
+        return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
+
+    def dense(self) -> Tensor:
+        batch_size, rows = self.batch_size, self.shape[0]
+        offsets = torch.arange(batch_size, device=self.indices.device)[:, None] * rows
+        result = self.output_grads.new_zeros(batch_size * rows, *self.shape[1:])
+        result.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
+        return result.view(batch_size, *self.shape)
+
+    def settled(self) -> Factor:
+        return self
+
+
+def add(factors: list[Factor]) -> Factor:
+    """The sum of one parameter's contributions from several uses: tied weights, a module called twice."""
+    if len(factors) == 1:
+        return factors[0]
+    if all(isinstance(f, Outer) for f in factors):
+        inputs = torch.cat([f.inputs for f in factors], 1)
+        return Outer(inputs, torch.cat([f.output_grads for f in factors], 1), factors[0].shape)
+    if all(isinstance(f, Rows) for f in factors):
+        indices = torch.cat([f.indices for f in factors], 1)
+        return Rows(indices, torch.cat([f.output_grads for f in factors], 1), factors[0].shape)
+    return Dense(torch.stack([f.dense() for f in factors]).sum(0))
+
+
+def join(factors: list[Factor]) -> Factor:
+    """One parameter's contributions in several batches as those in their union."""
+    if all(isinstance(f, Outer) for f in factors):
+        inputs, output_grads = _stacked([f.inputs for f in factors]), _stacked([f.output_grads for f in factors])
+        return Outer(inputs, output_grads, factors[0].shape)
+    if all(isinstance(f, Rows) for f in factors):
+        # Row 0 gets the zeros that fill shorter sequences.
+        indices, output_grads = _stacked([f.indices for f in factors]), _stacked([f.output_grads for f in factors])
+        return Rows(indices, output_grads, factors[0].shape)
+    return Dense(torch.cat([f.dense() for f in factors]))
+
+
+def _stacked(sequences: list[Tensor]) -> Tensor:
+    """(B_k, T_k, ...) one below the other, filled up with zeros to the longest T_k."""
+    length = max(x.shape[1] for x in sequences)
+    padding = [x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:]) for x in sequences]
+    return torch.cat([torch.cat([x, zeros], 1) for x, zeros in zip(sequences, padding, strict=True)])
+
+
+class CapturedGradients:
+    """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
+
+    def __init__(self, factors: list[Factor]) -> None:
+        self._dense: dict[tuple, list[int]] = {}
+        self._factors = [f.settled() for f in factors]
+        for index, factor in enumerate(self._factors):
+            if isinstance(factor, Dense):
+                tensor = factor.contributions
+                self._dense.setdefault((tensor.dtype, tensor.device), []).append(index)
+        self._others = [f for f in self._factors if not isinstance(f, Dense)]
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self._factors[0].batch_size
+
+    def _groups(self) -> list[list[Tensor]]:
+        return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
+
+    def mean(self) -> list[Tensor]:
+        """g = mean_i g_i, which is the gradient of the loss."""
+        return self.combine(self._equal_weights())
+
+    def _equal_weights(self) -> Tensor:
+        first = self._factors[0]
+        reference = first.contributions if isinstance(first, Dense) else first.output_grads
+        return reference.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(reference.dtype))
+
+    def align(self, vector: list[Tensor]) -> Tensor:
+        """G v = <g_i, v>, shape (B,), not centred."""
+        return self.batch_size * _sum([f.align(v) for f, v in zip(self._factors, vector, strict=True)])
+
+    def gram(self) -> Tensor:
+        """K = G G^T, shape (B, B), not centred."""
+        parts = [ops.gram(group) for group in self._groups()] + [f.gram() for f in self._others]
+        return self.batch_size**2 * _sum(parts)
+
+    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
+        """|g|^2, the centred alignments and the centred squared norms."""
+        squared, alignments, squared_norms = [], [], []
+        for group in self._groups():
+            mean, a, n = ops.moments(group)
+            squared.append(squared_norm(mean, a.dtype))
+            alignments.append(a)
+            squared_norms.append(n)
+        for factor in self._others:
+            gram = factor.gram()
+            rows = gram.mean(1)
+            mean = rows.mean()
+            squared.append(mean)
+            alignments.append(rows - mean)
+            squared_norms.append(gram.diagonal() - 2 * rows + mean)
+        scale = self.batch_size**2
+        return scale * _sum(squared), scale * _sum(alignments), scale * _sum(squared_norms)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """w^T G = sum_i w_i g_i."""
+        weights = weights * self.batch_size
+        result = [None] * len(self._factors)
+        for indices, group in zip(self._dense.values(), self._groups(), strict=True):
+            for index, combined in zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True):
+                result[index] = combined
+        return [
+            r if r is not None else f.combine(weights.to(f.output_grads.device))
+            for r, f in zip(result, self._factors, strict=True)
+        ]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """The sum of statistics that may come from several devices and accumulation dtypes."""
+    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+    return torch.stack([p.to(parts[0].device, dtype) for p in parts]).sum(0)

@@ -1,0 +1,110 @@
+"""Where the taps of a model go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from ..batch_norm import batch_norms, check_frozen
+from .recurrent import Recurrent
+from .rules import rule_for, unit
+from .taps import Container, Layer, Released, Slot, Tap
+from .units import Attention, Unit
+
+if TYPE_CHECKING:
+    from .preconditioner import Preconditioner
+
+
+def check_model(model: nn.Module, batch_norm: str) -> None:
+    """Raise ValueError where `model` cannot be captured, saying why."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise ValueError(f"parameter '{name}' is not initialised: run one batch through the model first")
+        if parameter.requires_grad and not parameter.dtype.is_floating_point:
+            raise ValueError(f"parameter '{name}' has dtype {parameter.dtype}: trainable parameters must be real")
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no trainable parameters: nothing to precondition; set"
+            " requires_grad on some"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), Tap):
+            raise ValueError(
+                f"module '{name or type(module).__name__}' is captured already: use that handle, or call its .remove()"
+                " first"
+            )
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            _check_batch_first(name, module)
+    if batch_norm == "error":
+        check_frozen(batch_norms(model))
+
+
+def _check_batch_first(name: str, module: nn.Module) -> None:
+    if not module.self_attn.batch_first:
+        raise ValueError(
+            f"module '{name or type(module).__name__}' ({type(module).__name__}) has batch_first=False: its layers take"
+            " the samples along dimension 1, which shapes alone do not tell; build it with batch_first=True"
+        )
+
+
+def taps_for(capture: Preconditioner, model: nn.Module) -> list[Tap]:
+    """A tap for every module that uses parameters, and one for the model itself; none is installed yet."""
+    taps: dict[nn.Module, Tap] = {}
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if module in taps:
+            continue
+        if isinstance(module.__dict__.get("forward"), Released):
+            del module.forward  # a copy of a captured model
+        tap, owned = _tap(capture, module, name)
+        if tap is not None:
+            taps[module] = tap
+        if not owned:
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+            pending += reversed(children)
+    return list(taps.values())
+
+
+def _tap(capture: Preconditioner, module: nn.Module, name: str) -> tuple[Tap | None, bool]:
+    """The tap of one module, and whether it serves all that the module contains."""
+    owned = _slots(module.named_modules(remove_duplicate=False))
+    registered = None if parametrize.is_parametrized(module) else rule_for(module)
+    if registered is not None and registered.rule is not unit:
+        return Layer(capture, module, name, owned, registered), True
+    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        return Attention(capture, module, name, owned), True
+    if type(module).forward in _RECURRENT:
+        return Recurrent(capture, module, name, owned), True
+    own = _slots([("", module), *_parameter_lists(module)])
+    if registered is not None or parametrize.is_parametrized(module) or (own and len(own) == len(owned)):
+        return Unit(capture, module, name, owned), True
+    if own:
+        return Container(capture, module, name, own), False
+    return (Tap(capture, module, name, []) if module is capture.model else None), False
+
+
+_RECURRENT = {cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
+
+
+def _slots(modules) -> list[Slot]:
+    return [
+        (module, key, f"{prefix}.{key}" if prefix else key)
+        for prefix, module in modules
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _parameter_lists(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """ParameterList, ParameterDict and the like below `module`: without a forward, they belong to who uses them."""
+    found = []
+    for key, child in module.named_children():
+        if type(child).forward is nn.Module.forward:
+            found += [(key, child)] if child._parameters else []
+            found += [(f"{key}.{name}", inner) for name, inner in _parameter_lists(child)]
+    return found

@@ -1,0 +1,307 @@
+"""The handle of a captured model: collects contributions during a backward, writes the direction at its end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..metric import Inverse, Policy, Spectral, Stats, checked_policy, solve
+from .batch import Batch, tensors_in
+from .factors import CapturedGradients, Dense, Factor, add, join
+from .install import check_model, taps_for
+from .shared import Shared
+from .taps import Record
+
+_live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
+
+
+class Preconditioner:
+    """The handle of a captured model, from `rgd_ext.precondition`; a context manager that removes the capture.
+
+    Attributes:
+        stats: `Stats` of the last backward, or None before the first.
+    """
+
+    def __init__(
+        self, model: nn.Module, policy: Policy, inverse: Inverse, batch_norm: Literal["error", "contribution"]
+    ) -> None:
+        self.model, self.batch_norm = model, batch_norm
+        self.stats: Stats | None = None
+        self._policy, self._inverse = policy, inverse
+        self._pauses = 0
+        self._removed = False
+        self._batch: Batch | None = None
+        self._guards: dict[nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
+        self._names = {p: name for name, p in model.named_parameters()}
+        # Of the backward under way: its id, its batch size and each parameter's contributions.
+        self._task = -1
+        self._size: int | None = None
+        self._factors: dict[nn.Parameter, list[Factor]] = {}
+        self._union: list[dict[nn.Parameter, Factor]] | None = None
+        self._taps = taps_for(self, model)
+        for tap in self._taps:
+            tap.module.forward = tap
+        for parameter in filter(lambda p: p.requires_grad, self._names):
+            self.guard(parameter)
+        _live.add(self)
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else f"{len(self._taps)} modules"
+        return f"Preconditioner({type(self.model).__name__}, {state}, {self._policy}, inverse={self._inverse!r})"
+
+    def __enter__(self) -> Preconditioner:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the model as it was found. Gradients already written stay."""
+        for tap in self._taps:
+            if tap.previous is None:
+                tap.module.__dict__.pop("forward", None)
+            else:
+                tap.module.forward = tap.previous
+        for guard in self._guards.values():
+            guard.remove()
+        self._taps, self._guards, self._removed = [], {}, True
+        _live.discard(self)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ordinary autograd for a while: forwards and backwards inside give plain gradients.
+
+        For gradient penalties, `torch.autograd.grad` and second derivatives. Forward and backward both belong inside.
+        """
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """One direction for the union of the batches of all backwards inside, written when the block ends.
+
+        The gradient is that of the sum of the losses, as in gradient accumulation; the batches may differ in size.
+        Each backward's contributions are kept until then. Nothing is written if the block raises.
+
+        Raises:
+            RuntimeError: if blocks are nested.
+        """
+        if self._union is not None:
+            raise RuntimeError("accumulate() blocks cannot be nested: backwards of the outer one are already collected")
+        self._union = []
+        try:
+            yield
+            parts = self._union
+        finally:
+            self._union = None
+        if parts:
+            parameters = dict.fromkeys(p for part in parts for p in part)
+            self._write({p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters})
+
+    def recording(self) -> bool:
+        """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
+        return not self._pauses and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of the current call of the model."""
+        return self._batch or Batch(None)
+
+    @property
+    def in_call(self) -> bool:
+        """Whether a call of the model is under way."""
+        return self._batch is not None
+
+    @contextmanager
+    def call(self, inputs: object) -> Iterator[None]:
+        """A call of the model with `inputs`."""
+        self._batch = Batch.of(inputs)
+        try:
+            yield
+        finally:
+            self._batch = None
+
+    def check_output(self, output: object) -> object:
+        """`output` of the model, or ValueError if it is the same for all samples."""
+        for tensor in tensors_in(output):
+            if isinstance(tensor, Shared):
+                raise ValueError(
+                    f"an output of the model, of shape {tuple(tensor.shape)}, comes from '{tensor.owner}' alone, which"
+                    " took its input as shared by all samples; if it was the batch merged with another dimension, keep"
+                    " the two apart (B, T) or call rgd_ext.mark(module, batch_dim=0)"
+                )
+        return output
+
+    def guard(self, parameter: nn.Parameter) -> None:
+        """Notice gradients that reach `parameter` past the taps."""
+        if parameter not in self._guards:
+            self._guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
+
+    def _check_outside(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
+        if grad is None or self._pauses:
+            return
+        name = self._names.get(parameter, "?")
+        raise RuntimeError(
+            f"parameter '{name}' of shape {tuple(parameter.shape)} got gradient outside the forward of its module,"
+            " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that module the"
+            " parameter as its own, or capture the enclosing module as one unit with"
+            " rgd_ext.register_rule(type(enclosing), rgd_ext.unit); for a penalty on weights use weight_decay, or a"
+            " backward of its own under `with handle.paused():`"
+        )
+
+    def receive(self, record: Record, nodes: Sequence, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
+        """Called in a backward with one record's contributions; `nodes` accumulate its parameters' gradients."""
+        wanted = [name for name, node in zip(record.parameters, nodes, strict=True) if self._will_accumulate(node)]
+        if not wanted:
+            return
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True through a captured model: directions have no derivative. Run the forward and the"
+                " backward under `with handle.paused():`"
+            )
+        if self._pauses or self._removed:
+            raise RuntimeError(
+                f"the forward of '{record.name}' was recorded, but its backward runs"
+                f" {'after handle.remove()' if self._removed else 'under handle.paused()'}: put both on one side"
+            )
+        if record.inside != -1:
+            raise RuntimeError(
+                f"the forward of '{record.name}' ran inside a backward: re-entrant checkpointing hides when a backward"
+                " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        self._begin(record)
+        with _full_precision(record.parameters[wanted[0]].device):
+            factors = contributions()
+        for name in wanted:
+            if name in factors:
+                parameter = record.parameters[name]
+                self._factors.setdefault(parameter, []).append(_checked(factors[name], name, record))
+
+    def _will_accumulate(self, node) -> bool:
+        try:
+            return torch._C._will_engine_execute_node(node)
+        except RuntimeError:
+            # Raised for leaves whose gradient torch.autograd.grad was asked to return.
+            raise RuntimeError(
+                "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed."
+                " Run the forward and torch.autograd.grad under `with handle.paused():`"
+            ) from None
+
+    def _begin(self, record: Record) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # an earlier backward may have ended in an exception
+            self._task, self._size, self._factors = task, record.batch_size, {}
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if record.batch_size != self._size:
+            raise ValueError(
+                f"batch sizes disagree in one backward: '{record.name}' ran with {record.batch_size} samples, modules"
+                f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
+                " direction from all"
+            )
+
+    def _finish(self) -> None:
+        factors, self._factors, self._task = self._factors, {}, -1
+        summed = {parameter: add(parts) for parameter, parts in factors.items()}
+        if self._union is not None:
+            self._union.append(summed)
+        else:
+            self._write(summed)
+
+    @torch.no_grad()
+    def _write(self, factors: dict[nn.Parameter, Factor]) -> None:
+        with _full_precision(next(iter(factors)).device):
+            gradients = CapturedGradients(list(factors.values()))
+            direction, self.stats = solve(gradients, self._policy, self._inverse)
+        for parameter, step in zip(factors, direction, strict=True):
+            if parameter.grad is None:
+                parameter.grad = step
+            else:
+                parameter.grad += step
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:
+    size = next(iter(part.values())).batch_size
+    return Dense(parameter.new_zeros(size, *parameter.shape))
+
+
+def _checked(contributions: Tensor | Factor, name: str, record: Record) -> Factor:
+    if not isinstance(contributions, Tensor):
+        return contributions
+    expected = (record.batch_size, *record.parameters[name].shape)
+    if contributions.shape != expected:
+        raise ValueError(
+            f"the rule for '{record.name}' returned contributions of shape {tuple(contributions.shape)} for '{name}':"
+            f" expected (B, *shape) = {tuple(expected)}"
+        )
+    return Dense(contributions.to(record.parameters[name].dtype))
+
+
+def is_captured(parameter: Tensor) -> bool:
+    """Whether a live capture writes the gradient of `parameter`."""
+    return any(parameter in handle._names for handle in _live)
+
+
+def precondition(
+    model: nn.Module,
+    *,
+    epsilon: Policy | float = Spectral(0.5),
+    inverse: Inverse = "weak-field",
+    batch_norm: Literal["error", "contribution"] = "error",
+) -> Preconditioner:
+    """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
+
+    At the end of each backward, `.grad` has (I - eps D) g added to it, eq. (10), where autograd would have added g; g_i
+    is sample i's part of the gradient of the loss times the batch size, whatever the reduction of the loss. Samples lie
+    along dimension 0 of the model's first tensor argument. The model keeps its type, names and state_dict; copies and
+    pickles of it are ordinary models.
+
+    Args:
+        model: at least one trainable parameter; not captured already, nor any of its modules.
+        epsilon: a policy, a number (`Fixed`), or a callable from `Stats` to epsilon.
+        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+        batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
+            the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
+
+    Returns:
+        The handle: `.stats`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
+
+    Raises:
+        TypeError: if `model` is not a module, or `epsilon` is not a policy.
+        ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
+            second capture, or batch normalisation in training mode.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with rgd_ext.precondition(model, epsilon=rgd_ext.Rayleigh(0.3)) as handle:
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     optimizer.step()
+        >>> handle.stats.batch_size
+        8
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    if batch_norm not in ("error", "contribution"):
+        raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
+    policy = checked_policy(epsilon, inverse)
+    check_model(model, batch_norm)
+    return Preconditioner(model, policy, inverse, batch_norm)

@@ -1,0 +1,232 @@
+"""Layer rules: a layer's inputs and output gradients -> its parameters' per-sample contributions.
+
+A rule is called as rule(module, inputs, output_grad) with the batch in front, in the dtype of the parameters. It
+returns, by parameter name, h_i = (d output_i / d parameter)^T output_grad_i: a (B, *shape) tensor, or a factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factors import Factor, Outer, Rows
+
+Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A rule and the least number of dimensions one sample of the module's input has."""
+
+    rule: Rule
+    sample_ndim: int | Callable[[nn.Module], int] = 0
+
+    def minimum(self, module: nn.Module) -> int:
+        """Dimensions of one sample of the input of `module`."""
+        return self.sample_ndim(module) if callable(self.sample_ndim) else self.sample_ndim
+
+
+_registry: dict[type[nn.Module], Registered] = {}
+
+
+def unit(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """The rule that captures a module and all it contains as one function, under `torch.func.vmap`.
+
+    Pass it to `register_rule` for modules whose parameters no finer rule can follow. It is what modules without a
+    rule and without children get by default. The module sees one sample at a time, as a batch of one.
+    """
+    raise RuntimeError("rgd_ext.unit is a marker for register_rule; it is not called")
+
+
+def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
+    """Teach the capture a layer.
+
+    Args:
+        module_type: the rule serves modules of this type, and of subclasses that don't override `forward`. The module
+            is captured with all it contains; models captured before are not affected.
+        rule: called in the backward as `rule(module, inputs, output_grad)`, where `inputs` are the tensors the module
+            was called with and `output_grad` is the gradient of its (only) output, batch first. Returns a dict from
+            the name of every trainable parameter to its per-sample contributions, a (B, *param.shape) tensor:
+            sample i's term of the parameter's ordinary gradient, so that their sum over i is that gradient. Or
+            `rgd_ext.unit`: the module is run under `torch.func.vmap`, with nothing to derive by hand.
+
+    Raises:
+        TypeError: if `module_type` is not a module type or `rule` is not callable.
+
+    Example:
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gain = torch.nn.Parameter(torch.ones(3))
+        ...
+        ...     def forward(self, x):
+        ...         return x * self.gain
+        >>> rgd_ext.register_rule(Scale, lambda module, inputs, output_grad: {"gain": inputs[0] * output_grad})
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"module_type is {module_type!r}: pass a subclass of torch.nn.Module")
+    if not callable(rule):
+        raise TypeError(f"rule is {rule!r}: pass a callable (module, inputs, output_grad) -> dict, or rgd_ext.unit")
+    _registry[module_type] = Registered(rule)
+
+
+def rule_for(module: nn.Module) -> Registered | None:
+    """The rule that serves `module`, or None: a subclass with its own `forward` computes something else."""
+    for ancestor in type(module).__mro__:
+        if ancestor in _registry:
+            return _registry[ancestor] if type(module).forward is ancestor.forward else None
+    return None
+
+
+def linear(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x W^T + b over any leading dimensions: dW_i = sum_t e_it x_it^T, db_i = sum_t e_it."""
+    return outer(inputs[0], output_grad, "weight", "bias")
+
+
+def outer(x: Tensor, output_grad: Tensor, weight: str, bias: str) -> dict[str, Tensor | Factor]:
+    """`linear` under other names, for layers made of several products."""
+    x, output_grad = _sequences(x), _sequences(output_grad)
+    shape = torch.Size((output_grad.shape[-1], x.shape[-1]))
+    return {weight: Outer(x, output_grad, shape), bias: output_grad.sum(1)}
+
+
+def bilinear(module: nn.Bilinear, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y_k = u^T W_k v + b_k: dW_i = sum_t e_it (x) (u_it (x) v_it)."""
+    left, right, output_grad = _sequences(inputs[0]), _sequences(inputs[1]), _sequences(output_grad)
+    products = (left[..., :, None] * right[..., None, :]).flatten(2)
+    return {"weight": Outer(products, output_grad, module.weight.shape), "bias": output_grad.sum(1)}
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """(B, ..., n) as (B, T, n)."""
+    return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+
+
+def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """Row x_it of the table gets e_it, except for padding."""
+    indices = inputs[0].reshape(inputs[0].shape[0], -1)
+    output_grad = output_grad.reshape(*indices.shape, -1)
+    if module.padding_idx is not None:
+        output_grad = output_grad.masked_fill((indices == module.padding_idx)[..., None], 0)
+    if module.scale_grad_by_freq:
+        counts = indices.flatten().bincount(minlength=module.num_embeddings)
+        output_grad = output_grad / counts[indices][..., None]
+    return {"weight": Rows(indices, output_grad, module.weight.shape)}
+
+
+_WEIGHT_GRADIENTS = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
+
+
+def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """The weight gradient of a convolution whose groups are the samples: one call for the whole batch."""
+    x, padding = inputs[0], module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+    contributions = {}
+    if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
+        contributions["weight"] = _per_sample_weight(module, x, output_grad, padding)
+    contributions["bias"] = output_grad.flatten(2).sum(2)
+    return contributions
+
+
+def transposed_convolution(
+    module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor
+) -> dict[str, Tensor | Factor]:
+    """The adjoint of a convolution: input and output gradient change places."""
+    contributions = {}
+    if module.weight.requires_grad:
+        contributions["weight"] = _per_sample_weight(module, output_grad, inputs[0], module.padding)
+    contributions["bias"] = output_grad.flatten(2).sum(2)
+    return contributions
+
+
+def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding) -> Tensor:
+    batch_size, shape = x.shape[0], module.weight.shape
+    weight_gradient = _WEIGHT_GRADIENTS[len(shape) - 2]
+    gradient = weight_gradient(
+        x.reshape(1, -1, *x.shape[2:]),
+        (batch_size * shape[0], *shape[1:]),
+        output_grad.reshape(1, -1, *output_grad.shape[2:]),
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        groups=batch_size * module.groups,
+    )
+    return gradient.view(batch_size, *shape)
+
+
+def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x^ w + b over the trailing dimensions, x^ the normalised input."""
+    normalised = F.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    return _affine(normalised, output_grad, len(module.normalized_shape))
+
+
+def rms_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x^ w over the trailing dimensions."""
+    normalised = F.rms_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    return {"weight": _affine(normalised, output_grad, len(module.normalized_shape))["weight"]}
+
+
+def _affine(normalised: Tensor, output_grad: Tensor, trailing: int) -> dict[str, Tensor | Factor]:
+    summed = list(range(1, normalised.ndim - trailing))
+    if not summed:
+        return {"weight": normalised * output_grad, "bias": output_grad}
+    return {"weight": (normalised * output_grad).sum(summed), "bias": output_grad.sum(summed)}
+
+
+def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x^ w + b per channel."""
+    return _per_channel(F.group_norm(inputs[0], module.num_groups, eps=module.eps), output_grad)
+
+
+def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x^ w + b per channel, x^ by the sample's own or by the running statistics."""
+    if module.training or not module.track_running_stats:
+        normalised = F.instance_norm(inputs[0], eps=module.eps)
+    else:
+        statistics = module.running_mean, module.running_var
+        normalised = F.instance_norm(inputs[0], *statistics, use_input_stats=False, eps=module.eps)
+    return _per_channel(normalised, output_grad)
+
+
+def batch_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    """y = x^ w + b per channel; in training mode x^ is by the batch's statistics, which belong to the layer."""
+    if module.training or module.running_mean is None:
+        normalised = F.batch_norm(inputs[0], None, None, training=True, eps=module.eps)
+    else:
+        normalised = F.batch_norm(inputs[0], module.running_mean, module.running_var, eps=module.eps)
+    return _per_channel(normalised, output_grad)
+
+
+def _per_channel(normalised: Tensor, output_grad: Tensor) -> dict[str, Tensor | Factor]:
+    if normalised.ndim == 2:
+        return {"weight": normalised * output_grad, "bias": output_grad}
+    return {"weight": (normalised * output_grad).flatten(2).sum(2), "bias": output_grad.flatten(2).sum(2)}
+
+
+_registry |= {
+    nn.Linear: Registered(linear, 1),
+    nn.Bilinear: Registered(bilinear, 1),
+    nn.Embedding: Registered(embedding),
+    nn.Conv1d: Registered(convolution, 2),
+    nn.Conv2d: Registered(convolution, 3),
+    nn.Conv3d: Registered(convolution, 4),
+    nn.ConvTranspose1d: Registered(transposed_convolution, 2),
+    nn.ConvTranspose2d: Registered(transposed_convolution, 3),
+    nn.ConvTranspose3d: Registered(transposed_convolution, 4),
+    nn.LayerNorm: Registered(layer_norm, lambda module: len(module.normalized_shape)),
+    nn.RMSNorm: Registered(rms_norm, lambda module: len(module.normalized_shape)),
+    nn.GroupNorm: Registered(group_norm, 1),
+    nn.InstanceNorm1d: Registered(instance_norm, 2),
+    nn.InstanceNorm2d: Registered(instance_norm, 3),
+    nn.InstanceNorm3d: Registered(instance_norm, 4),
+    nn.BatchNorm1d: Registered(batch_norm, 1),
+    nn.BatchNorm2d: Registered(batch_norm, 3),
+    nn.BatchNorm3d: Registered(batch_norm, 4),
+}

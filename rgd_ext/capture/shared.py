@@ -1,0 +1,112 @@
+"""Values that all samples of a batch share, kept once per sample so that gradients arrive per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .samples import Mapped, map_samples
+
+_EXPANDING = {"expand", "repeat", "broadcast_to", "tile"}
+_METADATA = {"size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_complex", "__len__", "get_device"}
+_VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+
+
+class Shared(torch.Tensor):
+    """A tensor that looks like the one all samples share and computes with one copy of it per sample.
+
+    A model that adds positions of shape (1, T, n) to activations of shape (B, T, n) gets from autograd the gradient of
+    the positions summed over the samples. With a Shared in their place every operation is done sample by sample, until
+    it meets a tensor of the batch; the result is then an ordinary tensor.
+    """
+
+    @staticmethod
+    def __new__(cls, per_sample: Tensor, owner: str) -> Shared:
+        shared = torch.Tensor._make_subclass(cls, per_sample.detach()[0])
+        shared.per_sample, shared.owner = per_sample, owner
+        return shared
+
+    @property
+    def size_of_batch(self) -> int:
+        return self.per_sample.shape[0]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if _is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _compute(func, args, kwargs or {})
+
+
+def share(per_sample: Tensor, owner: str) -> Tensor:
+    """The value whose copies for each sample are `per_sample` (B, *shape); for one sample, simply that one."""
+    return per_sample[0] if per_sample.shape[0] == 1 else Shared(per_sample, owner)
+
+
+def _is_metadata(func: Callable) -> bool:
+    """Whether `func` asks for the shape, dtype, device and so on, not for values."""
+    if func.__name__ == "__get__":
+        return func.__self__.__name__ not in _VALUE_PROPERTIES
+    return func.__name__ in _METADATA
+
+
+def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
+    """`func` sample by sample. Its result belongs to the batch if any of its arguments did, else it is Shared."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    shared = [t for t in tensors if isinstance(t, Shared)]
+    first = shared[0]
+    batch = [t for t in tensors if not isinstance(t, Shared) and _belongs_to_batch(t, shared)]
+    meets_batch = bool(batch)
+    if func.__name__ in _EXPANDING and args[0] is first:
+        args, kwargs, meets_batch = _for_one_sample(first, args, kwargs)
+
+    def mapped(leaf: object) -> object:
+        if isinstance(leaf, Shared):
+            return Mapped(leaf.per_sample)
+        return Mapped.batches_of_one(leaf, 0) if any(leaf is x for x in batch) else leaf
+
+    args, kwargs = pytree.tree_map(mapped, (args, kwargs))
+    results, spec = map_samples(func, args, kwargs, "different" if meets_batch else "same")
+    finish = partial(_joined, func, first) if meets_batch else partial(Shared, owner=first.owner)
+    results = [finish(r) if isinstance(r, Tensor) else r for r in results]
+    return pytree.tree_unflatten(results, spec)
+
+
+def _belongs_to_batch(x: Tensor, shared: list[Shared]) -> bool:
+    size = shared[0].size_of_batch
+    if x.ndim == 0 or x.shape[0] != size:
+        if x.requires_grad:
+            raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}"))
+        return False
+    like_shared = any(s.ndim >= x.ndim and s.shape[0] == size for s in shared)
+    if like_shared or (x.ndim == 1 and not x.dtype.is_floating_point):
+        raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}, batch or not"))
+    return True
+
+
+def _for_one_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
+    """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample."""
+    sizes = args[1:] or tuple(kwargs.values())
+    sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    names_batch = sizes[0] == shared.size_of_batch and (
+        len(sizes) > shared.ndim or (len(sizes) == shared.ndim and shared.shape[0] == 1)
+    )
+    return ((shared, (1, *sizes[1:])), {}, True) if names_batch else (args, kwargs, False)
+
+
+def _joined(func: Callable, shared: Shared, result: Tensor) -> Tensor:
+    if result.ndim < 2 or result.shape[1] != 1:
+        raise ValueError(_refusal(shared, f"goes through {func.__name__}, which mixes samples or merges dimensions"))
+    return result.squeeze(1)
+
+
+def _refusal(shared: Shared, where: str) -> str:
+    return (
+        f"'{shared.owner}' of shape {tuple(shared.shape)}, which all {shared.size_of_batch} samples share, {where}: its"
+        " gradient cannot be told apart by sample. Capture the module that uses it as one unit with"
+        " rgd_ext.register_rule(type(module), rgd_ext.unit), or give the shared value a leading dimension of 1"
+    )

@@ -1,0 +1,276 @@
+"""Taps: forwards of modules that keep what a layer rule needs, and hand it to the capture in the backward.
+
+A tap sits in the place of its module's `forward`. It calls the real one with detached parameters, so that autograd
+computes no weight gradient, and ties the output to the parameters through an autograd node whose backward calls the
+layer's rule. The node also sees whether the parameters' gradients are wanted at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..batch_norm import batch_norms, check_frozen
+from .batch import Batch, tensors_in
+from .factors import Factor
+from .rules import Registered
+from .shared import Shared, share
+
+if TYPE_CHECKING:
+    from .preconditioner import Preconditioner
+
+# A parameter's place: the module that owns it, its name there, and its name in the tapped module.
+Slot = tuple[nn.Module, str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One use of some parameters in a forward: what the backward needs besides tensors."""
+
+    capture: Preconditioner
+    name: str
+    parameters: dict[str, nn.Parameter]
+    batch_size: int
+    # The backward this forward ran in, if any: re-entrant checkpointing runs forwards inside backwards.
+    inside: int
+
+    @classmethod
+    def of(cls, tap: Tap, parameters: dict[str, nn.Parameter], batch_size: int) -> Record:
+        return cls(tap.capture, tap.name, parameters, batch_size, torch._C._current_graph_task_id())
+
+
+class _Spread(torch.autograd.Function):
+    """One copy of each parameter per sample; their gradients are the contributions."""
+
+    @staticmethod
+    def forward(ctx, record: Record, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.record = record
+        ctx.set_materialize_grads(False)
+        return tuple(p.detach().expand(record.batch_size, *p.shape) for p in parameters)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        record = ctx.record
+        contributions = dict(zip(record.parameters, grads, strict=True))
+        nodes = [node for node, _ in ctx.next_functions]
+        record.capture.receive(record, nodes, lambda: {k: g for k, g in contributions.items() if g is not None})
+        return None, *[None] * len(grads)
+
+
+class _Watch(torch.autograd.Function):
+    """The identity on a layer's output; its gradient and the layer's inputs go to the layer's rule.
+
+    The output is detached, not viewed: in-place operations may follow, and version counters stay shared, so that
+    autograd still notices when one of them spoils a saved tensor. Inputs are saved by autograd for the same reason.
+    """
+
+    @staticmethod
+    def forward(ctx, record: Record, rule: Callable, output: Tensor, inputs: tuple[Tensor, ...], *parameters: Tensor):
+        ctx.record, ctx.rule = record, rule
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        record = ctx.record
+        nodes = [node for node, _ in ctx.next_functions[-len(record.parameters) :]]
+        # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
+        dtype = next(iter(record.parameters.values())).dtype
+
+        def contributions() -> dict[str, Tensor | Factor]:
+            inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in ctx.saved_tensors)
+            found = ctx.rule(inputs, grad.to(dtype))
+            if not found.keys() >= record.parameters.keys():
+                raise RuntimeError(
+                    f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable"
+                    f" parameters are {sorted(record.parameters)}: return one (B, *shape) tensor for each"
+                )
+            return found
+
+        if grad is not None:
+            record.capture.receive(record, nodes, contributions)
+        return None, None, grad, None, *[None] * len(record.parameters)
+
+
+class Released:
+    """What a tap becomes in a copy or a pickle of its model: the module's own forward and nothing else."""
+
+    module: nn.Module
+    previous: Callable | None
+
+    def __call__(self, *args, **kwargs):
+        return self.original(*args, **kwargs)
+
+    @property
+    def original(self) -> Callable:
+        """The forward the tap stands in front of."""
+        return self.previous or partial(type(self.module).forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Trainers look at the arguments of model.forward to choose columns of a data set.
+        return inspect.signature(self.original)
+
+
+class Tap(Released):
+    """A module's forward while its model is captured. Subclasses say how the forward is recorded."""
+
+    def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
+        self.capture, self.module, self.slots = capture, module, slots
+        self.name = name or type(module).__name__
+        self.previous = module.__dict__.get("forward")
+
+    def check_batch_norm(self) -> None:
+        """Raise ValueError if the module would couple the samples."""
+
+    def __reduce__(self):
+        return Released, (), {"module": self.module, "previous": self.previous}
+
+    @torch.compiler.disable
+    def __call__(self, *args, **kwargs):
+        # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
+        capture = self.capture
+        if not capture.recording():
+            return self.original(*args, **kwargs)
+        if self.module is not capture.model or capture.in_call:
+            return self._recorded(args, kwargs)
+        with capture.call((args, kwargs)):
+            return capture.check_output(self._recorded(args, kwargs))
+
+    def _recorded(self, args: tuple, kwargs: dict):
+        self.check_batch_norm()
+        parameters = self._trainable()
+        if not parameters:
+            return self.original(*args, **kwargs)
+        return self.record(self.capture.batch, parameters, args, kwargs)
+
+    def record(self, batch: Batch, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict):
+        """The forward, with `parameters` watched."""
+        raise NotImplementedError
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        parameters = {}
+        for owner, key, name in self.slots:
+            parameter = owner._parameters.get(key)
+            # A tensor that is no Parameter was put there by torch.func.functional_call, which differentiates it itself.
+            if parameter is not None and parameter.requires_grad and isinstance(parameter, nn.Parameter):
+                parameters[name] = parameter
+                self.capture.guard(parameter)
+        return parameters
+
+    @contextmanager
+    def _replaced(self, values: dict[str, Tensor]):
+        places = [(owner._parameters, key, values[name]) for owner, key, name in self.slots if name in values]
+        saved = [parameters[key] for parameters, key, _ in places]
+        for parameters, key, value in places:
+            parameters[key] = value
+        try:
+            yield
+        finally:
+            for (parameters, key, _), parameter in zip(places, saved, strict=True):
+                parameters[key] = parameter
+
+    def _spread(self, parameters: dict[str, nn.Parameter], batch_size: int) -> dict[str, Tensor]:
+        record = Record.of(self, parameters, batch_size)
+        return dict(zip(parameters, _Spread.apply(record, *parameters.values()), strict=True))
+
+    def _watch(
+        self,
+        parameters: dict[str, nn.Parameter],
+        batch_size: int,
+        rule: Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]],
+        output: Tensor,
+        inputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        record = Record.of(self, parameters, batch_size)
+        return _Watch.apply(record, rule, output, inputs, *parameters.values())
+
+
+class Container(Tap):
+    """A module with parameters of its own and children with theirs: its own are shared by the samples."""
+
+    def record(self, batch, parameters, args, kwargs):
+        size = batch.size or Batch.of((args, kwargs)).size
+        if size is None:
+            raise ValueError(
+                f"module '{self.name}' uses its own parameters but was called without a tensor, so the batch size is"
+                " unknown; call the captured model itself, with the batch as its first tensor"
+            )
+        spread = self._spread(parameters, size)
+        with self._replaced({name: share(value, f"{self.name}.{name}") for name, value in spread.items()}):
+            return self.original(*args, **kwargs)
+
+
+class Layer(Tap):
+    """A module with a rule."""
+
+    def __init__(self, capture, module, name, slots, registered: Registered) -> None:
+        super().__init__(capture, module, name, slots)
+        self.rule, self.sample_ndim = registered.rule, registered.minimum(module)
+        self.batch_norms = batch_norms(module, name)
+
+    def check_batch_norm(self):
+        if self.capture.batch_norm == "error":
+            check_frozen(self.batch_norms)
+
+    def record(self, batch, parameters, args, kwargs):
+        inputs = tuple(tensors_in((args, kwargs)))
+        if not inputs:
+            raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
+        first = inputs[0]
+        with self._replaced({name: p.detach() for name, p in parameters.items()}):
+            if isinstance(first, Shared):
+                return self._of_shared(parameters, inputs, args, kwargs)
+            dim = batch.dim(first, self.module, self.name, self.sample_ndim)
+            output = self.original(*args, **kwargs)
+        if dim is None:
+            return self._for_all(parameters, batch.size, inputs, output)
+        size = first.shape[dim]
+        if batch.size is not None and size != batch.size:
+            raise ValueError(
+                f"batch sizes disagree: module '{self.name}' got {size} samples along dimension {dim} of an input of"
+                f" shape {tuple(first.shape)}, but the model was called with {batch.size}"
+            )
+        rule = self._contributions if dim == 0 else partial(self._moved, dim)
+        return self._watch(parameters, size, rule, output, inputs)
+
+    def _of_shared(self, parameters, inputs, args, kwargs) -> Tensor:
+        """Inputs that differ between the samples only in whose copy they are: run on the copies."""
+        first = inputs[0]
+        squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
+        copies = first.per_sample.squeeze(1) if squeezed else first.per_sample
+        if len(inputs) > 1 or kwargs:
+            raise ValueError(
+                f"module '{self.name}' got a value shared by all samples among several inputs; capture the enclosing"
+                " module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
+            )
+        output = self._watch(
+            parameters, copies.shape[0], self._contributions, self.original(copies, *args[1:]), (copies,)
+        )
+        return Shared(output.unsqueeze(1) if squeezed else output, self.name)
+
+    def _for_all(self, parameters, batch_size: int, inputs, output: Tensor) -> Tensor:
+        """An input without a batch: computed once, its gradient taken per sample."""
+        squeezed = inputs[0].ndim > self.sample_ndim and inputs[0].shape[0] == 1
+
+        def rule(saved: tuple[Tensor, ...], grad: Tensor):
+            expanded = [(x if squeezed else x[None]).expand(batch_size, *x.shape[squeezed:]) for x in saved]
+            return self._contributions(tuple(expanded), grad.squeeze(1) if squeezed else grad)
+
+        return share(
+            self._watch(parameters, batch_size, rule, output.expand(batch_size, *output.shape), inputs), self.name
+        )
+
+    def _moved(self, dim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
+        return self._contributions(tuple(x.movedim(dim, 0) for x in inputs), grad.movedim(dim, 0))
+
+    def _contributions(self, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
+        return self.rule(self.module, inputs, grad)

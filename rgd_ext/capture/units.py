@@ -1,0 +1,115 @@
+"""Modules captured as one function of a sample: the generic rule, and attention."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from ..batch_norm import batch_norms, check_frozen
+from .batch import Batch, tensors_in
+from .samples import Mapped, map_samples
+from .shared import Shared, share
+from .taps import Tap
+
+
+class Unit(Tap):
+    """Any module with all it contains. It sees each sample as a batch of one, with a copy of its parameters."""
+
+    def __init__(self, capture, module, name, slots) -> None:
+        super().__init__(capture, module, name, slots)
+        self.batch_norms = batch_norms(module, name)
+
+    def check_batch_norm(self):
+        # One sample at a time, a batch's statistics would silently become the sample's.
+        check_frozen(self.batch_norms, "it is part of a module captured sample by sample; call .eval() on it")
+
+    def record(self, batch, parameters, args, kwargs):
+        if batch.size is None:
+            batch = Batch.of((args, kwargs))
+        args, kwargs, output_dims = self._mapped(batch, args, kwargs)
+        copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
+
+        def one(parameters: dict[str, Tensor], args: tuple, kwargs: dict):
+            with self._replaced(parameters):
+                return self.original(*args, **kwargs)
+
+        try:
+            # The fused attention kernels have no batching rule; vmap would loop over the samples.
+            with sdpa_kernel(SDPBackend.MATH):
+                results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"module '{self.name}' ({type(self.module).__name__}) cannot be run sample by sample under"
+                f" torch.func.vmap: {error}\nWrite it without data-dependent control flow and in-place changes of"
+                " buffers, or teach the capture its gradient with rgd_ext.register_rule"
+            ) from error
+        tensors = iter(output_dims(sum(isinstance(r, Tensor) for r in results)))
+        joined = [self._joined(r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
+        return pytree.tree_unflatten(joined, spec)
+
+    def _mapped(self, batch: Batch, args: tuple, kwargs: dict):
+        """The arguments with the batch's tensors as `Mapped`, and how to get the dims of the samples in n outputs."""
+        tensors = tensors_in((args, kwargs))
+        dims = [None if isinstance(x, Shared) else self._dim(batch, x, x is tensors[0]) for x in tensors]
+        batch_dims = {dim for dim in dims if dim is not None}
+        found = iter(dims)
+
+        def mapped(leaf: object) -> object:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            dim = next(found)
+            if isinstance(leaf, Shared):
+                return Mapped(leaf.per_sample)
+            return leaf if dim is None else Mapped.batches_of_one(leaf, dim)
+
+        args, kwargs = pytree.tree_map(mapped, (args, kwargs))
+        output_dim = max(batch_dims, default=None)
+        return args, kwargs, lambda number: [output_dim] * number
+
+    def _dim(self, batch: Batch, x: Tensor, is_first: bool) -> int | None:
+        # Masks and the like, beside the first input, are taken as shared unless their shape says otherwise.
+        is_side = not is_first and not x.requires_grad and (x.ndim == 0 or x.shape[0] != batch.size)
+        return None if is_side else batch.dim(x, self.module, self.name, 0)
+
+    def _joined(self, result: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return share(result, self.name)
+        if result.ndim < dim + 2 or result.shape[dim + 1] != 1:
+            raise ValueError(
+                f"module '{self.name}' gives an output of shape {tuple(result.shape[1:])} for one sample: expected"
+                f" a dimension {dim} of size 1. Modules keep the samples apart, along the dimension they come in"
+            )
+        return result.squeeze(dim + 1).movedim(0, dim)
+
+
+class Attention(Unit):
+    """nn.MultiheadAttention, whose arguments say where their samples are."""
+
+    _signature = inspect.signature(nn.MultiheadAttention.forward)
+
+    def _mapped(self, batch, args, kwargs):
+        dim = 0 if self.module.batch_first else 1
+        arguments = self._signature.bind(self.module, *args, **kwargs).arguments
+        del arguments["self"]
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                arguments[name] = self._argument(batch, name, value, dim)
+        return (), dict(arguments), lambda number: [dim, 0][:number]
+
+    def _argument(self, batch: Batch, name: str, value: Tensor, dim: int) -> Tensor | Mapped:
+        if isinstance(value, Shared):
+            return Mapped(value.per_sample)
+        if name == "attn_mask" and value.ndim == 2:
+            return value
+        if name == "attn_mask":
+            return Mapped(value.view(batch.size, -1, *value.shape[1:]))
+        dim = 0 if name == "key_padding_mask" else dim
+        if value.ndim <= dim or value.shape[dim] != batch.size:
+            raise ValueError(
+                f"module '{self.name}' got a {name} of shape {tuple(value.shape)} in a batch of {batch.size} samples:"
+                f" expected the samples along dimension {dim} (batch_first={self.module.batch_first})"
+            )
+        return Mapped.batches_of_one(value, dim)

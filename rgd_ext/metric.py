@@ -1,0 +1,328 @@
+"""The diffusion metric: statistics of per-sample gradients -> epsilon -> weights on the samples.
+
+Both inverses of the metric I + eps D, eq. (6), applied to g are weighted sums of per-sample gradients, sum_i w_i g_i
+with sum_i w_i = 1. Nothing here knows where the gradients come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .gradients import DenseGradients, PerSampleGradients, squared_norm
+
+Inverse: TypeAlias = Literal["weak-field", "exact"]
+
+
+@dataclass(eq=False, repr=False)
+class Stats:
+    """What the diffusion metric knows of one batch. Tensors stay on the device; reading a number synchronises.
+
+    With g_i the per-sample gradients, g their mean and D their covariance:
+
+    Attributes:
+        batch_size: B.
+        grad_norm: |g|.
+        alignments: a_i = <g_i - g, g>, shape (B,).
+        squared_norms: |g_i - g|^2, shape (B,).
+        centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it.
+        ulp: relative rounding error of these numbers.
+        epsilon: what the policy chose; 0 where D = 0 to rounding. None while the policy is choosing.
+        weights: w_i, shape (B,), of which the direction is sum_i w_i g_i. None while the policy is choosing.
+        direction_norm: norm of the direction. None while the policy is choosing.
+    """
+
+    batch_size: int
+    grad_norm: Tensor
+    alignments: Tensor
+    squared_norms: Tensor
+    centred_gram: Tensor | None
+    ulp: float
+    epsilon: Tensor | None = None
+    weights: Tensor | None = None
+    direction_norm: Tensor | None = None
+
+    @property
+    def trace(self) -> Tensor:
+        """tr D = mean_i |g_i - g|^2."""
+        return self.squared_norms.mean()
+
+    @property
+    def rayleigh(self) -> Tensor:
+        """The Rayleigh quotient g^T D g / |g|^2 = mean_i a_i^2 / |g|^2; 0 where g = 0."""
+        squared = self.grad_norm.square()
+        return torch.where(squared == 0, squared, self.alignments.square().mean() / squared)
+
+    @cached_property
+    def eigenvalues(self) -> Tensor | None:
+        """The B largest eigenvalues of D, ascending (at most B - 1 are not zero), or None without the Gramian."""
+        if self.centred_gram is None:
+            return None
+        # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
+        finite = self.centred_gram.isfinite().all()
+        eigenvalues = torch.linalg.eigvalsh(torch.where(finite, self.centred_gram, 0.0))
+        return torch.where(finite, eigenvalues.clamp(min=0), torch.nan) / self.batch_size
+
+    @property
+    def largest_eigenvalue(self) -> Tensor | None:
+        """lambda_max(D), or None without the Gramian."""
+        return None if self.eigenvalues is None else self.eigenvalues[-1]
+
+    @property
+    def rank(self) -> Tensor | None:
+        """Number of eigenvalues of D above B ulps of the largest (at most B - 1), or None without the Gramian."""
+        if self.eigenvalues is None:
+            return None
+        return (self.eigenvalues > self.batch_size * self.ulp * self.eigenvalues[-1]).sum()
+
+    @property
+    def isotropic(self) -> Tensor:
+        """Whether D = 0 to rounding: tr D at most 8 ulps of the largest |g_i|^2."""
+        largest = (self.squared_norms + 2 * self.alignments + self.grad_norm.square()).max()
+        return self.trace <= 8 * self.ulp * largest
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosine of the angle between the direction and g."""
+        squared = self.grad_norm.square()
+        product = squared + (self.weights * self.alignments).sum()
+        norms = self.grad_norm * self.direction_norm
+        return torch.where(norms == 0, torch.ones_like(norms), product / norms)
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """(sum_i w_i)^2 / sum_i w_i^2, B for equal weights."""
+        return self.weights.sum().square() / self.weights.square().sum()
+
+    @property
+    def negative_weights(self) -> Tensor:
+        """How many weights are negative."""
+        return (self.weights < 0).sum()
+
+    def __repr__(self) -> str:
+        names = ("epsilon", "grad_norm", "direction_norm", "cosine", "rayleigh", "trace", "largest_eigenvalue", "rank")
+        names += ("effective_sample_size", "negative_weights")
+        values = {name: getattr(self, name) for name in names if self.epsilon is not None}
+        shown = [f"{name}={value.item():.4g}" for name, value in values.items() if value is not None]
+        return f"Stats({', '.join([f'batch_size={self.batch_size}', *shown])})"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A constant epsilon; the caller answers for eq. (6), and for the scale of the loss it was chosen at.
+
+    Raises:
+        ValueError: if `value` is not finite.
+    """
+
+    value: float
+    needs_gram = False
+
+    def __post_init__(self) -> None:
+        _check_finite("Fixed", "value", self.value)
+
+    def __call__(self, stats: Stats) -> float:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """epsilon = fraction / lambda_max(D), eq. (6); needs the Gramian.
+
+    Negative fractions give the weight to the samples that agree with the mean instead of taking it from them.
+
+    Raises:
+        ValueError: if `fraction` is not finite, is <= -1 (the metric would be singular), or is >= 1 with the
+            weak-field inverse (which would be singular or reverse a direction).
+    """
+
+    fraction: float = 0.5
+    needs_gram = True
+
+    def __post_init__(self) -> None:
+        _check_finite("Spectral", "fraction", self.fraction)
+
+    def check(self, inverse: Inverse) -> None:
+        """Raise ValueError where `inverse` allows no such fraction."""
+        _check_fraction("Spectral", self.fraction, inverse)
+
+    def __call__(self, stats: Stats) -> Tensor:
+        """fraction / lambda_max."""
+        return self.fraction / stats.largest_eigenvalue
+
+
+@dataclass(frozen=True)
+class Trace:
+    """epsilon = fraction / tr D: free of charge, and within eq. (6) because lambda_max <= tr D.
+
+    Raises:
+        ValueError: as `Spectral`.
+    """
+
+    fraction: float = 0.5
+    needs_gram = False
+
+    def __post_init__(self) -> None:
+        _check_finite("Trace", "fraction", self.fraction)
+
+    def check(self, inverse: Inverse) -> None:
+        """Raise ValueError where `inverse` allows no such fraction."""
+        _check_fraction("Trace", self.fraction, inverse)
+
+    def __call__(self, stats: Stats) -> Tensor:
+        """fraction / tr D."""
+        return self.fraction / stats.trace
+
+
+@dataclass(frozen=True)
+class Rayleigh:
+    """epsilon = fraction |g|^2 / (g^T D g): <g, (I - eps D) g> = (1 - fraction) |g|^2, descent for fraction < 1.
+
+    May exceed eq. (6), since the Rayleigh quotient of g is at most lambda_max.
+
+    Raises:
+        ValueError: if `fraction` is not finite.
+    """
+
+    fraction: float = 0.5
+    needs_gram = False
+
+    def __post_init__(self) -> None:
+        _check_finite("Rayleigh", "fraction", self.fraction)
+
+    def __call__(self, stats: Stats) -> Tensor:
+        """fraction |g|^2 / (g^T D g)."""
+        # Where g is orthogonal to the range of D, D g = 0 and any epsilon gives the plain gradient.
+        quotient = stats.rayleigh
+        return torch.where(quotient == 0, quotient, self.fraction / quotient)
+
+
+Policy: TypeAlias = Fixed | Spectral | Trace | Rayleigh | Callable[[Stats], float | Tensor]
+
+
+def _check_finite(policy: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{policy}({name}={value}): pass a finite number")
+
+
+def _check_fraction(policy: str, fraction: float, inverse: Inverse) -> None:
+    if inverse == "weak-field" and abs(fraction) >= 1:
+        raise ValueError(
+            f"{policy}(fraction={fraction}) with inverse='weak-field': |fraction| must be below 1, else"
+            " eps >= 1/lambda_max breaks eq. (6); choose a smaller fraction or inverse='exact'"
+        )
+    if fraction <= -1:
+        raise ValueError(
+            f"{policy}(fraction={fraction}): I + eps D is singular for fraction <= -1; choose a larger one"
+        )
+
+
+def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
+    """The policy `epsilon` stands for (a number is `Fixed`), or an error that says what is wrong with the pair."""
+    if inverse not in ("weak-field", "exact"):
+        raise ValueError(f"inverse is {inverse!r}: choose 'weak-field' or 'exact'")
+    if isinstance(epsilon, (int, float)):
+        epsilon = Fixed(float(epsilon))
+    if not callable(epsilon):
+        raise TypeError(
+            f"epsilon is {epsilon!r}: pass a number, Fixed, Spectral, Trace, Rayleigh or a callable Stats -> epsilon"
+        )
+    check = getattr(epsilon, "check", None)
+    if check is not None:
+        check(inverse)
+    return epsilon
+
+
+def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
+    """Statistics of the centred gradients: from K = G G^T, or without it where the source can and K is not needed."""
+    if not needs_gram and hasattr(grads, "scalars"):
+        squared, alignments, squared_norms = grads.scalars()
+        ulp = torch.finfo(alignments.dtype).eps
+        return Stats(grads.batch_size, squared.sqrt(), alignments, squared_norms, None, ulp)
+    gram = grads.gram()
+    ulp = torch.finfo(gram.dtype).eps
+    # The rest is B x B: float64 costs nothing there and keeps the centring exact.
+    gram = gram.double()
+    rows = gram.mean(1)
+    mean = rows.mean()
+    centred = gram - rows[:, None] - rows[None, :] + mean
+    return Stats(grads.batch_size, mean.clamp(min=0).sqrt(), rows - mean, centred.diagonal().clamp(min=0), centred, ulp)
+
+
+def weights(stats: Stats, epsilon: Tensor, inverse: Inverse) -> Tensor:
+    """w of shape (B,) with sum_i w_i g_i = (I - eps D) g ("weak-field"), eq. (10), or (I + eps D)^-1 g ("exact").
+
+    The exact inverse is Woodbury's: g - (eps / B) C^T (I + eps Kc / B)^-1 a, with Kc the centred Gramian and a the
+    alignments; the coefficients sum to zero, so C^T may be replaced by G^T.
+    """
+    coefficients = stats.alignments
+    if inverse == "exact":
+        identity = torch.eye(stats.batch_size, dtype=coefficients.dtype, device=coefficients.device)
+        system = identity + epsilon / stats.batch_size * stats.centred_gram
+        coefficients = torch.linalg.solve_ex(system, coefficients)[0]
+    return (1 - epsilon * coefficients) / stats.batch_size
+
+
+def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[list[Tensor], Stats]:
+    """Statistics -> epsilon -> weights -> combination, for a policy from `checked_policy`."""
+    stats = statistics(grads, needs_gram=inverse == "exact" or getattr(policy, "needs_gram", True))
+    epsilon = _chosen_epsilon(policy, stats)
+    # With D = 0 only rounding is left to divide by: the plain gradient is the answer, not amplified noise.
+    stats.epsilon = torch.where(stats.isotropic, torch.zeros_like(epsilon), epsilon)
+    stats.weights = weights(stats, stats.epsilon, inverse)
+    direction = grads.combine(stats.weights)
+    stats.direction_norm = squared_norm(direction, stats.weights.dtype).sqrt()
+    return direction, stats
+
+
+def _chosen_epsilon(policy: Policy, stats: Stats) -> Tensor:
+    epsilon = policy(stats)
+    if not isinstance(epsilon, Tensor):
+        if not isinstance(epsilon, (int, float)):
+            raise TypeError(f"the policy {policy!r} returned {epsilon!r}: return a number or a scalar tensor")
+        if not math.isfinite(epsilon) and stats.grad_norm.isfinite():
+            raise ValueError(f"the policy {policy!r} returned epsilon = {epsilon}: return a finite number")
+    elif epsilon.numel() != 1:
+        raise ValueError(f"the policy {policy!r} returned a tensor of shape {tuple(epsilon.shape)}: return a scalar")
+    return torch.as_tensor(epsilon, dtype=stats.alignments.dtype, device=stats.alignments.device).reshape(())
+
+
+@torch.no_grad()
+def direction(
+    grads: ops.Tensors | PerSampleGradients, *, epsilon: Policy | float = Spectral(0.5), inverse: Inverse = "weak-field"
+) -> tuple[list[Tensor], Stats]:
+    """The RGD direction of materialised per-sample gradients: (I - eps D) g, eq. (10), or (I + eps D)^-1 g.
+
+    Args:
+        grads: a (B, d) tensor, a sequence of (B, *shape) tensors (as `torch.func.vmap(grad(...))` or Opacus'
+            `grad_sample` give them), or any `PerSampleGradients`.
+        epsilon: a policy (`Fixed`, `Spectral`, `Trace`, `Rayleigh`), a number (the same as `Fixed`), or a callable
+            that takes `Stats` and returns a number or a scalar tensor.
+        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+
+    Returns:
+        The direction, a list of (*shape) in the dtype of `grads`, and the `Stats` it came from. With D = 0 (B = 1, or
+        samples identical to rounding) the direction is the plain mean.
+
+    Raises:
+        ValueError, TypeError: for bad gradients (see `rgd_ext.ops.moments`), fractions out of range, an epsilon
+            that is not finite.
+
+    Example:
+        >>> grads = torch.tensor([[1.0, 2.0], [1.0, -2.0], [1.0, 0.0]])
+        >>> step, stats = rgd_ext.direction(grads, epsilon=rgd_ext.Spectral(0.5))
+        >>> step[0]
+        tensor([1., 0.])
+        >>> round(stats.largest_eigenvalue.item(), 4)  # of D = diag(0, 8/3)
+        2.6667
+    """
+    policy = checked_policy(epsilon, inverse)
+    return solve(grads if isinstance(grads, PerSampleGradients) else DenseGradients(grads), policy, inverse)

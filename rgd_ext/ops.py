@@ -1,0 +1,242 @@
+"""The operators of RGD on materialised per-sample gradients: schema, fake kernel, default kernel, wrapper.
+
+`grads` is always a (B, d) tensor or a sequence of (B, *shape) tensors, one per parameter, never concatenated.
+Supported dtypes: float32, float64, bfloat16 and float16; sums are accumulated in float32 (float64 for float64).
+The default kernel is `rgd_ext.reference`; the compiled extension, where it was built, overrides it per device.
+None of the operators has a derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import accumulate_dtype
+
+Tensors: TypeAlias = Tensor | Sequence[Tensor]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_library = torch.library.Library("rgd_ext", "DEF")
+
+
+def as_list(tensors: Tensors) -> list[Tensor]:
+    """A list of tensors from one tensor or a sequence of them."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def checked_grads(grads: Tensors) -> list[Tensor]:
+    """`grads` as a list, or an error that names what is wrong with it."""
+    tensors = as_list(grads)
+    if not tensors:
+        raise ValueError("grads is empty: pass a (B, d) tensor or at least one (B, *shape) tensor")
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"grads[{index}] is a {type(tensor).__name__}: pass tensors of shape (B, *shape)")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"grads[{index}] has dtype {tensor.dtype}: per-sample gradients are float32, float64, bfloat16 or"
+                " float16; convert it first"
+            )
+        if tensor.ndim == 0:
+            raise ValueError(f"grads[{index}] is a scalar: its first dimension must be the batch, (B, *shape)")
+    first = tensors[0]
+    if first.shape[0] == 0:
+        raise ValueError(f"empty batch: grads[0] has shape {tuple(first.shape)}; RGD needs at least one sample")
+    for index, tensor in enumerate(tensors):
+        if tensor.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"batch sizes disagree: grads[0] has {first.shape[0]} samples and grads[{index}] has"
+                f" {tensor.shape[0]}; every tensor must be (B, *shape) with the same B"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"dtypes disagree: grads[0] is {first.dtype} and grads[{index}] is {tensor.dtype}; convert them to one"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"devices disagree: grads[0] is on {first.device} and grads[{index}] on {tensor.device};"
+                " move them to one device"
+            )
+    return tensors
+
+
+_library.define("moments(Tensor[] grads) -> (Tensor[], Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::moments", lib=_library)
+def _(grads):
+    statistic = grads[0].new_empty(grads[0].shape[0], dtype=accumulate_dtype(grads[0].dtype))
+    return [g.new_empty(g.shape[1:]) for g in grads], statistic, torch.empty_like(statistic)
+
+
+torch.library.impl(_library, "moments", "CompositeExplicitAutograd")(reference.moments)
+
+
+def moments(grads: Tensors) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Mean, centred alignments and centred squared norms: one read of G.
+
+    Args:
+        grads: per-sample gradients, each of shape (B, *shape).
+
+    Returns:
+        g = mean_i g_i, a list of (*shape) in the dtype of `grads`; the alignments a_i = <g_i - g, g>, shape (B,),
+        which sum to zero; and |g_i - g|^2, shape (B,), whose mean is the trace of D. Both in the accumulation dtype.
+
+    Raises:
+        ValueError: for an empty list or batch, a scalar, batch sizes or devices that disagree.
+        TypeError: for anything but floating-point tensors of one dtype.
+    """
+    return torch.ops.rgd_ext.moments(checked_grads(grads))
+
+
+_library.define("combine(Tensor[] grads, Tensor weights) -> Tensor[]")
+
+
+@torch.library.register_fake("rgd_ext::combine", lib=_library)
+def _(grads, weights):
+    return [g.new_empty(g.shape[1:]) for g in grads]
+
+
+torch.library.impl(_library, "combine", "CompositeExplicitAutograd")(reference.combine)
+
+
+def combine(grads: Tensors, weights: Tensor) -> list[Tensor]:
+    """Weighted sum over samples, p = sum_i w_i g_i: the second read of G.
+
+    Args:
+        grads: per-sample gradients, each of shape (B, *shape).
+        weights: shape (B,); (1 - eps a_i) / B gives the RGD direction, eq. (10). Converted to the accumulation dtype.
+
+    Returns:
+        A list of (*shape) in the dtype of `grads`.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if `weights` is not of shape (B,) on the device of `grads`.
+    """
+    tensors = checked_grads(grads)
+    batch_size, device = tensors[0].shape[0], tensors[0].device
+    if weights.shape != (batch_size,):
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)} but grads holds {batch_size} samples: pass one weight per sample"
+        )
+    if weights.device != device:
+        raise ValueError(f"weights is on {weights.device} but grads on {device}: move them to one device")
+    return torch.ops.rgd_ext.combine(tensors, weights.to(accumulate_dtype(tensors[0].dtype)))
+
+
+_library.define("diffusion_mv(Tensor[] grads, Tensor[] vectors) -> Tensor[]")
+
+
+@torch.library.register_fake("rgd_ext::diffusion_mv", lib=_library)
+def _(grads, vectors):
+    return [v.new_empty(v.shape) for v in vectors]
+
+
+torch.library.impl(_library, "diffusion_mv", "CompositeExplicitAutograd")(reference.diffusion_mv)
+
+
+def diffusion_mv(grads: Tensors, vectors: Tensors) -> list[Tensor]:
+    """Diffusion matrix times one or several vectors, D v = (1/B) sum_i <g_i - g, v> g_i: two reads of G.
+
+    Args:
+        grads: per-sample gradients, each of shape (B, *shape).
+        vectors: one tensor per tensor of `grads`, of shape (*shape) for one vector or (k, *shape) for k of them.
+
+    Returns:
+        A list of tensors of the shapes of `vectors`.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if `vectors` does not match `grads` in number, shape, dtype
+            or device.
+    """
+    tensors, directions = checked_grads(grads), as_list(vectors)
+    if len(tensors) != len(directions):
+        raise ValueError(f"grads has {len(tensors)} tensors and vectors {len(directions)}: pass one vector per tensor")
+    leading = {v.shape[: v.ndim - g.ndim + 1] for g, v in zip(tensors, directions, strict=True)}
+    if len(leading) > 1:
+        raise ValueError(f"vectors disagree in number: their leading shapes are {sorted(map(tuple, leading))}")
+    for index, (grad, vector) in enumerate(zip(tensors, directions, strict=True)):
+        shape = tuple(grad.shape[1:])
+        if vector.ndim not in (len(shape), len(shape) + 1) or vector.shape[vector.ndim - len(shape) :] != shape:
+            raise ValueError(
+                f"vectors[{index}] has shape {tuple(vector.shape)}: expected {shape} for one vector or (k, *{shape})"
+                " for k of them"
+            )
+        if (vector.dtype, vector.device) != (grad.dtype, grad.device):
+            raise ValueError(
+                f"vectors[{index}] is {vector.dtype} on {vector.device} but grads[{index}] is {grad.dtype} on"
+                f" {grad.device}: convert one to the other"
+            )
+    return torch.ops.rgd_ext.diffusion_mv(tensors, directions)
+
+
+_library.define("gram(Tensor[] grads) -> Tensor")
+
+
+@torch.library.register_fake("rgd_ext::gram", lib=_library)
+def _(grads):
+    batch_size = grads[0].shape[0]
+    return grads[0].new_empty((batch_size, batch_size), dtype=accumulate_dtype(grads[0].dtype))
+
+
+torch.library.impl(_library, "gram", "CompositeExplicitAutograd")(reference.gram)
+
+
+def gram(grads: Tensors) -> Tensor:
+    """Gramian K = G G^T of the per-sample gradients, not centred.
+
+    Args:
+        grads: per-sample gradients, each of shape (B, *shape).
+
+    Returns:
+        K of shape (B, B) in the accumulation dtype. Centred and divided by B it has the non-zero spectrum of D.
+
+    Raises:
+        ValueError, TypeError: as `moments`.
+    """
+    return torch.ops.rgd_ext.gram(checked_grads(grads))
+
+
+_library.define("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]")
+
+
+@torch.library.register_fake("rgd_ext::precondition", lib=_library)
+def _(grads, epsilon):
+    return [g.new_empty(g.shape[1:]) for g in grads]
+
+
+torch.library.impl(_library, "precondition", "CompositeExplicitAutograd")(reference.precondition)
+
+
+def precondition(grads: Tensors, epsilon: float | Tensor) -> list[Tensor]:
+    """RGD direction for a known epsilon, (I - eps D) g, eq. (10), in two reads of G.
+
+    Args:
+        grads: per-sample gradients, each of shape (B, *shape).
+        epsilon: a number, or a one-element tensor on the device of `grads` (no synchronisation). The caller answers
+            for eps < 1 / lambda_max(D), eq. (6); `rgd_ext.direction` chooses it.
+
+    Returns:
+        A list of (*shape) in the dtype of `grads`.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError for a number that is not finite or a tensor that is not a
+            scalar on the device of `grads`.
+    """
+    tensors = checked_grads(grads)
+    first = tensors[0]
+    dtype = accumulate_dtype(first.dtype)
+    if not isinstance(epsilon, Tensor):
+        if not math.isfinite(epsilon):
+            raise ValueError(f"epsilon is {epsilon}: pass a finite number")
+        epsilon = torch.full((), epsilon, dtype=dtype, device=first.device)
+    if epsilon.numel() != 1 or epsilon.device != first.device:
+        raise ValueError(
+            f"epsilon has shape {tuple(epsilon.shape)} on {epsilon.device}: pass a number or a scalar on {first.device}"
+        )
+    return torch.ops.rgd_ext.precondition(tensors, epsilon.reshape(()).to(dtype))

@@ -1,0 +1,88 @@
+"""The optimizer: torch.optim.SGD along the RGD direction."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .capture import Preconditioner, precondition
+from .capture.preconditioner import is_captured
+from .metric import Inverse, Policy
+
+
+class RGD(torch.optim.SGD):
+    """Relativistic gradient descent, x <- x - lr (I - eps D) g, eq. (10).
+
+    Everything but the direction is `torch.optim.SGD`: momentum, weight decay, parameter groups, schedulers, state_dict,
+    hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`.
+
+    Args:
+        model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
+            a model that has been captured already.
+        epsilon, inverse, batch_norm: of `rgd_ext.precondition`; only with a model.
+        lr, momentum, dampening, weight_decay, nesterov, others: of `torch.optim.SGD`.
+
+    Attributes:
+        preconditioner: the handle of the capture, or None for parameters.
+
+    Raises:
+        ValueError: if trainable parameters were never captured, or as `rgd_ext.precondition`.
+        TypeError: if options of the capture come with parameters, whose capture has its own.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> optimizer = rgd_ext.RGD(model, lr=0.1, momentum=0.9)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,)))
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.preconditioner.stats.batch_size
+        16
+    """
+
+    preconditioner: Preconditioner | None = None
+
+    def __init__(
+        self,
+        model,
+        lr: float | torch.Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | torch.Tensor = 0,
+        nesterov: bool = False,
+        *,
+        epsilon: Policy | float | None = None,
+        inverse: Inverse | None = None,
+        batch_norm: Literal["error", "contribution"] | None = None,
+        **others,
+    ) -> None:
+        options = {"epsilon": epsilon, "inverse": inverse, "batch_norm": batch_norm}
+        options = {name: value for name, value in options.items() if value is not None}
+        is_model = isinstance(model, nn.Module)
+        if options and not is_model:
+            raise TypeError(
+                f"RGD got {', '.join(options)} with parameters: pass the model, or give them to rgd_ext.precondition"
+            )
+        handle = precondition(model, **options) if is_model else None
+        try:
+            parameters = model.parameters() if is_model else model
+            super().__init__(parameters, lr, momentum, dampening, weight_decay, nesterov, **others)
+        except BaseException:
+            if handle is not None:
+                handle.remove()
+            raise
+        self.preconditioner = handle
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; ValueError for trainable parameters that are not captured."""
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        for position, entry in enumerate(params):
+            name, parameter = entry if isinstance(entry, tuple) else (f"number {position}", entry)
+            if isinstance(parameter, torch.Tensor) and parameter.requires_grad and not is_captured(parameter):
+                raise ValueError(
+                    f"parameter {name} of shape {tuple(parameter.shape)} was never captured, so backward() writes its"
+                    " plain gradient: pass the model, RGD(model, ...), or call rgd_ext.precondition(model) first"
+                )
+        super().add_param_group({**param_group, "params": params})

@@ -1,0 +1,70 @@
+"""The operators in plain PyTorch: the default kernel on every device, and the oracle of the tests.
+
+Notation: G is the (B, d) matrix of per-sample gradients g_i, given as one (B, *shape) tensor per parameter;
+g is their mean, C = G - 1 g^T, and D = C^T C / B is the diffusion matrix, eqs. (2) and (3).
+Sums over weights and samples are accumulated in `accumulate_dtype`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over gradients of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _matrices(grads: list[Tensor]) -> list[Tensor]:
+    return [g.reshape(g.shape[0], -1).to(accumulate_dtype(g.dtype)) for g in grads]
+
+
+def _like_parameters(vectors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    return [v.reshape(g.shape[1:]).to(g.dtype) for v, g in zip(vectors, grads, strict=True)]
+
+
+def _weighted_sum(weights: Tensor, matrix: Tensor) -> Tensor:
+    return (weights[:, None] * matrix).sum(0)
+
+
+def _mean(matrix: Tensor) -> Tensor:
+    # As a weighted sum, so that combine() with equal weights gives the same bits.
+    batch_size = matrix.shape[0]
+    return _weighted_sum(matrix.new_full((batch_size,), 1 / batch_size), matrix)
+
+
+def moments(grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """g = mean_i g_i, the alignments <g_i - g, g>, and the squared norms |g_i - g|^2."""
+    matrices = _matrices(grads)
+    means = [_mean(m) for m in matrices]
+    alignments = torch.stack([(m - g) @ g for m, g in zip(matrices, means, strict=True)]).sum(0)
+    squared_norms = torch.stack([(m - g).square().sum(1) for m, g in zip(matrices, means, strict=True)]).sum(0)
+    return _like_parameters(means, grads), alignments, squared_norms
+
+
+def combine(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """p = sum_i w_i g_i."""
+    return _like_parameters([_weighted_sum(weights, m) for m in _matrices(grads)], grads)
+
+
+def diffusion_mv(grads: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
+    """D v = (1/B) sum_i <g_i - g, v> g_i, eq. (2), for one vector (*shape) or several (k, *shape)."""
+    matrices = _matrices(grads)
+    number = vectors[0].shape[0] if vectors[0].ndim == grads[0].ndim else 1
+    columns = [v.reshape(number, m.shape[1]).to(m.dtype).T for v, m in zip(vectors, matrices, strict=True)]
+    products = torch.stack([m @ v for m, v in zip(matrices, columns, strict=True)]).sum(0)
+    products = (products - products.mean(0)) / products.shape[0]  # (B, k)
+    results = [products.T @ m for m in matrices]
+    return [r.reshape(v.shape).to(v.dtype) for r, v in zip(results, vectors, strict=True)]
+
+
+def gram(grads: list[Tensor]) -> Tensor:
+    """K = G G^T, (B, B), not centred."""
+    return torch.stack([m @ m.T for m in _matrices(grads)]).sum(0)
+
+
+def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
+    """(I - eps D) g = sum_i w_i g_i with w_i = (1 - eps <g_i - g, g>) / B, eq. (10)."""
+    _, alignments, _ = moments(grads)
+    return combine(grads, (1 - epsilon * alignments) / alignments.shape[0])

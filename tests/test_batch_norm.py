@@ -1,0 +1,55 @@
+"""convert_batch_norm."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rgd_ext
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Sequential(nn.Conv2d(6, 64, 3), nn.BatchNorm2d(64))
+    )
+
+
+def test_every_batch_norm_becomes_a_group_norm_with_its_scale_and_shift():
+    model = network()
+    nn.init.uniform_(model[1].weight)
+    before = copy.deepcopy(model.state_dict())
+    converted = rgd_ext.convert_batch_norm(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+    assert torch.equal(converted[1].weight, model[1].weight)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    rgd_ext.precondition(converted)
+    assert converted(torch.randn(2, 3, 8, 8)).shape == (2, 64, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6, 31, 32, 48, 64, 100])
+def test_groups_divide_the_channels_and_never_hold_a_single_one(channels):
+    norm = rgd_ext.convert_batch_norm(nn.BatchNorm1d(channels))
+    assert channels % norm.num_groups == 0
+    assert norm.num_groups < channels or channels == 1
+    if channels > 1:
+        assert norm(torch.randn(4, channels)).abs().sum() > 0
+
+
+def test_mode_precision_and_frozen_parameters_are_kept():
+    layer = nn.BatchNorm2d(8).double().eval()
+    layer.weight.requires_grad_(False)
+    norm = rgd_ext.convert_batch_norm(layer)
+    assert norm.weight.dtype == torch.float64
+    assert not norm.training
+    assert not norm.weight.requires_grad
+    assert norm.bias.requires_grad
+    assert rgd_ext.convert_batch_norm(nn.BatchNorm2d(8, affine=False)).weight is None
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="int"):
+        rgd_ext.convert_batch_norm(3)
+    with pytest.raises(ValueError, match="num_groups is 0"):
+        rgd_ext.convert_batch_norm(network(), 0)

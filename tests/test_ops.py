@@ -1,0 +1,249 @@
+"""Every operator against the reference in float64, on every device there is."""
+
+import pytest
+import torch
+from oracle import TOLERANCE, assert_close, diffusion_matrix, flat
+
+import rgd_ext
+from rgd_ext import ops, reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {
+    "flat": [(5, 33)],
+    "one sample": [(1, 17)],
+    "one weight": [(4, 1)],
+    "scalars": [(4,), (4, 3)],
+    "many": [(7, 3, 5), (7, 64), (7, 1), (7, 2, 3, 4), (7, 129)],
+    "empty parameter": [(3, 0), (3, 8)],
+    "no weights": [(3, 0)],
+    "wide": [(3, 20_011)],
+    "wide, many samples": [(130, 4_099)],
+    "hundred tensors": [(4, n) for n in range(1, 101)],
+}
+
+
+def sample_grads(name, dtype, device="cpu"):
+    generator = torch.Generator().manual_seed(hash(name) % 2**31)
+    return [torch.randn(s, generator=generator).add_(0.2).to(device, dtype) for s in SHAPES[name]]
+
+
+def laid_out(grads, layout):
+    """The same values in another memory layout."""
+    if layout == "contiguous":
+        return grads
+    if layout == "row slices":  # a few columns of a wider matrix; unaligned pointers
+        return [torch.cat([g.new_ones(len(g), 3), g.reshape(len(g), -1)], 1)[:, 3:].view_as(g) for g in grads]
+    if layout == "every other row":
+        return [g.repeat_interleave(2, 0)[::2] for g in grads]
+    if layout == "permuted":
+        return [g.movedim(0, -1).contiguous().movedim(-1, 0) for g in grads]
+    return [g[:1].expand_as(g) for g in grads]
+
+
+LAYOUTS = ["contiguous", "row slices", "every other row", "permuted", "expanded"]
+
+
+def weights_for(grads):
+    return torch.linspace(-0.5, 1.5, len(grads[0]), device=grads[0].device)
+
+
+def vectors_for(grads, number=None):
+    shapes = [g.shape[1:] if number is None else (number, *g.shape[1:]) for g in grads]
+    ramps = [torch.linspace(-1, 1, torch.Size(s).numel()).reshape(s) for s in shapes]
+    return [r.to(g.device, g.dtype) for r, g in zip(ramps, grads, strict=True)]
+
+
+CALLS = {
+    "moments": lambda g: ops.moments(g),
+    "combine": lambda g: ops.combine(g, weights_for(g)),
+    "diffusion_mv": lambda g: ops.diffusion_mv(g, vectors_for(g)),
+    "diffusion_mv of three": lambda g: ops.diffusion_mv(g, vectors_for(g, 3)),
+    "gram": lambda g: ops.gram(g),
+    "precondition": lambda g: ops.precondition(g, 0.1),
+    "precondition by tensor": lambda g: ops.precondition(g, torch.full((), 0.1, dtype=torch.float64).to(g[0].device)),
+}
+
+
+def expected(name, grads):
+    grads = [g.double().cpu() for g in grads]
+    function = getattr(reference, name.split()[0])
+    extra = {
+        "moments": [],
+        "gram": [],
+        "combine": [weights_for(grads).double()],
+        "diffusion_mv": [vectors_for(grads, 3 if "three" in name else None)],
+        "precondition": [torch.tensor(0.1, dtype=torch.float64)],
+    }
+    return function(grads, *extra[name.split()[0]])
+
+
+def leaves(result):
+    return torch.utils._pytree.tree_leaves(result)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_matches_float64_reference(name, shapes, dtype, device):
+    grads = sample_grads(shapes, dtype, device)
+    results, wanted = leaves(CALLS[name](grads)), leaves(expected(name, grads))
+    assert [r.shape for r in results] == [w.shape for w in wanted]
+    assert all(r.dtype in (dtype, reference.accumulate_dtype(dtype)) for r in results)
+    scale = max(w.abs().max() if w.numel() else 0 for w in wanted)
+    for result, want in zip(results, wanted, strict=True):
+        assert torch.allclose(result.double().cpu(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * float(scale))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_memory_layout_does_not_matter(name, layout, device):
+    grads = laid_out(sample_grads("many", torch.float32, device), layout)
+    results = leaves(CALLS[name](grads))
+    for result, want in zip(results, leaves(CALLS[name]([g.contiguous() for g in grads])), strict=True):
+        assert torch.allclose(result, want, rtol=1e-6, atol=1e-6)
+        assert result.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", ["many", "wide", "wide, many samples", "hundred tensors"])
+@pytest.mark.parametrize("name", CALLS)
+def test_any_number_of_threads_gives_the_same_bits(name, shapes, dtype):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's own reductions depend on the number of threads")
+    grads, before = sample_grads(shapes, dtype), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(leaves(CALLS[name](grads)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("shapes", ["many", "empty parameter"])
+@pytest.mark.parametrize("name", ["moments", "combine", "diffusion_mv", "gram", "precondition"])
+def test_opcheck(name, shapes, layout, dtype, device):
+    grads = laid_out(sample_grads(shapes, dtype, device), layout)
+    accumulate = reference.accumulate_dtype(dtype)
+    extra = {
+        "moments": (),
+        "gram": (),
+        "combine": (weights_for(grads).to(accumulate),),
+        "diffusion_mv": (vectors_for(grads, 2),),
+        "precondition": (torch.tensor(0.1, dtype=accumulate, device=device),),
+    }
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.rgd_ext, name).default, (grads, *extra[name]), test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_without_graph_breaks(name, device):
+    grads = sample_grads("many", torch.float32, device)
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    for result, want in zip(leaves(compiled(grads)), leaves(CALLS[name](grads)), strict=True):
+        assert torch.equal(result, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", ["flat", "many", "wide", "wide, many samples"])
+def test_epsilon_zero_and_equal_weights_give_the_mean_bitwise(shapes, dtype):
+    grads = sample_grads(shapes, dtype)
+    mean, _, _ = ops.moments(grads)
+    equal = torch.full((len(grads[0]),), 1 / len(grads[0]), dtype=reference.accumulate_dtype(dtype))
+    for results in (ops.precondition(grads, 0.0), ops.combine(grads, equal)):
+        assert all(torch.equal(a, b) for a, b in zip(results, mean, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_tensor_is_a_list_of_one(dtype):
+    (grads,) = sample_grads("flat", dtype)
+    for name in ("moments", "gram"):
+        for a, b in zip(leaves(getattr(ops, name)(grads)), leaves(getattr(ops, name)([grads])), strict=True):
+            assert torch.equal(a, b)
+    assert isinstance(ops.precondition(grads, 0.1), list)
+
+
+def test_gram_is_exactly_symmetric():
+    for shapes in SHAPES:
+        gram = ops.gram(sample_grads(shapes, torch.float32))
+        assert torch.equal(gram, gram.T)
+
+
+def test_operators_agree_with_the_explicit_diffusion_matrix():
+    grads = sample_grads("many", torch.float64)
+    rows = torch.cat([g.flatten(1) for g in grads], 1)
+    matrix, mean = diffusion_matrix(rows), rows.mean(0)
+    _, alignments, squared_norms = ops.moments(grads)
+    assert_close(alignments, (rows - mean) @ mean)
+    assert_close(squared_norms.mean(), matrix.trace())
+    assert_close(flat(ops.diffusion_mv(grads, vectors_for(grads))), matrix @ flat(vectors_for(grads)))
+    assert_close(flat(ops.precondition(grads, 0.3)), mean - 0.3 * matrix @ mean)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", CALLS)
+def test_values_that_are_not_finite_flow_through(name, value):
+    grads = sample_grads("many", torch.float32)
+    grads[1][2, 3] = value
+    assert any(not r.isfinite().all() for r in leaves(CALLS[name](grads)))
+
+
+G = torch.ones(3, 4)
+BAD = {
+    "no tensors": (lambda: ops.moments([]), ValueError, "empty"),
+    "empty batch": (lambda: ops.gram(torch.ones(0, 4)), ValueError, r"empty batch.*\(0, 4\)"),
+    "scalar": (lambda: ops.moments(torch.tensor(1.0)), ValueError, "scalar"),
+    "integers": (lambda: ops.moments(torch.ones(3, 4, dtype=torch.int64)), TypeError, "torch.int64"),
+    "not a tensor": (lambda: ops.moments([[1.0]]), TypeError, "list"),
+    "batch sizes": (lambda: ops.moments([G, G[:2]]), ValueError, "3 samples and grads.1. has 2"),
+    "dtypes": (lambda: ops.moments([G, G.double()]), TypeError, r"torch\.float32.*torch\.float64"),
+    "devices": (lambda: ops.moments([G, G.to("meta")]), ValueError, "cpu.*meta"),
+    "weights": (lambda: ops.combine(G, torch.ones(4)), ValueError, r"\(4,\).*3 samples"),
+    "weights on another device": (lambda: ops.combine(G, torch.ones(3, device="meta")), ValueError, "meta.*cpu"),
+    "vectors": (lambda: ops.diffusion_mv(G, torch.ones(5)), ValueError, r"\(5,\).*\(4,\)"),
+    "number of vectors": (lambda: ops.diffusion_mv(G, [torch.ones(4)] * 2), ValueError, "1 tensors and vectors 2"),
+    "dtype of vectors": (lambda: ops.diffusion_mv(G, torch.ones(4).double()), ValueError, "torch.float64"),
+    "vectors disagree": (
+        lambda: ops.diffusion_mv([G, G], [torch.ones(2, 4), torch.ones(3, 4)]),
+        ValueError,
+        r"\(2,\), \(3,\)",
+    ),
+    "epsilon": (lambda: ops.precondition(G, float("nan")), ValueError, "epsilon is nan"),
+    "epsilon of two": (lambda: ops.precondition(G, torch.ones(2)), ValueError, r"shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, match = BAD[name]
+    with pytest.raises(error, match=match):
+        call()
+
+
+RAW_BAD = {
+    "no tensors": lambda: torch.ops.rgd_ext.moments([]),
+    "empty batch": lambda: torch.ops.rgd_ext.gram([torch.ones(0, 4)]),
+    "batch sizes": lambda: torch.ops.rgd_ext.moments([G, G[:2]]),
+    "dtypes": lambda: torch.ops.rgd_ext.moments([G, G.double()]),
+    "integers": lambda: torch.ops.rgd_ext.moments([torch.ones(3, 4, dtype=torch.int64)]),
+    "weights": lambda: torch.ops.rgd_ext.combine([G], torch.ones(2)),
+    "vectors": lambda: torch.ops.rgd_ext.diffusion_mv([G], [torch.ones(5)]),
+    "epsilon": lambda: torch.ops.rgd_ext.precondition([G], torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("name", RAW_BAD)
+def test_compiled_kernels_check_what_reaches_them(name):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("there are no compiled kernels")
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        RAW_BAD[name]()
