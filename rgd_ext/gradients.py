@@ -40,9 +40,9 @@ class PerSampleGradients(Protocol):
         ...
 
 
-def squared_norm(vector: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """|v|^2 of a vector of the parameter space, summed in `dtype`."""
-    return torch.stack(torch._foreach_norm(vector, dtype=dtype)).square().sum()
+def squared_norm(vector: list[Tensor]) -> Tensor:
+    """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
+    return torch.stack(torch._foreach_norm(vector, dtype=accumulate_dtype(vector[0].dtype))).square().sum()
 
 
 class DenseGradients:
@@ -70,7 +70,7 @@ class DenseGradients:
     def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
         """|g|^2, the centred alignments and the centred squared norms, in one read of G."""
         mean, alignments, squared_norms = ops.moments(self.grads)
-        return squared_norm(mean, alignments.dtype), alignments, squared_norms
+        return squared_norm(mean), alignments, squared_norms
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""

@@ -279,8 +279,17 @@ def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[
     stats.epsilon = torch.where(stats.isotropic, torch.zeros_like(epsilon), epsilon)
     stats.weights = weights(stats, stats.epsilon, inverse)
     direction = grads.combine(stats.weights)
-    stats.direction_norm = squared_norm(direction, stats.weights.dtype).sqrt()
+    stats.direction_norm = _norm(stats, direction)
     return direction, stats
+
+
+def _norm(stats: Stats, direction: list[Tensor]) -> Tensor:
+    if stats.centred_gram is None:
+        return torch.stack([squared_norm([step]).to(stats.weights) for step in direction]).sum().sqrt()
+    # |g + sum_i w_i (g_i - g)|^2 without another read of the parameters' space.
+    weights = stats.weights
+    squared = stats.grad_norm.square() + 2 * weights @ stats.alignments + weights @ stats.centred_gram @ weights
+    return squared.clamp(min=0).sqrt()
 
 
 def _chosen_epsilon(policy: Policy, stats: Stats) -> Tensor:

@@ -128,6 +128,11 @@ def test_positions_through_dropout_free_layers_before_they_meet_the_batch():
     check(Net(forward, **parts).double(), torch.randint(9, (5, 3)))
 
 
+def test_relative_positions():
+    model, _ = relative_positions_as_long_as_the_batch()
+    check(model.double(), torch.randint(9, (5, 3)))
+
+
 def test_unit_takes_a_container_as_one_function():
     class Whole(nn.Module):
         """Uses a child's weight through @, and merges the batch with another dimension."""
@@ -566,7 +571,23 @@ def positions_as_long_as_the_batch():
     return Net(lambda m, x: m.table(x) + m.positions(torch.arange(x.shape[1])), **parts), torch.randint(9, (5, 5))
 
 
-AMBIGUOUS = [flattened_tokens, merged_windows, mixed_samples, square_table, positions_as_long_as_the_batch]
+def relative_positions_as_long_as_the_batch():
+    def forward(m, x):
+        steps = torch.arange(x.shape[1])
+        scores = m.table(x) @ m.table(x).transpose(1, 2)
+        return scores + m.bias((steps[:, None] - steps).abs())[..., 0]
+
+    return Net(forward, table=nn.Embedding(9, 4), bias=nn.Embedding(9, 1)), torch.randint(9, (5, 5))
+
+
+AMBIGUOUS = [
+    relative_positions_as_long_as_the_batch,
+    flattened_tokens,
+    merged_windows,
+    mixed_samples,
+    square_table,
+    positions_as_long_as_the_batch,
+]
 
 
 @pytest.mark.parametrize("build", AMBIGUOUS, ids=lambda f: f.__name__)

@@ -56,14 +56,13 @@ class Batch:
             return getattr(module, _MARK)
         if self.size is None:
             return 0
-        if x.ndim <= sample_ndim:
-            return None
-        is_index = not x.dtype.is_floating_point
-        if x.shape[0] == self.size:
-            if is_index and x.ndim == 1 and self.size > 1 and not self._holds(x):
+        made_inside = not x.dtype.is_floating_point and not self._holds(x)  # positions, or indices of the samples
+        is_sample = x.ndim <= sample_ndim
+        if not is_sample and x.shape[0] == self.size:
+            if made_inside and self.size > 1 and (x.ndim == 1 or x.shape[1] == self.size):
                 raise ValueError(self._ambiguous(x, name))
             return 0
-        if x.requires_grad or not (x.shape[0] == 1 or (is_index and not self._holds(x))):
+        if x.requires_grad or not (is_sample or x.shape[0] == 1 or made_inside):
             raise ValueError(self._ambiguous(x, name))
         return None
 

@@ -6,6 +6,7 @@ that their mean is grad L whatever the reduction of the loss.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -33,7 +34,7 @@ class Factor(Protocol):
         ...
 
     def combine(self, weights: Tensor) -> Tensor:
-        """sum_i w_i h_i, (*shape)."""
+        """sum_i w_i h_i, (*shape), for weights in the dtype and on the device of the contributions."""
         ...
 
     def dense(self) -> Tensor:
@@ -100,13 +101,19 @@ class Outer:
         batch_size, length, _ = inputs.shape
         inputs, output_grads = inputs.flatten(0, 1), output_grads.flatten(0, 1)
         if length == 1:
-            return (inputs @ inputs.T).mul_(output_grads @ output_grads.T)
+            return (inputs @ inputs.T).mul_(self.output_gram)
         samples = max(1, self._CHUNK // (length * length * batch_size))
         rows = []
         for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
             products = (a @ inputs.T).mul_(e @ output_grads.T)
             rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
         return torch.cat(rows)
+
+    @cached_property
+    def output_gram(self) -> Tensor:
+        """E E^T for T = 1, which the weight and the bias both need."""
+        output_grads = self._operands()[1].flatten(0, 1)
+        return output_grads @ output_grads.T
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()
@@ -115,7 +122,7 @@ class Outer:
 
     def combine(self, weights: Tensor) -> Tensor:
         # One plain weight-gradient product over all samples, as in the backward of SGD.
-        weighted = self.output_grads * weights.to(self.output_grads.dtype)[:, None, None]
+        weighted = self.output_grads * weights[:, None, None]
         return (weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1)).view(self.shape)
 
     def dense(self) -> Tensor:
@@ -128,6 +135,32 @@ class Outer:
         materialised = batch_size * length * n * m + batch_size**2 * n * m / 2
         fits = batch_size * n * m <= 4 * (self.inputs.numel() + self.output_grads.numel())
         return Dense(self.dense()) if fits and materialised < ghost else self
+
+
+class Bias:
+    """h_i = sum_t e_it: the bias beside an `Outer` weight."""
+
+    def __init__(self, weight: Outer) -> None:
+        self.weight, self.output_grads = weight, weight.output_grads
+
+    @property
+    def batch_size(self) -> int:
+        return self.output_grads.shape[0]
+
+    def gram(self) -> Tensor:
+        return self.weight.output_gram
+
+    def align(self, vector: Tensor) -> Tensor:
+        return self.output_grads.sum(1) @ vector
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return (self.output_grads * weights[:, None, None]).sum((0, 1))
+
+    def dense(self) -> Tensor:
+        return self.output_grads.sum(1)
+
+    def settled(self) -> Factor:
+        return self if self.output_grads.shape[1] == 1 else Dense(self.dense())
 
 
 class Rows:
@@ -165,7 +198,7 @@ class Rows:
         return (vector[self.indices] * self.output_grads).sum((1, 2))
 
     def combine(self, weights: Tensor) -> Tensor:
-        weighted = self.output_grads * weights.to(self.output_grads.dtype)[:, None, None]
+        weighted = self.output_grads * weights[:, None, None]
         return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
 
     def dense(self) -> Tensor:
@@ -254,7 +287,7 @@ class CapturedGradients:
         squared, alignments, squared_norms = [], [], []
         for group in self._groups():
             mean, a, n = ops.moments(group)
-            squared.append(squared_norm(mean, a.dtype))
+            squared.append(squared_norm(mean))
             alignments.append(a)
             squared_norms.append(n)
         for factor in self._others:
@@ -270,14 +303,17 @@ class CapturedGradients:
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
         weights = weights * self.batch_size
-        result = [None] * len(self._factors)
+        result: dict[int, Tensor] = {}
         for indices, group in zip(self._dense.values(), self._groups(), strict=True):
-            for index, combined in zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True):
-                result[index] = combined
-        return [
-            r if r is not None else f.combine(weights.to(f.output_grads.device))
-            for r, f in zip(result, self._factors, strict=True)
-        ]
+            result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
+        converted: dict[tuple, Tensor] = {}
+        for index, factor in enumerate(self._factors):
+            if index not in result:
+                like = factor.output_grads
+                if (like.dtype, like.device) not in converted:
+                    converted[like.dtype, like.device] = weights.to(like)
+                result[index] = factor.combine(converted[like.dtype, like.device])
+        return [result[index] for index in range(len(self._factors))]
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factors import Factor, Outer, Rows
+from .factors import Bias, Factor, Outer, Rows
 
 Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
 
@@ -92,14 +92,16 @@ def outer(x: Tensor, output_grad: Tensor, weight: str, bias: str) -> dict[str, T
     """`linear` under other names, for layers made of several products."""
     x, output_grad = _sequences(x), _sequences(output_grad)
     shape = torch.Size((output_grad.shape[-1], x.shape[-1]))
-    return {weight: Outer(x, output_grad, shape), bias: output_grad.sum(1)}
+    factor = Outer(x, output_grad, shape)
+    return {weight: factor, bias: Bias(factor)}
 
 
 def bilinear(module: nn.Bilinear, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y_k = u^T W_k v + b_k: dW_i = sum_t e_it (x) (u_it (x) v_it)."""
     left, right, output_grad = _sequences(inputs[0]), _sequences(inputs[1]), _sequences(output_grad)
     products = (left[..., :, None] * right[..., None, :]).flatten(2)
-    return {"weight": Outer(products, output_grad, module.weight.shape), "bias": output_grad.sum(1)}
+    factor = Outer(products, output_grad, module.weight.shape)
+    return {"weight": factor, "bias": Bias(factor)}
 
 
 def _sequences(x: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ class Layer(Tap):
             check_frozen(self.batch_norms)
 
     def record(self, batch, parameters, args, kwargs):
-        inputs = tuple(tensors_in((args, kwargs)))
+        inputs = args if len(args) == 1 and not kwargs else tuple(tensors_in((args, kwargs)))
         if not inputs:
             raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
         first = inputs[0]
@@ -231,6 +231,11 @@ class Layer(Tap):
                 return self._of_shared(parameters, inputs, args, kwargs)
             dim = batch.dim(first, self.module, self.name, self.sample_ndim)
             output = self.original(*args, **kwargs)
+        if dim is None and batch.size is None:
+            raise ValueError(
+                f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
+                " captured model itself, with the batch as its first tensor"
+            )
         if dim is None:
             return self._for_all(parameters, batch.size, inputs, output)
         size = first.shape[dim]
