@@ -1,4 +1,4 @@
-"""Relativistic gradient descent for PyTorch: exact per-sample gradient geometry at the price of SGD."""
+"""Relativistic gradient descent for PyTorch: exact per-sample gradient geometry from an ordinary backward."""
 
 from importlib.metadata import version
 

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-# What `pip install 'rgd_ext[demo]'` adds, by the names they are imported with.
-OPTIONAL = ("matplotlib", "rich", "sklearn")
+# What `pip install 'rgd_ext[demo]'` adds, by import name.
+OPTIONAL = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,9 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in OPTIONAL:
+        package = OPTIONAL.get((error.name or "").partition(".")[0])
+        if package is None:
             raise
-        print(f"{error.name} is missing: pip install 'rgd_ext[demo]'", file=sys.stderr)
+        print(f"{package} is missing: pip install 'rgd_ext[demo]'", file=sys.stderr)
         return 1
 
 
@@ -31,7 +32,9 @@ def _add_demo(commands) -> None:
     parser = commands.add_parser("demo", help="RGD beside SGD on handwritten digits: a table and a figure")
     parser.add_argument("--seeds", type=_positive, default=None, help="trainings of each kind (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a few seconds: two epochs, one seed")
-    parser.add_argument("--output", type=_png, default="rgd_demo.png", metavar="PATH", help="the figure, a PNG")
+    parser.add_argument(
+        "--output", type=_png, default="rgd_demo.png", metavar="PATH", help="the figure (default: %(default)s)"
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -55,7 +58,7 @@ def _info(options: argparse.Namespace) -> int:
             value = "yes" if value else "no"
         elif isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
-        print(f"{name:<14}{value or '-'}")
+        print(f"{name:<14}{value or 'none'}")
     return 0
 
 
