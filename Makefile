@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench cpp clean
+.PHONY: demo test lint bench cpp sanitize clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
@@ -21,10 +21,13 @@ lint: $(VENV)/.requirements
 bench: $(BUILT)
 	$(BIN)/python -m bench kernels
 
-cpp: $(VENV)/.requirements
-	$(BIN)/cmake -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	$(BIN)/cmake --build build/cmake
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+cpp: CMAKE_BUILD := build/cmake
+sanitize: CMAKE_BUILD := build/sanitize
+sanitize: CMAKE_OPTIONS := -DRGD_EXT_ASAN=ON -DRGD_EXT_UBSAN=ON
+cpp sanitize: $(VENV)/.requirements
+	PATH=$(abspath $(BIN)):$$PATH cmake -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python $(CMAKE_OPTIONS)
+	$(BIN)/cmake --build $(CMAKE_BUILD)
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
 clean:
 	rm -rf build $(VENV) rgd_ext/_C*.so *.egg-info

@@ -9,14 +9,23 @@ import torch
 from . import ops  # noqa: F401  kernels are registered for operators that exist
 
 _C = None
+_REMEDY = "Build it again: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def check_torch(compiled: str, running: str) -> None:
+    """Raise ImportError unless both are the same minor release: the C++ interface changes with each."""
+    if compiled.split(".")[:2] != running.split(".")[:2]:
+        raise ImportError(f"rgd_ext was compiled for torch {compiled}, but torch {running} is installed. {_REMEDY}")
+
+
 if importlib.util.find_spec("rgd_ext._C") is not None:
     try:
         from . import _C
     except ImportError as error:
         raise ImportError(
-            f"the compiled extension of rgd_ext does not load with torch {torch.__version__}: {error}\nBuild it again:"
-            " pip install --no-build-isolation --force-reinstall --no-deps ."
+            f"the compiled extension of rgd_ext does not load with torch {torch.__version__}: {error}. {_REMEDY}"
         ) from error
+    check_torch(_C.build_info()["torch"], torch.__version__)
 
 
 def build_info() -> dict[str, object]:
