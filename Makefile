@@ -20,6 +20,7 @@ lint: $(VENV)/.requirements
 
 bench: $(BUILT)
 	$(BIN)/python -m bench kernels
+	$(BIN)/python -m bench steps
 
 cpp: CMAKE_BUILD := build/cmake
 sanitize: CMAKE_BUILD := build/sanitize

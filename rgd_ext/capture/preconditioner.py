@@ -15,8 +15,8 @@ from ..metric import Inverse, Policy, Spectral, Stats, checked_policy, solve
 from .batch import Batch, tensors_in
 from .factors import CapturedGradients, Dense, Factor, add, join
 from .install import check_model, taps_for
+from .nodes import Record
 from .shared import Shared
-from .taps import Record
 
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
@@ -152,8 +152,8 @@ class Preconditioner:
         name = self._names.get(parameter, "?")
         raise RuntimeError(
             f"parameter '{name}' of shape {tuple(parameter.shape)} got gradient outside the forward of its module,"
-            " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that module the"
-            " parameter as its own, or capture the enclosing module as one unit with"
+            " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that"
+            " module the parameter as its own, or capture the enclosing module as one unit with"
             " rgd_ext.register_rule(type(enclosing), rgd_ext.unit); for a penalty on weights use weight_decay, or a"
             " backward of its own under `with handle.paused():`"
         )

@@ -2,7 +2,7 @@
 
 A tap sits in the place of its module's `forward`. It calls the real one with detached parameters, so that autograd
 computes no weight gradient, and ties the output to the parameters through an autograd node whose backward calls the
-layer's rule. The node also sees whether the parameters' gradients are wanted at all.
+layer's rule.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, tensors_in
 from .factors import Factor
+from .nodes import BoundRule, record, spread, watch
 from .rules import Registered
 from .shared import Shared, share
 
@@ -28,76 +28,6 @@ if TYPE_CHECKING:
 
 # A parameter's place: the module that owns it, its name there, and its name in the tapped module.
 Slot = tuple[nn.Module, str, str]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One use of some parameters in a forward: what the backward needs besides tensors."""
-
-    capture: Preconditioner
-    name: str
-    parameters: dict[str, nn.Parameter]
-    batch_size: int
-    # The backward this forward ran in, if any: re-entrant checkpointing runs forwards inside backwards.
-    inside: int
-
-    @classmethod
-    def of(cls, tap: Tap, parameters: dict[str, nn.Parameter], batch_size: int) -> Record:
-        return cls(tap.capture, tap.name, parameters, batch_size, torch._C._current_graph_task_id())
-
-
-class _Spread(torch.autograd.Function):
-    """One copy of each parameter per sample; their gradients are the contributions."""
-
-    @staticmethod
-    def forward(ctx, record: Record, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.record = record
-        ctx.set_materialize_grads(False)
-        return tuple(p.detach().expand(record.batch_size, *p.shape) for p in parameters)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None):
-        record = ctx.record
-        contributions = dict(zip(record.parameters, grads, strict=True))
-        nodes = [node for node, _ in ctx.next_functions]
-        record.capture.receive(record, nodes, lambda: {k: g for k, g in contributions.items() if g is not None})
-        return None, *[None] * len(grads)
-
-
-class _Watch(torch.autograd.Function):
-    """The identity on a layer's output; its gradient and the layer's inputs go to the layer's rule.
-
-    The output is detached, not viewed: in-place operations may follow, and version counters stay shared, so that
-    autograd still notices when one of them spoils a saved tensor. Inputs are saved by autograd for the same reason.
-    """
-
-    @staticmethod
-    def forward(ctx, record: Record, rule: Callable, output: Tensor, inputs: tuple[Tensor, ...], *parameters: Tensor):
-        ctx.record, ctx.rule = record, rule
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None):
-        record = ctx.record
-        nodes = [node for node, _ in ctx.next_functions[-len(record.parameters) :]]
-        # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
-        dtype = next(iter(record.parameters.values())).dtype
-
-        def contributions() -> dict[str, Tensor | Factor]:
-            inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in ctx.saved_tensors)
-            found = ctx.rule(inputs, grad.to(dtype))
-            if not found.keys() >= record.parameters.keys():
-                raise RuntimeError(
-                    f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable"
-                    f" parameters are {sorted(record.parameters)}: return one (B, *shape) tensor for each"
-                )
-            return found
-
-        if grad is not None:
-            record.capture.receive(record, nodes, contributions)
-        return None, None, grad, None, *[None] * len(record.parameters)
 
 
 class Released:
@@ -128,9 +58,6 @@ class Tap(Released):
         self.name = name or type(module).__name__
         self.previous = module.__dict__.get("forward")
 
-    def check_batch_norm(self) -> None:
-        """Raise ValueError if the module would couple the samples."""
-
     def __reduce__(self):
         return Released, (), {"module": self.module, "previous": self.previous}
 
@@ -144,6 +71,9 @@ class Tap(Released):
             return self._recorded(args, kwargs)
         with capture.call((args, kwargs)):
             return capture.check_output(self._recorded(args, kwargs))
+
+    def check_batch_norm(self) -> None:
+        """Raise ValueError if the module would couple the samples."""
 
     def _recorded(self, args: tuple, kwargs: dict):
         self.check_batch_norm()
@@ -179,19 +109,22 @@ class Tap(Released):
                 parameters[key] = parameter
 
     def _spread(self, parameters: dict[str, nn.Parameter], batch_size: int) -> dict[str, Tensor]:
-        record = Record.of(self, parameters, batch_size)
-        return dict(zip(parameters, _Spread.apply(record, *parameters.values()), strict=True))
+        return spread(record(self.capture, self.name, parameters, batch_size))
 
     def _watch(
         self,
         parameters: dict[str, nn.Parameter],
         batch_size: int,
-        rule: Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]],
+        rule: BoundRule,
         output: Tensor,
         inputs: tuple[Tensor, ...],
     ) -> Tensor:
-        record = Record.of(self, parameters, batch_size)
-        return _Watch.apply(record, rule, output, inputs, *parameters.values())
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
+                " modules with one output tensor; register it with rgd_ext.unit instead"
+            )
+        return watch(record(self.capture, self.name, parameters, batch_size), rule, output, inputs)
 
 
 class Container(Tap):
@@ -222,7 +155,8 @@ class Layer(Tap):
             check_frozen(self.batch_norms)
 
     def record(self, batch, parameters, args, kwargs):
-        inputs = args if len(args) == 1 and not kwargs else tuple(tensors_in((args, kwargs)))
+        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        inputs = args if is_plain else tuple(tensors_in((args, kwargs)))
         if not inputs:
             raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
         first = inputs[0]

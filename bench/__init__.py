@@ -1,0 +1,1 @@
+"""Benchmarks: each asserts agreement first, then times interleaved arms. `python -m bench --help`."""
