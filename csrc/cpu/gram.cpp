@@ -1,0 +1,66 @@
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "work.h"
+
+namespace rgd_ext::cpu {
+namespace {
+
+// Read B / 6 times from L2, while six rows of it stay in L1.
+constexpr TileShape kGramTile{1 << 20, 1024};
+
+// The rows of a tile in the accumulation type, from `scratch` where they had to be converted.
+template <typename S, typename T = accumulate_t<S>>
+Tile<T> widened(const Tile<S>& tile, T* scratch) {
+  if constexpr (std::is_same_v<S, T>) {
+    return tile;
+  } else {
+    const int64_t stride = padded_columns(tile.columns);
+    for (int64_t i = 0; i < tile.rows; ++i)
+      row_kernels<S>().widen(tile.data + i * tile.stride, tile.columns, scratch + i * stride);
+    return {scratch, stride, tile.rows, tile.columns};
+  }
+}
+
+template <typename S>
+void gram_kernel(const Work& work, double* partials) {
+  using T = accumulate_t<S>;
+  const int64_t batch_size = work.batch_size();
+  const int64_t scratch_size = std::is_same_v<S, T> ? 0 : batch_size * padded_columns(work.max_columns());
+  at::parallel_for(0, work.chunks(), 1, [&](int64_t begin, int64_t end) {
+    const Scratch<T> scratch(scratch_size);
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      for (const Columns& columns : work.chunk(chunk))
+        row_kernels<S>().gram(widened(work.tile<S>(columns), scratch.data()),
+                              partials + chunk * batch_size * batch_size);
+    }
+  });
+}
+
+template <typename T>
+void mirror(T* matrix, int64_t size) {
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < i; ++j) matrix[j * size + i] = matrix[i * size + j];
+}
+
+at::Tensor gram(at::TensorList grads) {
+  check_grads(grads);
+  const int64_t batch_size = grads[0].size(0), slot = batch_size * batch_size;
+  const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
+  const Work work(matrices, slot, kGramTile);
+  at::Tensor result = at::empty({batch_size, batch_size}, grads[0].options().dtype(accumulate_dtype(work.dtype())));
+  std::vector<double> partials(work.chunks() * slot);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, work.dtype(), "gram",
+                                  [&] { gram_kernel<scalar_t>(work, partials.data()); });
+  sum_chunks(work, partials.data(), slot, result);
+  AT_DISPATCH_FLOATING_TYPES(result.scalar_type(), "gram",
+                             [&] { mirror(result.mutable_data_ptr<scalar_t>(), batch_size); });
+  return result;
+}
+
+}  // namespace
+}  // namespace rgd_ext::cpu
+
+TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) { m.impl("gram", rgd_ext::cpu::gram); }

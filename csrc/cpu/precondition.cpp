@@ -1,0 +1,33 @@
+#include <ATen/ops/div.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/rsub.h>
+#include <torch/library.h>
+
+#include "reads.h"
+
+namespace rgd_ext::cpu {
+namespace {
+
+// moments, w_i = (1 - eps a_i) / B, combine: the same bits as these three one after the other, without writing the
+// mean.
+std::vector<at::Tensor> precondition(at::TensorList grads, const at::Tensor& epsilon) {
+  check_grads(grads);
+  TORCH_CHECK_VALUE(epsilon.numel() == 1, "epsilon has shape ", epsilon.sizes(), ": pass one number for all samples");
+  TORCH_CHECK_VALUE(epsilon.device() == grads[0].device(), "epsilon is on ", epsilon.device(), " but grads on ",
+                    grads[0].device(), ": move them to one device");
+  TORCH_CHECK_TYPE(at::isFloatingType(epsilon.scalar_type()), "epsilon has dtype ", epsilon.scalar_type(),
+                   ": convert it to ", accumulate_dtype(grads[0].scalar_type()));
+  const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
+  at::Tensor alignments = empty_statistic(grads), squared_norms = empty_statistic(grads);
+  read_moments(matrices, {}, alignments, squared_norms);
+  const at::Tensor step = epsilon.reshape({}).to(alignments.scalar_type());
+  const at::Tensor weights = at::rsub(at::mul(alignments, step), 1).div(alignments.numel());
+  std::vector<at::Tensor> direction = empty_like_parameters(grads);
+  read_combination(matrices, weights, direction);
+  return direction;
+}
+
+}  // namespace
+}  // namespace rgd_ext::cpu
+
+TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) { m.impl("precondition", rgd_ext::cpu::precondition); }

@@ -1,0 +1,49 @@
+#pragma once
+
+// Kernels on a tile of G, some columns of every row, compiled once per instruction set and chosen at run time.
+// S is the storage type of G and T the type that sums over it are accumulated in.
+
+#include <cstdint>
+#include <type_traits>
+
+namespace rgd_ext::cpu {
+
+template <typename S>
+using accumulate_t = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+// g_i[c] is data[i * stride + c], 0 <= i < rows, 0 <= c < columns.
+template <typename S>
+struct Tile {
+  const S* data;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+};
+
+// Arrays that a kernel writes over columns (sums, mean) need room for padded_columns(columns) elements.
+constexpr int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+template <typename S, typename T = accumulate_t<S>>
+struct RowKernels {
+  // sums[c] = sum_i weights[i] g_i[c], added in the order of the rows: the same bits for any tile that holds c.
+  void (*weighted_sum)(const Tile<S>& tile, const T* weights, T* sums);
+
+  // mean = weighted_sum, then alignments[i] += <g_i - mean, mean> and squared_norms[i] += |g_i - mean|^2.
+  void (*moments)(const Tile<S>& tile, const T* weights, T* mean, double* alignments, double* squared_norms);
+
+  // products[i] += <g_i, vector>.
+  void (*products)(const Tile<S>& tile, const T* vector, double* products);
+
+  // gram[i * rows + j] += <g_i, g_j> for i >= j; what is above the diagonal is not defined.
+  void (*gram)(const Tile<T>& tile, double* gram);
+
+  // Conversions between the two types, rounding to nearest even.
+  void (*widen)(const S* from, int64_t size, T* to);
+  void (*narrow)(const T* from, int64_t size, S* to);
+};
+
+// The kernels for at::get_cpu_capability(), so the environment variable ATEN_CPU_CAPABILITY limits them too.
+template <typename S>
+const RowKernels<S>& row_kernels();
+
+}  // namespace rgd_ext::cpu

@@ -1,0 +1,41 @@
+// The Python module rgd_ext._C. Importing it loads the kernels that the other files register with the dispatcher; it
+// holds no tensor code itself, because functions bound by pybind11 break the graphs of torch.compile.
+
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "g++ " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef RGD_EXT_CUDA
+  info["cuda"] = RGD_EXT_CUDA;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["architectures"] = py::list();
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = compiler();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled kernels of rgd_ext.";
+  m.def("build_info", &build_info, "What this binary was built with: cuda, architectures, torch, compiler.");
+}

@@ -1,0 +1,27 @@
+#pragma once
+
+// A test is a function that calls expect(); main returns how many expectations failed.
+
+#include <iostream>
+#include <string>
+
+inline int failures = 0;
+
+inline void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::cerr << "FAILED: " << what << std::endl;
+}
+
+// Runs body, which has to throw an exception whose message holds `part`.
+template <typename F>
+void expect_error(F body, const std::string& part) {
+  try {
+    body();
+  } catch (const std::exception& error) {
+    expect(std::string(error.what()).find(part) != std::string::npos,
+           "error message holds \"" + part + "\", got: " + error.what());
+    return;
+  }
+  expect(false, "an error about \"" + part + "\"");
+}

@@ -1,0 +1,201 @@
+// The operators through the dispatcher, against the formulas in double precision.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <vector>
+
+#include "check.h"
+
+// rgd_ext/ops.py defines the operators for Python; here there is no Python.
+TORCH_LIBRARY(rgd_ext, m) {
+  m.def("moments(Tensor[] grads) -> (Tensor[], Tensor, Tensor)");
+  m.def("combine(Tensor[] grads, Tensor weights) -> Tensor[]");
+  m.def("diffusion_mv(Tensor[] grads, Tensor[] vectors) -> Tensor[]");
+  m.def("gram(Tensor[] grads) -> Tensor");
+  m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
+}
+
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+std::tuple<Tensors, Tensor, Tensor> moments(const Tensors& grads) {
+  return find<std::tuple<Tensors, Tensor, Tensor>(at::TensorList)>("rgd_ext::moments").call(grads);
+}
+Tensors combine(const Tensors& grads, const Tensor& weights) {
+  return find<Tensors(at::TensorList, const Tensor&)>("rgd_ext::combine").call(grads, weights);
+}
+Tensors diffusion_mv(const Tensors& grads, const Tensors& vectors) {
+  return find<Tensors(at::TensorList, at::TensorList)>("rgd_ext::diffusion_mv").call(grads, vectors);
+}
+Tensor gram(const Tensors& grads) { return find<Tensor(at::TensorList)>("rgd_ext::gram").call(grads); }
+Tensors precondition(const Tensors& grads, const Tensor& epsilon) {
+  return find<Tensors(at::TensorList, const Tensor&)>("rgd_ext::precondition").call(grads, epsilon);
+}
+
+// All columns of all tensors, (leading, d) in double.
+Tensor flat(const Tensors& tensors, int64_t leading) {
+  Tensors matrices;
+  for (const Tensor& tensor : tensors) matrices.push_back(tensor.reshape({leading, tensor.numel() / leading}));
+  return at::cat(matrices, 1).to(at::kDouble);
+}
+
+// Largest error over the largest value that rounding can refer to.
+bool close(const Tensor& got, const Tensor& want, const Tensor& scale, double tolerance) {
+  if (want.numel() == 0) return got.numel() == 0;
+  const double error = (got.to(at::kDouble) - want).abs().max().item<double>();
+  return error <= tolerance * scale.abs().max().item<double>();
+}
+
+// Every output of every operator, so that two runs can be compared bit by bit.
+Tensors run_all(const Tensors& grads, const Tensor& weights, const Tensor& epsilon, const Tensors& vectors) {
+  auto [all, alignments, squared_norms] = moments(grads);
+  all.insert(all.end(), {alignments, squared_norms, gram(grads)});
+  for (const Tensors& more : {combine(grads, weights), diffusion_mv(grads, vectors), precondition(grads, epsilon)})
+    all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+void test_against_double(const Tensors& grads, const std::string& name) {
+  const at::ScalarType dtype = grads[0].scalar_type();
+  const at::ScalarType accumulate = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t batch_size = grads[0].size(0);
+  // Of a sum in the accumulation type, and of a result rounded to the storage type.
+  const double sum_tolerance = dtype == at::kDouble ? 1e-13 : 5e-6;
+  const double tolerance = dtype == at::kBFloat16 ? 1e-2 : dtype == at::kHalf ? 2e-3 : 4 * sum_tolerance;
+
+  const Tensor weights = at::randn({batch_size}, accumulate), epsilon = at::full({}, 0.01, accumulate);
+  Tensors vectors;
+  for (const Tensor& grad : grads) vectors.push_back(at::stack({grad[0], grad[0] * 2 + 1, at::ones_like(grad[0])}));
+
+  const Tensor rows = flat(grads, batch_size), mean = rows.mean(0), centred = rows - mean;
+  const Tensor norms = rows.square().sum(1), magnitude = rows.abs().sum(0);
+  const Tensor alignments = centred.mv(mean);
+  const Tensor directions = flat(vectors, 3);
+  const Tensor products = rows.matmul(directions.t());
+  const Tensor diffused = (products - products.mean(0)).t().matmul(rows) / batch_size;
+  const auto weighted = [&](const Tensor& w) { return w.to(at::kDouble).unsqueeze(0).matmul(rows).squeeze(0); };
+
+  auto [means, a, squared_norms] = moments(grads);
+  expect(close(flat(means, 1).squeeze(0), mean, magnitude, tolerance), name + " mean");
+  expect(close(a, alignments, norms, sum_tolerance), name + " alignments");
+  expect(close(squared_norms, centred.square().sum(1), norms, sum_tolerance), name + " squared norms");
+
+  const Tensor scale = magnitude * std::max(1.0, weights.abs().max().item<double>());
+  expect(close(flat(combine(grads, weights), 1).squeeze(0), weighted(weights), scale, tolerance), name + " combine");
+
+  const Tensor k = gram(grads);
+  expect(close(k, rows.matmul(rows.t()), norms, sum_tolerance), name + " gram");
+  expect(k.equal(k.t()), name + " gram is symmetric");
+
+  const Tensor product_scale = magnitude.max() * products.abs().max();
+  expect(close(flat(diffusion_mv(grads, vectors), 3), diffused, product_scale, tolerance), name + " diffusion_mv");
+
+  const Tensors direction = precondition(grads, epsilon);
+  const Tensor exact = (1 - 0.01 * alignments) / batch_size;
+  expect(close(flat(direction, 1).squeeze(0), weighted(exact), magnitude * exact.abs().max(), tolerance),
+         name + " precondition");
+
+  // The same bits: as composed operators, for epsilon = 0, and for any number of threads.
+  const Tensors composed = combine(grads, (1 - epsilon * a) / batch_size);
+  const Tensors unmoved = precondition(grads, at::zeros_like(epsilon));
+  for (size_t t = 0; t < grads.size(); ++t) {
+    expect(direction[t].equal(composed[t]), name + " precondition is moments, weights, combine");
+    expect(unmoved[t].equal(means[t]), name + " epsilon = 0 gives the mean");
+    expect(direction[t].sizes() == grads[t].sizes().slice(1) && direction[t].is_contiguous(), name + " shape");
+  }
+  at::set_num_threads(1);
+  const Tensors first = run_all(grads, weights, epsilon, vectors);
+  for (int threads : {2, 3}) {
+    at::set_num_threads(threads);
+    const Tensors again = run_all(grads, weights, epsilon, vectors);
+    for (size_t t = 0; t < first.size(); ++t)
+      expect(first[t].equal(again[t]), name + " same bits on " + std::to_string(threads) + " threads");
+  }
+}
+
+void test_layouts(at::ScalarType dtype) {
+  const std::string name = c10::toString(dtype);
+  const auto random = [&](at::IntArrayRef sizes) { return at::randn(sizes).add_(0.3).to(dtype); };
+  for (int64_t batch_size : {1, 2, 3, 7, 8, 9, 17, 130}) {
+    for (int64_t columns : {1, 15, 16, 17, 1000, 4099}) {
+      test_against_double({random({batch_size, columns})},
+                          name + " (" + std::to_string(batch_size) + ", " + std::to_string(columns) + ")");
+    }
+  }
+  test_against_double({random({5, 300}), random({5, 0}), random({5}), random({5, 129, 65}), random({5, 8200})},
+                      name + " many tensors");
+  Tensors many;
+  for (int64_t t = 0; t < 161; ++t) many.push_back(random({16, 1 + t * 37 % 1000}));
+  test_against_double(many, name + " 161 tensors");
+  const Tensor base = random({20, 5000});
+  test_against_double({base.narrow(1, 10, 4990)}, name + " strided rows");
+  test_against_double({base.slice(0, 0, 20, 3).slice(1, 7, 4500)}, name + " every third row");
+  test_against_double({base.t().narrow(0, 0, 333)}, name + " transposed");
+  test_against_double({random({6, 3, 4, 5}).permute({0, 3, 1, 2})}, name + " permuted");
+  test_against_double({random({700, 1001})}, name + " large batch");
+}
+
+void test_not_finite() {
+  Tensor grads = at::ones({9, 5000});
+  grads[3][100] = std::numeric_limits<float>::infinity();
+  grads[4][2] = std::numeric_limits<float>::quiet_NaN();
+  const Tensor mean = std::get<0>(moments({grads}))[0];
+  expect(mean[100].isinf().item<bool>() && mean[2].isnan().item<bool>(), "infinity and NaN reach the mean");
+  expect(mean.isfinite().sum().item<int64_t>() == 4998, "and no other weight");
+}
+
+void test_no_columns() {
+  const auto [means, alignments, squared_norms] = moments({at::empty({4, 0})});
+  expect(means[0].numel() == 0 && alignments.equal(at::zeros({4})) && squared_norms.equal(at::zeros({4})), "d = 0");
+  expect(gram({at::empty({4, 0})}).equal(at::zeros({4, 4})), "d = 0 gram");
+  expect(diffusion_mv({at::ones({4, 3})}, {at::empty({0, 3})})[0].sizes() == at::IntArrayRef({0, 3}), "no vectors");
+}
+
+void test_errors() {
+  const Tensor g = at::ones({3, 2});
+  expect_error([&] { moments({at::ones({0, 2})}); }, "at least one sample");
+  expect_error([&] { gram({g, at::ones({4, 2})}); }, "batch sizes disagree");
+  expect_error([&] { gram({g, g.to(at::kDouble)}); }, "dtypes disagree");
+  expect_error([&] { gram({g.to(at::kLong)}); }, "convert it");
+  expect_error([&] { gram({g, at::ones({})}); }, "is a scalar");
+  expect_error([&] { combine({g}, at::ones({4})); }, "[4]");
+  expect_error([&] { combine({g}, at::ones({3}, at::kLong)); }, "convert it");
+  expect_error([&] { precondition({g}, at::ones({2})); }, "one number");
+  expect_error([&] { diffusion_mv({g}, {at::ones({3})}); }, "expected [2]");
+  expect_error([&] { diffusion_mv({g}, {}); }, "one vector per tensor");
+  expect_error([&] { diffusion_mv({g, g}, {at::ones({2, 2}), at::ones({2})}); }, "vectors[1]");
+  expect_error([&] { diffusion_mv({g}, {at::ones({2}, at::kDouble)}); }, "convert one");
+}
+
+// Whether the processor has what ATEN_CPU_CAPABILITY asks for; torch itself does not check.
+bool capability_is_there() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string capability = variable ? variable : "";
+  if (capability == "avx512") return __builtin_cpu_supports("avx512bw");
+  if (capability == "avx2") return __builtin_cpu_supports("avx2");
+#endif
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  if (!capability_is_there()) return 77;
+  at::manual_seed(0);
+  for (at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) test_layouts(dtype);
+  test_not_finite();
+  test_no_columns();
+  test_errors();
+  std::cout << failures << " failures" << std::endl;
+  return failures == 0 ? 0 : 1;
+}
