@@ -42,7 +42,8 @@ class PerSampleGradients(Protocol):
 
 def squared_norm(vector: list[Tensor]) -> Tensor:
     """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
-    return torch.stack(torch._foreach_norm(vector, dtype=accumulate_dtype(vector[0].dtype))).square().sum()
+    norms = torch._foreach_norm(vector, dtype=accumulate_dtype(vector[0].dtype))
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
 
 
 class DenseGradients:

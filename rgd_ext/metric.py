@@ -36,7 +36,6 @@ class Stats:
         ulp: relative rounding error of these numbers.
         epsilon: what the policy chose; 0 where D = 0 to rounding. None while the policy is choosing.
         weights: w_i, shape (B,), of which the direction is sum_i w_i g_i. None while the policy is choosing.
-        direction_norm: norm of the direction. None while the policy is choosing.
     """
 
     batch_size: int
@@ -47,7 +46,6 @@ class Stats:
     ulp: float
     epsilon: Tensor | None = None
     weights: Tensor | None = None
-    direction_norm: Tensor | None = None
 
     @property
     def trace(self) -> Tensor:
@@ -66,7 +64,7 @@ class Stats:
         if self.centred_gram is None:
             return None
         # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
-        finite = self.centred_gram.isfinite().all()
+        finite = self.centred_gram.sum().isfinite()
         eigenvalues = torch.linalg.eigvalsh(torch.where(finite, self.centred_gram, 0.0))
         return torch.where(finite, eigenvalues.clamp(min=0), torch.nan) / self.batch_size
 
@@ -87,6 +85,13 @@ class Stats:
         """Whether D = 0 to rounding: tr D at most 8 ulps of the largest |g_i|^2."""
         largest = (self.squared_norms + 2 * self.alignments + self.grad_norm.square()).max()
         return self.trace <= 8 * self.ulp * largest
+
+    @cached_property
+    def direction_norm(self) -> Tensor:
+        """Norm of the direction, |g + sum_i w_i (g_i - g)|."""
+        cross = 2 * self.weights @ self.alignments
+        squared = self.grad_norm.square() + cross + self.weights @ self.centred_gram @ self.weights
+        return squared.clamp(min=0).sqrt()
 
     @property
     def cosine(self) -> Tensor:
@@ -279,17 +284,9 @@ def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[
     stats.epsilon = torch.where(stats.isotropic, torch.zeros_like(epsilon), epsilon)
     stats.weights = weights(stats, stats.epsilon, inverse)
     direction = grads.combine(stats.weights)
-    stats.direction_norm = _norm(stats, direction)
-    return direction, stats
-
-
-def _norm(stats: Stats, direction: list[Tensor]) -> Tensor:
     if stats.centred_gram is None:
-        return torch.stack([squared_norm([step]).to(stats.weights) for step in direction]).sum().sqrt()
-    # |g + sum_i w_i (g_i - g)|^2 without another read of the parameters' space.
-    weights = stats.weights
-    squared = stats.grad_norm.square() + 2 * weights @ stats.alignments + weights @ stats.centred_gram @ weights
-    return squared.clamp(min=0).sqrt()
+        stats.direction_norm = squared_norm(direction).sqrt().to(stats.weights)
+    return direction, stats
 
 
 def _chosen_epsilon(policy: Policy, stats: Stats) -> Tensor:

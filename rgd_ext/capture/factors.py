@@ -319,4 +319,7 @@ class CapturedGradients:
 def _sum(parts: list[Tensor]) -> Tensor:
     """The sum of statistics that may come from several devices and accumulation dtypes."""
     dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
-    return torch.stack([p.to(parts[0].device, dtype) for p in parts]).sum(0)
+    total = parts[0].to(dtype, copy=True)
+    for part in parts[1:]:
+        total += part.to(total.device)
+    return total
