@@ -3,13 +3,15 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "reads.h"
 
 namespace rgd_ext::cpu {
 namespace {
 
-// Column j of the mean needs only column j of G, so a tile's centred products follow its mean while it is in cache.
+// Column j of the mean needs only column j of G, so a tile's centred products follow its mean while it is in cache,
+// one tile behind.
 template <typename S>
 void moments_kernel(const Work& work, at::TensorList means, double* partials) {
   using T = accumulate_t<S>;
@@ -18,15 +20,24 @@ void moments_kernel(const Work& work, at::TensorList means, double* partials) {
   // The mean is a weighted sum, so combine() with equal weights gives the same bits.
   const std::vector<T> weights(batch_size, static_cast<T>(1.0 / static_cast<double>(batch_size)));
   at::parallel_for(0, work.chunks(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<T> mean(padded_columns(work.max_columns()));
+    const int64_t padded = padded_columns(work.max_columns());
+    const Scratch<T> scratch(2 * padded);
+    T *mean = scratch.data(), *next_mean = mean + padded;
+    const Tile<S> none{nullptr, 0, batch_size, 0};
+    Tile<S> tile = none;
+    double* alignments = partials + begin * 2 * batch_size;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      double* alignments = partials + chunk * 2 * batch_size;
       for (const Columns& columns : work.chunk(chunk)) {
-        rows.moments(work.tile<S>(columns), weights.data(), mean.data(), alignments, alignments + batch_size);
-        if (means.empty()) continue;
-        rows.narrow(mean.data(), columns.count, means[columns.tensor].mutable_data_ptr<S>() + columns.begin);
+        const Tile<S> next = work.tile<S>(columns);
+        rows.moments(next, weights.data(), next_mean, tile, mean, alignments, alignments + batch_size);
+        if (!means.empty())
+          rows.narrow(next_mean, columns.count, means[columns.tensor].mutable_data_ptr<S>() + columns.begin);
+        tile = next;
+        std::swap(mean, next_mean);
+        alignments = partials + chunk * 2 * batch_size;
       }
     }
+    rows.moments(none, weights.data(), next_mean, tile, mean, alignments, alignments + batch_size);
   });
 }
 

@@ -47,89 +47,103 @@ inline double sum_lanes(typename VectorOf<T, bytes>::type vector) {
   }
 }
 
-// Two passes over a tile share the fetching of the next one, odd rows in the first pass and even rows in the second, so
-// that memory is never idle. The next tile begins where the rows of this one end.
-template <bool odd, typename S>
-inline void fetch_next(const S* rows, int64_t stride, int64_t row, int64_t columns) {
-  if (row % 2 == odd) __builtin_prefetch(rows + row * stride + columns, 0, 2);
-}
-
-template <int R, bool fetch, typename S, typename T>
-inline void add_rows(const S* rows, int64_t stride, int64_t columns, const Vector<T>* weights, T* sums) {
+template <int R, typename S, typename T>
+inline void add_rows(const S* rows, int64_t stride, const Vector<T>* weights, T* sums) {
   Vector<T> sum = load(sums);
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    if constexpr (fetch) fetch_next<true>(rows, stride, r, columns);
-    sum = fma(weights[r], load(rows + r * stride), sum);
-  }
+  for (int r = 0; r < R; ++r) sum = fma(weights[r], load(rows + r * stride), sum);
   store(sum, sums);
 }
 
-template <int R, bool fetch, typename S, typename T>
-void add_rows(const S* rows, int64_t stride, int64_t columns, const T* weights, T* sums) {
+// The columns from c on.
+template <int R, typename S, typename T>
+inline void add_rows(const S* rows, int64_t stride, int64_t c, int64_t columns, const Vector<T>* weights, T* sums) {
   constexpr int64_t L = kLanes<T>;
-  Vector<T> broadcast[R];
-  for (int r = 0; r < R; ++r) broadcast[r] = Vector<T>{} + weights[r];
-  int64_t c = 0;
-  for (; c + L <= columns; c += L) add_rows<R, fetch>(rows + c, stride, columns, broadcast, sums + c);
-  if (c < columns) add_rows<R, false>(Tail<R, S, L>(rows + c, stride, columns - c).data, L, 0, broadcast, sums + c);
+  for (; c + L <= columns; c += L) add_rows<R>(rows + c, stride, weights, sums + c);
+  if (c < columns) add_rows<R>(Tail<R, S, L>(rows + c, stride, columns - c).data, L, weights, sums + c);
 }
 
-template <bool fetch, typename S, typename T>
-void weighted_sum(const Tile<S>& tile, const T* weights, T* sums) {
-  __builtin_memset(sums, 0, padded_columns(tile.columns) * sizeof(T));
-  const S* rows = tile.data;
-  int64_t i = 0;
-  // Eight rows a sweep: one load and one store of the sums for eight loads of G.
-  for (; i + 8 <= tile.rows; i += 8)
-    add_rows<8, fetch>(rows + i * tile.stride, tile.stride, tile.columns, weights + i, sums);
-  for (; i < tile.rows; ++i) add_rows<1, fetch>(rows + i * tile.stride, tile.stride, tile.columns, weights + i, sums);
+template <int R, typename T>
+inline void broadcast(const T* weights, Vector<T>* vectors) {
+  for (int r = 0; r < R; ++r) vectors[r] = Vector<T>{} + weights[r];
 }
 
 template <int R, typename S, typename T>
-inline void centred_products(const S* rows, int64_t stride, int64_t columns, const T* centre, Vector<T>* alignments,
-                             Vector<T>* squares) {
-  const Vector<T> mean = load(centre);
+int64_t weighted_sum(const Tile<S>& tile, int64_t i, const T* weights, T* sums) {
+  for (; i + R <= tile.rows; i += R) {
+    Vector<T> vectors[R];
+    broadcast<R>(weights + i, vectors);
+    add_rows<R>(tile.data + i * tile.stride, tile.stride, 0, tile.columns, vectors, sums);
+  }
+  return i;
+}
+
+template <typename S, typename T>
+void weighted_sum(const Tile<S>& tile, const T* weights, T* sums) {
+  __builtin_memset(sums, 0, padded_columns(tile.columns) * sizeof(T));
+  // Eight rows a sweep: one load and one store of the sums for eight loads of G.
+  weighted_sum<1>(tile, weighted_sum<8>(tile, 0, weights, sums), weights, sums);
+}
+
+template <int R, typename S, typename T>
+inline void centred_products(const S* rows, int64_t stride, const T* mean, Vector<T>* alignments, Vector<T>* squares) {
+  const Vector<T> centre = load(mean);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    fetch_next<false>(rows, stride, r, columns);
-    const Vector<T> difference = load(rows + r * stride) - mean;
-    alignments[r] = fma(difference, mean, alignments[r]);
+    const Vector<T> difference = load(rows + r * stride) - centre;
+    alignments[r] = fma(difference, centre, alignments[r]);
     squares[r] = fma(difference, difference, squares[r]);
   }
 }
 
+// The columns from c on. A mean is zero where it is padded, as a tail is.
 template <int R, typename S, typename T>
-void centred_products(const S* rows, int64_t stride, int64_t columns, const T* centre, double* alignments,
-                      double* squared_norms) {
+inline void centred_products(const S* rows, int64_t stride, int64_t c, int64_t columns, const T* mean,
+                             Vector<T>* alignments, Vector<T>* squares) {
   constexpr int64_t L = kLanes<T>;
-  Vector<T> products[R] = {}, squares[R] = {};
-  int64_t c = 0;
-  for (; c + L <= columns; c += L) centred_products<R>(rows + c, stride, columns, centre + c, products, squares);
-  if (c < columns) {
-    // The padding of the tail is zero, and so has to be that of the centre.
-    const Tail<R, S, L> tail(rows + c, stride, columns - c);
-    const Tail<1, T, L> last_centre(centre + c, 0, columns - c);
-    centred_products<R>(tail.data, L, 0, last_centre.data, products, squares);
+  for (; c + L <= columns; c += L) centred_products<R>(rows + c, stride, mean + c, alignments, squares);
+  if (c < columns)
+    centred_products<R>(Tail<R, S, L>(rows + c, stride, columns - c).data, L, mean + c, alignments, squares);
+}
+
+// R rows of `next`, from row i on, and as many of `tile`, from its end backwards: what came last is still in cache.
+template <int R, typename S, typename T>
+int64_t moments(const Tile<S>& next, int64_t i, const T* weights, T* next_mean, const Tile<S>& tile, const T* mean,
+                double* alignments, double* squared_norms) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t both = std::min(next.columns, tile.columns) / L * L;
+  // Measured: twelve cache lines ahead, and from the end of a row on to the next rows or else the next tile.
+  const int64_t ahead = std::min<int64_t>(768 / sizeof(S), next.columns);
+  for (; i + R <= next.rows; i += R) {
+    const int64_t j = next.rows - R - i;
+    const S *summed = next.data + i * next.stride, *dotted = tile.data + j * tile.stride;
+    const S* following = i + 2 * R <= next.rows ? summed + R * next.stride : next.data + next.columns;
+    Vector<T> vectors[R], products[R] = {}, squares[R] = {};
+    broadcast<R>(weights + i, vectors);
+    for (int64_t c = 0; c < both; c += L) {
+      const int64_t past = c + ahead - next.columns;
+      const S* fetched = past < 0 ? summed + c + ahead : following + past;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) __builtin_prefetch(fetched + r * next.stride, 0, 2);
+      add_rows<R>(summed + c, next.stride, vectors, next_mean + c);
+      centred_products<R>(dotted + c, tile.stride, mean + c, products, squares);
+    }
+    add_rows<R>(summed, next.stride, both, next.columns, vectors, next_mean);
+    centred_products<R>(dotted, tile.stride, both, tile.columns, mean, products, squares);
+    for (int r = 0; r < R; ++r) {
+      alignments[j + r] += sum_lanes<T>(products[r]);
+      squared_norms[j + r] += sum_lanes<T>(squares[r]);
+    }
   }
-  for (int r = 0; r < R; ++r) {
-    alignments[r] += sum_lanes<T>(products[r]);
-    squared_norms[r] += sum_lanes<T>(squares[r]);
-  }
+  return i;
 }
 
 template <typename S, typename T>
-void moments(const Tile<S>& tile, const T* weights, T* mean, double* alignments, double* squared_norms) {
-  weighted_sum<true>(tile, weights, mean);
-  constexpr int R = kDotRows;
-  const S* rows = tile.data;
-  int64_t i = tile.rows;
-  for (; i % R != 0; --i)
-    centred_products<1>(rows + (i - 1) * tile.stride, tile.stride, tile.columns, mean, alignments + i - 1,
-                        squared_norms + i - 1);
-  for (; i > 0; i -= R)
-    centred_products<R>(rows + (i - R) * tile.stride, tile.stride, tile.columns, mean, alignments + i - R,
-                        squared_norms + i - R);
+void moments(const Tile<S>& next, const T* weights, T* next_mean, const Tile<S>& tile, const T* mean,
+             double* alignments, double* squared_norms) {
+  __builtin_memset(next_mean, 0, padded_columns(next.columns) * sizeof(T));
+  const int64_t i = moments<kDotRows>(next, 0, weights, next_mean, tile, mean, alignments, squared_norms);
+  moments<1>(next, i, weights, next_mean, tile, mean, alignments, squared_norms);
 }
 
 // out[i * out_stride + j] += <a_i, b_j> for R rows a and C rows b.
@@ -204,5 +218,5 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<false, S, T>, moments<S, T>, products<S, T>, gram<T>, convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, convert<S, T>, convert<T, S>};
 }

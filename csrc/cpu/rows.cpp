@@ -4,6 +4,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <string>
 
 #if defined(__x86_64__)
@@ -62,7 +63,7 @@ inline void to_bfloat16(Float vector, c10::BFloat16* to) { to_half(vector, to); 
 namespace avx2 {
 
 constexpr int kVectorBytes = 32;
-// Sixteen registers: 4 rows x 2 sums + centre + difference; 3 x 3 products + 3 + 1.
+// Sixteen registers: 4 rows x (weight + 2 sums) + sum + centre + difference; 3 x 3 products + 3 + 1.
 constexpr int kDotRows = 4, kGramRows = 3, kGramColumns = 3;
 
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
@@ -103,7 +104,7 @@ inline void to_bfloat16(__m256 vector, c10::BFloat16* to) {
 namespace avx512 {
 
 constexpr int kVectorBytes = 64;
-// Thirty-two registers: 8 rows x 2 sums + centre + difference; 6 x 4 products + 4 + 1.
+// Thirty-two registers: 8 rows x (weight + 2 sums) + sum + centre + difference; 6 x 4 products + 4 + 1.
 constexpr int kDotRows = 8, kGramRows = 6, kGramColumns = 4;
 
 inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }

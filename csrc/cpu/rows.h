@@ -28,8 +28,11 @@ struct RowKernels {
   // sums[c] = sum_i weights[i] g_i[c], added in the order of the rows: the same bits for any tile that holds c.
   void (*weighted_sum)(const Tile<S>& tile, const T* weights, T* sums);
 
-  // mean = weighted_sum, then alignments[i] += <g_i - mean, mean> and squared_norms[i] += |g_i - mean|^2.
-  void (*moments)(const Tile<S>& tile, const T* weights, T* mean, double* alignments, double* squared_norms);
+  // One step along the tiles: next_mean = weighted_sum(next), which waits for memory, and in between, from cache,
+  // alignments[i] += <g_i - mean, mean> and squared_norms[i] += |g_i - mean|^2 over `tile`, the `next` of the step
+  // before. Both have the same rows, and either may have no columns.
+  void (*moments)(const Tile<S>& next, const T* weights, T* next_mean, const Tile<S>& tile, const T* mean,
+                  double* alignments, double* squared_norms);
 
   // products[i] += <g_i, vector>.
   void (*products)(const Tile<S>& tile, const T* vector, double* products);

@@ -9,7 +9,8 @@
 namespace rgd_ext::cpu {
 namespace {
 
-constexpr int64_t kMinColumns = 96;
+constexpr int64_t kMinColumns = 128;
+constexpr int64_t kMinTiles = 64, kNarrowedColumns = 4096;
 constexpr int64_t kMinChunks = 8, kMaxChunks = 256;
 constexpr int64_t kMaxPartials = 1 << 20;
 
@@ -64,14 +65,16 @@ at::Tensor empty_statistic(at::TensorList grads) {
 
 Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
     : batch_size_(matrices[0].size(0)), matrices_(matrices) {
-  const int64_t row_bytes = shape.bytes / batch_size_, element_bytes = matrices[0].element_size();
-  const int64_t widest = std::clamp(row_bytes / element_bytes / 32 * 32, kMinColumns, shape.columns);
   int64_t total = 0;
+  for (const at::Tensor& matrix : matrices) total += matrix.numel() / batch_size_;
+  const int64_t row_bytes = shape.bytes / batch_size_, element_bytes = matrices[0].element_size();
+  // No wider than leaves work for many threads.
+  const int64_t most = std::min(shape.columns, std::max(total / kMinTiles / 32 * 32, kNarrowedColumns));
+  const int64_t widest = std::clamp(row_bytes / element_bytes / 32 * 32, kMinColumns, most);
   for (size_t t = 0; t < matrices.size(); ++t) {
     const int64_t size = matrices[t].numel() / batch_size_;
     for (int64_t begin = 0; begin < size; begin += widest)
       columns_.push_back({static_cast<int64_t>(t), begin, std::min(widest, size - begin)});
-    total += size;
     max_columns_ = std::max(max_columns_, std::min(widest, size));
   }
   const int64_t tiles = columns_.size();

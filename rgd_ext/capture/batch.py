@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -29,45 +30,75 @@ def mark(module: nn.Module, batch_dim: int | None) -> None:
 
 
 def tensors_in(tree: object) -> list[Tensor]:
-    """The tensors among the leaves of nested tuples, lists and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """The tensors among the leaves of nested tuples, lists, mappings and dataclasses."""
+    found = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in(list(vars(leaf).values()))
+    return found
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One call of a captured model: B and the storages of its inputs. `size` is None where no tensor came in."""
+    """One call of a captured model.
+
+    Attributes:
+        size: B, or None where no tensor came in.
+        inputs: the storages of the model's inputs of B samples.
+        constants: the storages of the model's buffers, which don't.
+    """
 
     size: int | None
-    storages: frozenset[int] = frozenset()
+    inputs: frozenset[int] = frozenset()
+    constants: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, inputs: object) -> Batch:
+    def of(cls, inputs: object, constants: frozenset[int] = frozenset()) -> Batch:
         """The batch in the arguments of a model: dimension 0 of the first tensor that has dimensions."""
         tensors = [t for t in tensors_in(inputs) if t.ndim > 0]
-        return cls(tensors[0].shape[0] if tensors else None, frozenset(_storage(t) for t in tensors))
+        size = tensors[0].shape[0] if tensors else None
+        return cls(size, frozenset(storage(t) for t in tensors if t.shape[0] == size), constants)
 
-    def dim(self, x: Tensor, module: nn.Module, name: str, sample_ndim: int) -> int | None:
+    def is_input(self, x: Tensor) -> bool:
+        """Whether `x` is an input of the model, or a view of one."""
+        return storage(x) in self.inputs
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether `x` is a buffer of the model, or a view of one."""
+        return not x.requires_grad and storage(x) in self.constants
+
+    def is_square(self, x: Tensor) -> bool:
+        """Whether `x` was made inside, and its shape fits a batch as well as positions: (B,) indices or (B, B, ...)."""
+        if x.requires_grad or self.is_input(x) or self.size == 1:
+            return False
+        return not x.dtype.is_floating_point if x.ndim == 1 else x.shape[1] == self.size
+
+    def dim(self, x: Tensor, module: nn.Module, name: str, sample_ndim: int, is_side: bool = False) -> int | None:
         """The dimension of the samples in an input of `module`, or None where all samples share it.
+
+        A side input (a mask, a table) is suspected of being square by chance even if it holds floats.
 
         Raises:
             ValueError: where the shape does not tell, naming the module and the way to mark it.
         """
         if hasattr(module, _MARK):
             return getattr(module, _MARK)
+        if self.is_constant(x):
+            return None
         if self.size is None:
             return 0
-        made_inside = not x.dtype.is_floating_point and not self._holds(x)  # positions, or indices of the samples
-        is_sample = x.ndim <= sample_ndim
+        is_sample, is_index = x.ndim <= sample_ndim, not x.dtype.is_floating_point
         if not is_sample and x.shape[0] == self.size:
-            if made_inside and self.size > 1 and (x.ndim == 1 or x.shape[1] == self.size):
+            if (is_index or is_side) and self.is_square(x):
                 raise ValueError(self._ambiguous(x, name))
             return 0
-        if x.requires_grad or not (is_sample or x.shape[0] == 1 or made_inside):
+        if x.requires_grad or self.is_input(x) or not (is_sample or x.shape[0] == 1 or is_index):
             raise ValueError(self._ambiguous(x, name))
         return None
-
-    def _holds(self, x: Tensor) -> bool:
-        return _storage(x) in self.storages
 
     def _ambiguous(self, x: Tensor, name: str) -> str:
         return (
@@ -80,5 +111,6 @@ class Batch:
         )
 
 
-def _storage(x: Tensor) -> int:
+def storage(x: Tensor) -> int:
+    """The address of the memory of `x` and of its views."""
     return x.untyped_storage().data_ptr()

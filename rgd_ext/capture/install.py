@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -37,10 +38,24 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
                 f"module '{name or type(module).__name__}' is captured already: use that handle, or call its .remove()"
                 " first"
             )
+        _check_kind(name or type(module).__name__, module)
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             _check_batch_first(name, module)
     if batch_norm == "error":
         check_frozen(batch_norms(model))
+
+
+def _check_kind(name: str, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(
+            f"module '{name}' is a torch.jit.ScriptModule, whose forward cannot be watched: use the original"
+        )
+    for key, value in vars(module).items():
+        if isinstance(value, torch.Tensor) and any(f"{key}_{part}" in module._parameters for part in ("g", "orig")):
+            raise ValueError(
+                f"module '{name}' computes its '{key}' in a hook before its forward (torch.nn.utils.weight_norm,"
+                " spectral_norm or prune): use torch.nn.utils.parametrizations instead"
+            )
 
 
 def _check_batch_first(name: str, module: nn.Module) -> None:
@@ -52,7 +67,7 @@ def _check_batch_first(name: str, module: nn.Module) -> None:
 
 
 def taps_for(capture: Preconditioner, model: nn.Module) -> list[Tap]:
-    """A tap for every module that uses parameters, and one for the model itself; none is installed yet."""
+    """A tap for every module with parameters in or below it; none is installed yet."""
     taps: dict[nn.Module, Tap] = {}
     pending = [("", model)]
     while pending:
@@ -78,14 +93,15 @@ def _tap(capture: Preconditioner, module: nn.Module, name: str) -> tuple[Tap | N
         return Layer(capture, module, name, owned, registered), True
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return Attention(capture, module, name, owned), True
-    if type(module).forward in _RECURRENT:
+    if type(module).forward in _RECURRENT and not parametrize.is_parametrized(module):
         return Recurrent(capture, module, name, owned), True
     own = _slots([("", module), *_parameter_lists(module)])
     if registered is not None or parametrize.is_parametrized(module) or (own and len(own) == len(owned)):
         return Unit(capture, module, name, owned), True
     if own:
         return Container(capture, module, name, own), False
-    return (Tap(capture, module, name, []) if module is capture.model else None), False
+    has_forward = type(module).forward is not nn.Module.forward
+    return (Tap(capture, module, name, []) if owned and has_forward else None), False
 
 
 _RECURRENT = {cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}

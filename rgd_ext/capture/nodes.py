@@ -94,4 +94,21 @@ class _Watch(torch.autograd.Function):
 
         if grad is not None:
             record.capture.receive(record, nodes, contributions)
+            if torch.is_grad_enabled():
+                grad = _Differentiated.apply(record.capture, grad, *record.parameters.values())
         return None, None, grad, None, *[None] * len(record.parameters)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The identity on a gradient that is differentiated again: the layer's detached weights hide that it needs them."""
+
+    @staticmethod
+    def forward(ctx, capture: Preconditioner, grad: Tensor, *parameters: Tensor):
+        ctx.capture = capture
+        return grad.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        nodes = [node for node, _ in ctx.next_functions[1:]]
+        ctx.capture.refuse_second_derivative(nodes)
+        return None, grad, *[None] * len(nodes)

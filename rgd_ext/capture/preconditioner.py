@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..metric import Inverse, Policy, Spectral, Stats, checked_policy, solve
-from .batch import Batch, tensors_in
+from .batch import Batch, storage, tensors_in
 from .factors import CapturedGradients, Dense, Factor, add, join
 from .install import check_model, taps_for
 from .nodes import Record
 from .shared import Shared
 
+SECOND_DERIVATIVE = (
+    "create_graph=True through a captured model: directions have no derivative, and the gradient of a gradient does not"
+    " reach the parameters. Run the forward and the backward, or the whole gradient penalty, under"
+    " `with handle.paused():`"
+)
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -64,9 +69,10 @@ class Preconditioner:
     def remove(self) -> None:
         """Leave the model as it was found. Gradients already written stay."""
         for tap in self._taps:
-            if tap.previous is None:
-                tap.module.__dict__.pop("forward", None)
-            else:
+            if tap.module.__dict__.get("forward") is not tap:
+                continue  # somebody wrapped it since; a removed capture's tap lets everything through
+            del tap.module.forward
+            if tap.previous is not None:
                 tap.module.forward = tap.previous
         for guard in self._guards.values():
             guard.remove()
@@ -109,7 +115,8 @@ class Preconditioner:
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
-        return not self._pauses and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+        ordinary = torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+        return ordinary and not self._pauses and not self._removed
 
     @property
     def batch(self) -> Batch:
@@ -123,12 +130,18 @@ class Preconditioner:
 
     @contextmanager
     def call(self, inputs: object) -> Iterator[None]:
-        """A call of the model with `inputs`."""
-        self._batch = Batch.of(inputs)
+        """A call of the model, or of a part of it, with `inputs`."""
+        self._batch = Batch.of(inputs, frozenset(map(storage, self.model.buffers())))
         try:
             yield
         finally:
             self._batch = None
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter not in self._guards:
+                raise ValueError(
+                    f"parameter '{name}' came into the model after its capture, so backward would write its plain"
+                    " gradient: call .remove() on the handle and capture the model again"
+                )
 
     def check_output(self, output: object) -> object:
         """`output` of the model, or ValueError if it is the same for all samples."""
@@ -144,7 +157,15 @@ class Preconditioner:
     def guard(self, parameter: nn.Parameter) -> None:
         """Notice gradients that reach `parameter` past the taps."""
         if parameter not in self._guards:
+            self._check_hooks(parameter, 0)
             self._guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
+
+    def _check_hooks(self, parameter: nn.Parameter, own: int) -> None:
+        if len(parameter._backward_hooks or ()) > own or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"parameter '{self._names.get(parameter, '?')}' has gradient hooks, which would run before its"
+                " direction is written: remove them and change .grad after backward() instead"
+            )
 
     def _check_outside(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
         if grad is None or self._pauses:
@@ -164,10 +185,7 @@ class Preconditioner:
         if not wanted:
             return
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True through a captured model: directions have no derivative. Run the forward and the"
-                " backward under `with handle.paused():`"
-            )
+            raise RuntimeError(SECOND_DERIVATIVE)
         if self._pauses or self._removed:
             raise RuntimeError(
                 f"the forward of '{record.name}' was recorded, but its backward runs"
@@ -185,6 +203,11 @@ class Preconditioner:
             if name in factors:
                 parameter = record.parameters[name]
                 self._factors.setdefault(parameter, []).append(_checked(factors[name], name, record))
+
+    def refuse_second_derivative(self, nodes: Sequence) -> None:
+        """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
+        if any(self._will_accumulate(node) for node in nodes):
+            raise RuntimeError(SECOND_DERIVATIVE)
 
     def _will_accumulate(self, node) -> bool:
         try:
@@ -218,6 +241,8 @@ class Preconditioner:
 
     @torch.no_grad()
     def _write(self, factors: dict[nn.Parameter, Factor]) -> None:
+        for parameter in factors:
+            self._check_hooks(parameter, 1)
         with _full_precision(next(iter(factors)).device):
             gradients = CapturedGradients(list(factors.values()))
             direction, self.stats = solve(gradients, self._policy, self._inverse)

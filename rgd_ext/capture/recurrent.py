@@ -74,7 +74,7 @@ class Recurrent(Tap):
         """The given state of one layer and direction, or zeros."""
         module = self.module
         if state is not None:
-            states = state if isinstance(state, tuple) else (state,)
+            states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
             return states if index is None else tuple(s[index] for s in states)
         hidden = x.new_zeros(x.shape[0], getattr(module, "proj_size", 0) or module.hidden_size)
         return (hidden, x.new_zeros(x.shape[0], module.hidden_size)) if _kind(module) == "LSTM" else (hidden,)

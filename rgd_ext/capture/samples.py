@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 
@@ -47,5 +48,8 @@ def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) 
         result_spec[:] = [structure]
         return [value for value in results if isinstance(value, Tensor)]
 
-    mapped = iter(torch.func.vmap(one, randomness=randomness)(*[leaves[slot].samples for slot in slots]))
+    # The fused attention kernels have no batching rule; vmap would loop over the samples.
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = torch.func.vmap(one, randomness=randomness)(*[leaves[slot].samples for slot in slots])
+    mapped = iter(outputs)
     return [next(mapped) if isinstance(value, Tensor) else value for value in results], result_spec[0]

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .batch import Batch
 from .samples import Mapped, map_samples
 
 _EXPANDING = {"expand", "repeat", "broadcast_to", "tile"}
 _METADATA = {"size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_complex", "__len__", "get_device"}
+# Numbers and text, which are the same for every sample.
+_METADATA |= {"item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__repr__", "__format__"}
 _VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 
 
@@ -25,30 +28,38 @@ class Shared(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, per_sample: Tensor, owner: str) -> Shared:
-        shared = torch.Tensor._make_subclass(cls, per_sample.detach()[0])
-        shared.per_sample, shared.owner = per_sample, owner
+    def __new__(cls, per_sample: Tensor, owner: str, batch: Batch) -> Shared:
+        shared = torch.Tensor._make_subclass(cls, per_sample.detach()[0], per_sample.requires_grad)
+        shared.per_sample, shared.owner, shared.batch = per_sample, owner, batch
+        if per_sample.requires_grad:
+            # What takes the value past __torch_function__ (an autograd.Function, a scripted function) ends here.
+            message = _refusal(shared, "goes through a function that torch.func does not see")
+            with torch._C.DisableTorchFunctionSubclass():
+                shared.register_hook(partial(_refuse, message))
         return shared
-
-    @property
-    def size_of_batch(self) -> int:
-        return self.per_sample.shape[0]
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if _is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func.__name__ in ("type_as", "to") and len(args) > 1 and isinstance(args[1], Tensor):
+            func, args = torch.Tensor.to, (args[0], args[1].device, args[1].dtype)
         return _compute(func, args, kwargs or {})
 
 
-def share(per_sample: Tensor, owner: str) -> Tensor:
+def share(per_sample: Tensor, owner: str, batch: Batch) -> Tensor:
     """The value whose copies for each sample are `per_sample` (B, *shape); for one sample, simply that one."""
-    return per_sample[0] if per_sample.shape[0] == 1 else Shared(per_sample, owner)
+    return per_sample[0] if per_sample.shape[0] == 1 else Shared(per_sample, owner, batch)
+
+
+def _refuse(message: str, grad: Tensor | None) -> None:
+    if grad is not None:
+        raise ValueError(message)
 
 
 def _is_metadata(func: Callable) -> bool:
-    """Whether `func` asks for the shape, dtype, device and so on, not for values."""
+    """Whether `func` asks for the shape, dtype, a number and so on, not for a tensor."""
     if func.__name__ == "__get__":
         return func.__self__.__name__ not in _VALUE_PROPERTIES
     return func.__name__ in _METADATA
@@ -61,6 +72,8 @@ def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
     first = shared[0]
     batch = [t for t in tensors if not isinstance(t, Shared) and _belongs_to_batch(t, shared)]
     meets_batch = bool(batch)
+    if meets_batch and func.__name__ == "batch_norm" and kwargs.get("training", True):
+        raise ValueError(_refusal(first, "scales a batch normalisation in training mode, which couples the samples"))
     if func.__name__ in _EXPANDING and args[0] is first:
         args, kwargs, meets_batch = _for_one_sample(first, args, kwargs)
 
@@ -70,20 +83,23 @@ def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
         return Mapped.batches_of_one(leaf, 0) if any(leaf is x for x in batch) else leaf
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
-    results, spec = map_samples(func, args, kwargs, "different" if meets_batch else "same")
-    finish = partial(_joined, func, first) if meets_batch else partial(Shared, owner=first.owner)
+    try:
+        results, spec = map_samples(func, args, kwargs, "different" if meets_batch else "same")
+    except RuntimeError as error:
+        raise ValueError(_refusal(first, f"goes through {func.__name__} ({error})")) from error
+    finish = partial(_joined, func, first) if meets_batch else partial(Shared, owner=first.owner, batch=first.batch)
     results = [finish(r) if isinstance(r, Tensor) else r for r in results]
     return pytree.tree_unflatten(results, spec)
 
 
 def _belongs_to_batch(x: Tensor, shared: list[Shared]) -> bool:
-    size = shared[0].size_of_batch
-    if x.ndim == 0 or x.shape[0] != size:
+    batch = shared[0].batch
+    if x.ndim == 0 or x.shape[0] != batch.size or batch.is_constant(x):
         if x.requires_grad:
             raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}"))
         return False
-    like_shared = any(s.ndim >= x.ndim and s.shape[0] == size for s in shared)
-    if like_shared or (x.ndim == 1 and not x.dtype.is_floating_point):
+    like_shared = any(s.ndim >= x.ndim and s.shape[0] == batch.size for s in shared)
+    if not batch.is_input(x) and (like_shared or batch.is_square(x)):
         raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}, batch or not"))
     return True
 
@@ -92,7 +108,7 @@ def _for_one_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[tuple, d
     """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample."""
     sizes = args[1:] or tuple(kwargs.values())
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    names_batch = sizes[0] == shared.size_of_batch and (
+    names_batch = sizes[0] == shared.batch.size and (
         len(sizes) > shared.ndim or (len(sizes) == shared.ndim and shared.shape[0] == 1)
     )
     return ((shared, (1, *sizes[1:])), {}, True) if names_batch else (args, kwargs, False)
@@ -106,7 +122,7 @@ def _joined(func: Callable, shared: Shared, result: Tensor) -> Tensor:
 
 def _refusal(shared: Shared, where: str) -> str:
     return (
-        f"'{shared.owner}' of shape {tuple(shared.shape)}, which all {shared.size_of_batch} samples share, {where}: its"
+        f"'{shared.owner}' of shape {tuple(shared.shape)}, which all {shared.batch.size} samples share, {where}: its"
         " gradient cannot be told apart by sample. Capture the module that uses it as one unit with"
         " rgd_ext.register_rule(type(module), rgd_ext.unit), or give the shared value a leading dimension of 1"
     )

@@ -7,6 +7,7 @@ layer's rule.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ class Released:
 
 
 class Tap(Released):
-    """A module's forward while its model is captured. Subclasses say how the forward is recorded."""
+    """A module's forward while its model is captured. Subclasses say how the forward is recorded.
+
+    The outermost tap of a call, the model's as a rule, is where the batch comes in.
+    """
 
     def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
         self.capture, self.module, self.slots = capture, module, slots
@@ -67,7 +71,7 @@ class Tap(Released):
         capture = self.capture
         if not capture.recording():
             return self.original(*args, **kwargs)
-        if self.module is not capture.model or capture.in_call:
+        if capture.in_call:
             return self._recorded(args, kwargs)
         with capture.call((args, kwargs)):
             return capture.check_output(self._recorded(args, kwargs))
@@ -84,7 +88,7 @@ class Tap(Released):
 
     def record(self, batch: Batch, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict):
         """The forward, with `parameters` watched."""
-        raise NotImplementedError
+        return self.original(*args, **kwargs)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         parameters = {}
@@ -138,7 +142,8 @@ class Container(Tap):
                 " unknown; call the captured model itself, with the batch as its first tensor"
             )
         spread = self._spread(parameters, size)
-        with self._replaced({name: share(value, f"{self.name}.{name}") for name, value in spread.items()}):
+        batch = Batch(size, batch.inputs, batch.constants)
+        with self._replaced({name: share(value, f"{self.name}.{name}", batch) for name, value in spread.items()}):
             return self.original(*args, **kwargs)
 
 
@@ -171,14 +176,16 @@ class Layer(Tap):
                 " captured model itself, with the batch as its first tensor"
             )
         if dim is None:
-            return self._for_all(parameters, batch.size, inputs, output)
+            return self._for_all(parameters, batch, inputs, output)
         size = first.shape[dim]
         if batch.size is not None and size != batch.size:
             raise ValueError(
                 f"batch sizes disagree: module '{self.name}' got {size} samples along dimension {dim} of an input of"
                 f" shape {tuple(first.shape)}, but the model was called with {batch.size}"
             )
-        rule = self._contributions if dim == 0 else partial(self._moved, dim)
+        rule = self._rule_as_of_now()
+        if dim != 0:
+            rule = partial(_moved, rule, dim)
         return self._watch(parameters, size, rule, output, inputs)
 
     def _of_shared(self, parameters, inputs, args, kwargs) -> Tensor:
@@ -191,25 +198,35 @@ class Layer(Tap):
                 f"module '{self.name}' got a value shared by all samples among several inputs; capture the enclosing"
                 " module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
             )
-        output = self._watch(
-            parameters, copies.shape[0], self._contributions, self.original(copies, *args[1:]), (copies,)
-        )
-        return Shared(output.unsqueeze(1) if squeezed else output, self.name)
+        output = self.original(copies, *args[1:])
+        output = self._watch(parameters, copies.shape[0], self._rule_as_of_now(), output, (copies,))
+        return Shared(output.unsqueeze(1) if squeezed else output, self.name, first.batch)
 
-    def _for_all(self, parameters, batch_size: int, inputs, output: Tensor) -> Tensor:
+    def _for_all(self, parameters, batch: Batch, inputs, output: Tensor) -> Tensor:
         """An input without a batch: computed once, its gradient taken per sample."""
+        batch_size = batch.size
         squeezed = inputs[0].ndim > self.sample_ndim and inputs[0].shape[0] == 1
+
+        bound = self._rule_as_of_now()
 
         def rule(saved: tuple[Tensor, ...], grad: Tensor):
             expanded = [(x if squeezed else x[None]).expand(batch_size, *x.shape[squeezed:]) for x in saved]
-            return self._contributions(tuple(expanded), grad.squeeze(1) if squeezed else grad)
+            return bound(tuple(expanded), grad.squeeze(1) if squeezed else grad)
 
         return share(
-            self._watch(parameters, batch_size, rule, output.expand(batch_size, *output.shape), inputs), self.name
+            self._watch(parameters, batch_size, rule, output.expand(batch_size, *output.shape), inputs),
+            self.name,
+            batch,
         )
 
-    def _moved(self, dim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
-        return self._contributions(tuple(x.movedim(dim, 0) for x in inputs), grad.movedim(dim, 0))
+    def _rule_as_of_now(self) -> BoundRule:
+        """The rule for this forward: buffers and mode may change before the backward."""
+        module = self.module
+        if module._buffers:
+            module = copy.copy(module)
+            module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        return partial(self.rule, module)
 
-    def _contributions(self, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
-        return self.rule(self.module, inputs, grad)
+
+def _moved(rule: BoundRule, dim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
+    return rule(tuple(x.movedim(dim, 0) for x in inputs), grad.movedim(dim, 0))

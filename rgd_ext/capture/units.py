@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from ..batch_norm import batch_norms, check_frozen
-from .batch import Batch, tensors_in
+from .batch import Batch
 from .samples import Mapped, map_samples
 from .shared import Shared, share
 from .taps import Tap
@@ -21,6 +21,7 @@ class Unit(Tap):
     def __init__(self, capture, module, name, slots) -> None:
         super().__init__(capture, module, name, slots)
         self.batch_norms = batch_norms(module, name)
+        self._compared = False
 
     def check_batch_norm(self):
         # One sample at a time, a batch's statistics would silently become the sample's.
@@ -29,6 +30,7 @@ class Unit(Tap):
     def record(self, batch, parameters, args, kwargs):
         if batch.size is None:
             batch = Batch.of((args, kwargs))
+        plain = self._plain_output(args, kwargs)
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
 
@@ -37,9 +39,7 @@ class Unit(Tap):
                 return self.original(*args, **kwargs)
 
         try:
-            # The fused attention kernels have no batching rule; vmap would loop over the samples.
-            with sdpa_kernel(SDPBackend.MATH):
-                results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
+            results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
         except RuntimeError as error:
             raise RuntimeError(
                 f"module '{self.name}' ({type(self.module).__name__}) cannot be run sample by sample under"
@@ -47,12 +47,42 @@ class Unit(Tap):
                 " buffers, or teach the capture its gradient with rgd_ext.register_rule"
             ) from error
         tensors = iter(output_dims(sum(isinstance(r, Tensor) for r in results)))
-        joined = [self._joined(r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
+        joined = [self._joined(batch, r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
+        if plain is not None:
+            self._compare(joined, plain)
         return pytree.tree_unflatten(joined, spec)
+
+    def _plain_output(self, args: tuple, kwargs: dict) -> list | None:
+        """What the module gives for the whole batch, once, to see that it keeps the samples apart."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        if self._compared or any(isinstance(leaf, Shared) for leaf in leaves):
+            return None
+        self._compared = True
+        args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
+        devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            states = _random_states(devices)
+            output = pytree.tree_leaves(self.original(*args, **kwargs))
+            drew = any(not torch.equal(a, b) for a, b in zip(states, _random_states(devices), strict=True))
+        return None if drew else output
+
+    def _compare(self, joined: list, plain: list) -> None:
+        for got, want in zip(joined, plain, strict=True):
+            if not isinstance(want, Tensor) or not want.is_floating_point() or isinstance(got, Shared):
+                continue
+            largest = torch.nan_to_num(want.detach().abs()).max().item() if want.numel() else 0.0
+            tolerance = 100 * torch.finfo(want.dtype).eps ** 0.75 * largest
+            if got.shape != want.shape or not torch.allclose(got.detach(), want, 0, tolerance, equal_nan=True):
+                raise ValueError(
+                    f"module '{self.name}' ({type(self.module).__name__}) gives other values for a batch than for its"
+                    " samples one by one: it couples the samples (as batch statistics do), or takes an input that all"
+                    " samples share for one with samples (see rgd_ext.mark). Per-sample gradients need it changed, or"
+                    " its own rgd_ext.register_rule"
+                )
 
     def _mapped(self, batch: Batch, args: tuple, kwargs: dict):
         """The arguments with the batch's tensors as `Mapped`, and how to get the dims of the samples in n outputs."""
-        tensors = tensors_in((args, kwargs))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dims = [None if isinstance(x, Shared) else self._dim(batch, x, x is tensors[0]) for x in tensors]
         batch_dims = {dim for dim in dims if dim is not None}
         found = iter(dims)
@@ -71,18 +101,23 @@ class Unit(Tap):
 
     def _dim(self, batch: Batch, x: Tensor, is_first: bool) -> int | None:
         # Masks and the like, beside the first input, are taken as shared unless their shape says otherwise.
-        is_side = not is_first and not x.requires_grad and (x.ndim == 0 or x.shape[0] != batch.size)
-        return None if is_side else batch.dim(x, self.module, self.name, 0)
+        if not is_first and not x.requires_grad and (x.ndim == 0 or x.shape[0] != batch.size):
+            return None
+        return batch.dim(x, self.module, self.name, 0, is_side=not is_first)
 
-    def _joined(self, result: Tensor, dim: int | None) -> Tensor:
+    def _joined(self, batch: Batch, result: Tensor, dim: int | None) -> Tensor:
         if dim is None:
-            return share(result, self.name)
+            return share(result, self.name, batch)
         if result.ndim < dim + 2 or result.shape[dim + 1] != 1:
             raise ValueError(
                 f"module '{self.name}' gives an output of shape {tuple(result.shape[1:])} for one sample: expected"
                 f" a dimension {dim} of size 1. Modules keep the samples apart, along the dimension they come in"
             )
         return result.squeeze(dim + 1).movedim(0, dim)
+
+
+def _random_states(devices: set[torch.device]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 class Attention(Unit):

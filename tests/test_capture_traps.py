@@ -1,0 +1,317 @@
+"""Models and habits that would give a wrong direction in silence, were they not recognised."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import mlp
+from oracle import assert_close, flat_grad, per_sample_gradients, weak_field
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rgd_ext
+
+
+class Net(nn.Module):
+    """A module from parts: `parts` become attributes, `forward(self, *inputs)` is given."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self._forward = forward
+
+    def forward(self, *inputs):
+        return self._forward(self, *inputs)
+
+
+def loss_of(output):
+    return output.sin().square().mean()
+
+
+def captured_grad(model, *inputs, **options):
+    with rgd_ext.precondition(model, **options):
+        loss_of(model(*inputs)).backward()
+    return flat_grad(model)
+
+
+def check(model, *inputs):
+    model = model.double()
+    inputs = [x.double() if x.is_floating_point() else x for x in inputs]
+    assert_close(captured_grad(model, *inputs), weak_field(per_sample_gradients(model, loss_of, inputs)))
+
+
+# Derivatives of derivatives, and hooks
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_gradient_penalty_names_paused(activation):
+    critic = nn.Sequential(nn.Linear(4, 8), activation(), nn.Linear(8, 1))
+    x = torch.randn(6, 4, requires_grad=True)
+    with rgd_ext.precondition(critic):
+        (grad,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        loss = critic(x).mean() + ((grad.norm(dim=1) - 1) ** 2).mean()
+        with pytest.raises(RuntimeError, match=r"gradient penalty, under `with handle\.paused\(\):`"):
+            loss.backward()
+    assert all(p.grad is None for p in critic.parameters())
+
+
+def test_second_derivatives_by_inputs_are_ordinary():
+    model, x = mlp().double(), torch.randn(6, dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(lambda x: model(x[None]).sin().sum(), x)
+    with rgd_ext.precondition(model):
+        got = torch.autograd.functional.hessian(lambda x: model(x[None]).sin().sum(), x)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_on_parameters_are_refused(hook, when):
+    model, x = mlp(), torch.randn(5, 6)
+    if when == "before":
+        getattr(model[0].weight, hook)(lambda value: None)
+    with pytest.raises(ValueError, match=r"'0\.weight' has gradient hooks"):  # noqa: PT012
+        rgd_ext.precondition(model)
+        getattr(model[0].weight, hook)(lambda value: None)
+        loss_of(model(x)).backward()
+    assert model[2].weight.grad is None
+
+
+# The model changes
+
+
+def test_module_that_came_after_the_capture_is_refused():
+    model = Net(lambda m, x: m.head(m.body(x).tanh()), body=nn.Linear(4, 5), head=nn.Linear(5, 3))
+    with rgd_ext.precondition(model):
+        model.head = nn.Linear(5, 2)
+        with pytest.raises(ValueError, match=r"'head\.weight' came into the model after its capture"):
+            model(torch.randn(6, 4))
+
+
+def test_parameter_replaced_after_the_capture_is_captured():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double(), torch.randn(6, 4, dtype=torch.float64)
+    with rgd_ext.precondition(model):
+        model[0].weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+        loss_of(model(x)).backward()
+    assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_wrapper_put_around_a_captured_forward_survives_remove():
+    model, x = mlp(), torch.randn(5, 6)
+    handle = rgd_ext.precondition(model)
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x) * 2
+    handle.remove()
+    assert_close(model(x).detach(), model[1:](2 * F.linear(x, model[0].weight, model[0].bias)).detach())
+    loss_of(model(x)).backward()
+    assert model[0].weight.grad is not None
+
+
+def test_mode_is_that_of_the_forward():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    expected = captured_grad(copy.deepcopy(model), x)
+    with rgd_ext.precondition(model):
+        loss = loss_of(model(x))
+        model.train()
+        model[0].weight.requires_grad_(False)
+        loss.backward()
+    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert_close(got, expected[-len(got) :])
+
+
+# Values that all samples share
+
+
+class Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        return (x / scale).round() * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.sum()
+
+
+def test_raw_parameter_that_slips_past_torch_function_is_refused():
+    model = Net(lambda m, x: Round.apply(m.body(x), m.p), body=nn.Linear(4, 4), p=nn.Parameter(torch.tensor(0.3)))
+    with pytest.raises(ValueError, match=r"p' of shape \(\).*rgd_ext\.unit"):
+        captured_grad(model, torch.randn(6, 4))
+    assert all(p.grad is None for p in model.parameters())
+
+
+SHARED = {
+    "type_as": ((1, 4), lambda m, x: m.body(x) * m.p.type_as(x)),
+    "to like the batch": ((), lambda m, x: m.body(x) * m.p.to(x)),
+    "value read": ((4,), lambda m, x: m.body(x) * m.p if m.p.sum() > -100 and m.p[0].item() > -100 else x),
+}
+
+
+@pytest.mark.parametrize("name", ["type_as", "to like the batch", "value read"])
+def test_uses_of_a_raw_parameter(name):
+    shape, forward = SHARED[name]
+    check(Net(forward, body=nn.Linear(4, 4), p=nn.Parameter(torch.randn(shape))), torch.randn(6, 4))
+
+
+def test_table_looked_up_by_an_input_of_the_model():
+    model = Net(lambda m, x, y: m.body(x) + m.p[y], body=nn.Linear(4, 4), p=nn.Parameter(torch.randn(9, 4)))
+    check(model, torch.randn(6, 4), torch.randint(9, (6,)))
+
+
+def test_functional_batch_norm_of_a_container_is_refused():
+    def forward(m, x):
+        return F.batch_norm(m.body(x), None, None, m.p, None, training=True)
+
+    model = Net(forward, body=nn.Linear(4, 4), p=nn.Parameter(torch.ones(4)))
+    with pytest.raises(ValueError, match="couples the samples"):
+        captured_grad(model, torch.randn(6, 4))
+
+
+# Shapes that agree by chance: as many samples as positions
+
+
+def buffers_as_long_as_the_batch():
+    rope = Net(lambda m, x, table: x * m.gain + table * m.gain.sin(), gain=nn.Parameter(torch.randn(4)))
+    return {
+        "buffer into a unit": Net(
+            lambda m, x: m.rope(m.body(x), m.table[: x.shape[1]]),
+            body=nn.Linear(4, 4),
+            rope=rope,
+            table=torch.randn(8, 4),
+        ),
+        "buffer meets a raw parameter": Net(
+            lambda m, x: m.body(x) + m.scale * m.table[: x.shape[1]],
+            body=nn.Linear(4, 4),
+            scale=nn.Parameter(torch.randn(1)),
+            table=torch.randn(8, 4),
+        ),
+        "buffer into a layer": Net(
+            lambda m, x: m.body(x) + m.project(m.table[: x.shape[1]]),
+            body=nn.Linear(4, 4),
+            project=nn.Linear(2, 4),
+            table=torch.randn(8, 2),
+        ),
+        "buffer of indices": Net(
+            lambda m, x: m.body(x) + m.bias[m.index[: x.shape[1], : x.shape[1]]].sum(1, keepdim=True),
+            body=nn.Linear(4, 4),
+            bias=nn.Parameter(torch.randn(9)),
+            index=torch.randint(9, (8, 8)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("length", [3, 6])
+@pytest.mark.parametrize("name", buffers_as_long_as_the_batch())
+def test_buffers_are_not_taken_for_samples(name, length):
+    check(buffers_as_long_as_the_batch()[name], torch.randn(6, length, 4))
+
+
+class Attend(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, mask):
+        return (x @ self.q @ x.transpose(1, 2) + mask).softmax(-1) @ x
+
+
+def test_square_mask_made_inside_is_refused_and_one_of_another_length_is_exact():
+    def forward(m, x):
+        return m.attend(m.body(x), torch.full((x.shape[1],) * 2, -1e9, dtype=x.dtype).triu(1))
+
+    model = Net(forward, body=nn.Linear(4, 4), attend=Attend())
+    check(model, torch.randn(6, 3, 4))
+    with pytest.raises(ValueError, match=r"'attend' got an input of shape \(6, 6\)"):
+        captured_grad(model, torch.randn(6, 6, 4, dtype=torch.float64))
+
+
+def test_module_that_couples_samples_is_refused():
+    class Standardise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (x - x.mean(0)) * self.gain
+
+    with pytest.raises(ValueError, match=r"\(Standardise\).*couples the samples"):
+        captured_grad(nn.Sequential(nn.Linear(4, 4), Standardise()), torch.randn(6, 4))
+
+
+def test_one_row_of_the_batch_is_not_shared_by_all():
+    model = Net(lambda m, x: m.a(x) + m.b(x[:1]), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"'b' got an input of shape \(1, 4\)"):
+        captured_grad(model, torch.randn(6, 4))
+
+
+# Parts of a model called by themselves
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(11, 4), nn.Embedding(20, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.tokens(x) + self.positions(torch.arange(x.shape[1])))
+
+
+def test_submodule_called_from_outside():
+    model, x = nn.ModuleDict({"encoder": Encoder()}).double(), torch.randint(11, (6, 5))
+    expected = weak_field(per_sample_gradients(model["encoder"], loss_of, [x]))
+    with rgd_ext.precondition(model):
+        loss_of(model["encoder"](x)).backward()
+        assert_close(flat_grad(model), expected)
+        with pytest.raises(ValueError, match=r"positions' got an input of shape \(6,\)"):
+            model["encoder"](torch.randint(11, (6, 6)))
+
+
+def test_batch_in_a_mapping_or_a_dataclass():
+    from collections import UserDict
+    from dataclasses import dataclass
+
+    @dataclass
+    class Inputs:
+        ids: torch.Tensor
+
+    encoder, x = Encoder().double(), torch.randint(11, (6, 5))
+    expected = captured_grad(copy.deepcopy(encoder), x)
+    for forward, batch in (
+        (lambda m, b: m.encoder(b["ids"]), UserDict(ids=x)),
+        (lambda m, b: m.encoder(b.ids), Inputs(x)),
+    ):
+        assert_close(captured_grad(Net(forward, encoder=copy.deepcopy(encoder)), batch), expected)
+
+
+def test_checkpointed_block_with_positions():
+    encoder, x = Encoder().double(), torch.randint(11, (6, 5))
+    expected = captured_grad(copy.deepcopy(encoder), x)
+    model = Net(lambda m, x: checkpoint(m.encoder, x, use_reentrant=False), encoder=encoder)
+    assert_close(captured_grad(model, x), expected)
+
+
+# Refused by name
+
+
+def old_weight_norm():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("build", [old_weight_norm, lambda: nn.utils.spectral_norm(nn.Linear(4, 4))])
+def test_weights_computed_in_hooks_are_refused(build):
+    with pytest.raises(ValueError, match=r"computes its 'weight' in a hook.*parametrizations"):
+        rgd_ext.precondition(nn.Sequential(build()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_script_modules_are_refused():
+    with pytest.raises(ValueError, match="ScriptModule"):
+        rgd_ext.precondition(nn.Sequential(torch.jit.script(nn.Linear(4, 4))))
