@@ -60,8 +60,9 @@ def diffusion_mv(grads: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
 
 
 def gram(grads: list[Tensor]) -> Tensor:
-    """K = G G^T, (B, B), not centred."""
-    return torch.stack([m @ m.T for m in _matrices(grads)]).sum(0)
+    """K = G G^T, (B, B), not centred, exactly symmetric."""
+    product = torch.stack([m @ m.T for m in _matrices(grads)]).sum(0)
+    return (product + product.T) / 2
 
 
 def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:

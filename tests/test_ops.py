@@ -103,7 +103,7 @@ def test_memory_layout_does_not_matter(name, layout, device):
     grads = laid_out(sample_grads("many", torch.float32, device), layout)
     results = leaves(CALLS[name](grads))
     for result, want in zip(results, leaves(CALLS[name]([g.contiguous() for g in grads])), strict=True):
-        assert torch.allclose(result, want, rtol=1e-6, atol=1e-6)
+        assert_close(result, want)
         assert result.is_contiguous()
 
 
