@@ -229,6 +229,18 @@ def test_square_mask_made_inside_is_refused_and_one_of_another_length_is_exact()
         captured_grad(model, torch.randn(6, 6, 4, dtype=torch.float64))
 
 
+def test_square_of_positions_that_meets_a_raw_parameter():
+    def forward(m, x):
+        steps = torch.arange(x.shape[1], dtype=x.dtype)
+        scores = m.body(x) @ x.transpose(1, 2) + m.slope * (steps[:, None] - steps).abs()
+        return scores.softmax(-1) @ x
+
+    model = Net(forward, body=nn.Linear(4, 4), slope=nn.Parameter(torch.tensor(0.3)))
+    check(model, torch.randn(6, 3, 4))
+    with pytest.raises(ValueError, match=r"slope' of shape \(\).*meets a tensor of shape \(6, 6\)"):
+        captured_grad(model, torch.randn(6, 6, 4, dtype=torch.float64))
+
+
 def test_module_that_couples_samples_is_refused():
     class Standardise(nn.Module):
         def __init__(self):
