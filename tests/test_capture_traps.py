@@ -171,6 +171,34 @@ def test_functional_batch_norm_of_a_container_is_refused():
         captured_grad(model, torch.randn(6, 4))
 
 
+def test_shared_value_beside_the_batch_in_a_layer_is_refused():
+    parts = {"body": nn.Linear(4, 4), "pair": nn.Bilinear(4, 4, 3), "p": nn.Parameter(torch.randn(1, 4))}
+    with pytest.raises(ValueError, match=r"'pair' got a value shared by all samples among several inputs"):
+        captured_grad(Net(lambda m, x: m.pair(m.body(x), m.p), **parts), torch.randn(6, 4))
+
+
+def test_unused_parameters_of_a_unit_get_no_gradient():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return x * 2
+
+    model, x = Unused(), torch.randn(6, 4, requires_grad=True)
+    assert rgd_ext.precondition(model).stats is None
+    loss_of(model(x)).backward()
+    assert model.gain.grad is None
+    assert x.grad is not None
+
+
+def test_data_kept_in_a_buffer_is_the_batch_when_it_is_the_input():
+    model = Net(lambda m, x: m.body(x), body=nn.Linear(4, 4), data=torch.randn(6, 4)).double()
+    expected = weak_field(per_sample_gradients(model, loss_of, [model.data]))
+    assert_close(captured_grad(model, model.data), expected)
+
+
 # Shapes that agree by chance: as many samples as positions
 
 

@@ -61,7 +61,8 @@ class Batch:
         """The batch in the arguments of a model: dimension 0 of the first tensor that has dimensions."""
         tensors = [t for t in tensors_in(inputs) if t.ndim > 0]
         size = tensors[0].shape[0] if tensors else None
-        return cls(size, frozenset(storage(t) for t in tensors if t.shape[0] == size), constants)
+        samples = frozenset(storage(t) for t in tensors if t.shape[0] == size)
+        return cls(size, samples, constants - samples)
 
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is an input of the model, or a view of one."""

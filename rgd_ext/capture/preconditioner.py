@@ -234,6 +234,8 @@ class Preconditioner:
     def _finish(self) -> None:
         factors, self._factors, self._task = self._factors, {}, -1
         summed = {parameter: add(parts) for parameter, parts in factors.items()}
+        if not summed:  # a module's output was used, but none of its parameters had a part in it
+            return
         if self._union is not None:
             self._union.append(summed)
         else:

@@ -166,7 +166,7 @@ class Layer(Tap):
             raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
         first = inputs[0]
         with self._replaced({name: p.detach() for name, p in parameters.items()}):
-            if isinstance(first, Shared):
+            if any(isinstance(x, Shared) for x in inputs):
                 return self._of_shared(parameters, inputs, args, kwargs)
             dim = batch.dim(first, self.module, self.name, self.sample_ndim)
             output = self.original(*args, **kwargs)
@@ -190,14 +190,14 @@ class Layer(Tap):
 
     def _of_shared(self, parameters, inputs, args, kwargs) -> Tensor:
         """Inputs that differ between the samples only in whose copy they are: run on the copies."""
-        first = inputs[0]
-        squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
-        copies = first.per_sample.squeeze(1) if squeezed else first.per_sample
         if len(inputs) > 1 or kwargs:
             raise ValueError(
                 f"module '{self.name}' got a value shared by all samples among several inputs; capture the enclosing"
                 " module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
             )
+        first = inputs[0]
+        squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
+        copies = first.per_sample.squeeze(1) if squeezed else first.per_sample
         output = self.original(copies, *args[1:])
         output = self._watch(parameters, copies.shape[0], self._rule_as_of_now(), output, (copies,))
         return Shared(output.unsqueeze(1) if squeezed else output, self.name, first.batch)
