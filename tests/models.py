@@ -111,6 +111,22 @@ class LSTMClassifier(nn.Module):
         return self.head(torch.cat([hidden[-2], hidden[-1]], 1) + output.mean(1))
 
 
+class Net(nn.Module):
+    """A module from parts: `parts` become attributes or buffers, `forward(self, *inputs)` is given."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self._forward = forward
+
+    def forward(self, *inputs):
+        return self._forward(self, *inputs)
+
+
 class Siamese(nn.Module):
     """One encoder called twice."""
 

@@ -7,22 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import GPT, ViT, mlp
+from capturing import captured_grad, loss_of
+from models import GPT, Net, ViT, mlp
 from oracle import assert_close, direction, flat, flat_grad, per_sample_gradients, weak_field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
-
-
-def loss_of(output):
-    return output.sin().square().mean()
-
-
-def captured_grad(model, *inputs, loss=loss_of, **options):
-    with rgd_ext.precondition(model, **options):
-        loss(model(*inputs)).backward()
-    return flat_grad(model)
 
 
 def check(model, *inputs):
@@ -31,19 +22,6 @@ def check(model, *inputs):
 
 
 # Models
-
-
-class Net(nn.Module):
-    """A module from parts: `parts` become attributes, `forward(self, *inputs)` is given."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self._forward = forward
-
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
 
 
 X = (6, 4)

@@ -5,38 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import mlp
+from capturing import captured_grad, loss_of
+from models import Net, mlp
 from oracle import assert_close, flat_grad, per_sample_gradients, weak_field
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
-
-
-class Net(nn.Module):
-    """A module from parts: `parts` become attributes, `forward(self, *inputs)` is given."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-        self._forward = forward
-
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
-
-
-def loss_of(output):
-    return output.sin().square().mean()
-
-
-def captured_grad(model, *inputs, **options):
-    with rgd_ext.precondition(model, **options):
-        loss_of(model(*inputs)).backward()
-    return flat_grad(model)
 
 
 def check(model, *inputs):

@@ -101,6 +101,16 @@ class Batch:
             raise ValueError(self._ambiguous(x, name))
         return None
 
+    def size_of(self, x: Tensor, dim: int, name: str) -> int:
+        """The number of samples along `dim` of an input of module `name`; ValueError if the model got another one."""
+        size = x.shape[dim]
+        if self.size is not None and size != self.size:
+            raise ValueError(
+                f"batch sizes disagree: module '{name}' got {size} samples along dimension {dim} of an input of"
+                f" shape {tuple(x.shape)}, but the model was called with {self.size}"
+            )
+        return size
+
     def _ambiguous(self, x: Tensor, name: str) -> str:
         return (
             f"module '{name}' got an input of shape {tuple(x.shape)} in a batch of {self.size} samples, which does not"

@@ -29,12 +29,7 @@ class Recurrent(Tap):
                 f" of {'vectors (B, n)' if is_cell else 'padded sequences'}; pack_padded_sequence and unbatched inputs"
                 " are not supported"
             )
-        size = x.shape[dim]
-        if batch.size is not None and size != batch.size:
-            raise ValueError(
-                f"batch sizes disagree: module '{self.name}' got {size} samples along dimension {dim} of an input of"
-                f" shape {tuple(x.shape)}, but the model was called with {batch.size}"
-            )
+        batch.size_of(x, dim, self.name)
         if is_cell:
             state = self._initial(x, state)
             state = self._step(parameters, "", self._product(parameters, x, "ih", ""), state)

@@ -177,12 +177,7 @@ class Layer(Tap):
             )
         if dim is None:
             return self._for_all(parameters, batch, inputs, output)
-        size = first.shape[dim]
-        if batch.size is not None and size != batch.size:
-            raise ValueError(
-                f"batch sizes disagree: module '{self.name}' got {size} samples along dimension {dim} of an input of"
-                f" shape {tuple(first.shape)}, but the model was called with {batch.size}"
-            )
+        size = batch.size_of(first, dim, self.name)
         rule = self._rule_as_of_now()
         if dim != 0:
             rule = partial(_moved, rule, dim)
