@@ -1,11 +1,12 @@
 # `make demo` and `make test` set up what they need; RGD_EXT_BUILD=none|cpu|cuda|auto chooses the build.
+TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 BUILT := $(VENV)/.built
-CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench cpp sanitize clean
+.PHONY: demo test lint bench cpp sanitize cuda clean
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
@@ -30,12 +31,21 @@ cpp sanitize: $(VENV)/.requirements
 	$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
+# Compiles the CUDA kernels against a CUDA build of torch and runs the tests that need no GPU. In a copy, since the
+# extension of one torch does not load in another.
+cuda: export CUDA_VENV := $(abspath .venv-cuda)
+cuda: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;12.0
+cuda:
+	mkdir -p build/cuda
+	git ls-files -z | xargs -0 cp --parents --update --preserve=timestamps -t build/cuda
+	RGD_EXT_BUILD=cuda $(MAKE) -C build/cuda test VENV=$(CUDA_VENV) TORCH=torch==2.14.1
+
 clean:
-	rm -rf build $(VENV) rgd_ext/_C*.so *.egg-info
+	rm -rf build $(VENV) .venv-cuda rgd_ext/_C*.so *.egg-info
 
 $(VENV)/.requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet $(TORCH) -r requirements-dev.txt
 	touch $@
 
 $(BUILT): $(VENV)/.requirements setup.py pyproject.toml $(shell find csrc -type f)

@@ -24,10 +24,11 @@ py::dict build_info() {
   py::dict info;
 #ifdef RGD_EXT_CUDA
   info["cuda"] = RGD_EXT_CUDA;
+  info["architectures"] = py::str(RGD_EXT_ARCHITECTURES).attr("split")();
 #else
   info["cuda"] = py::none();
-#endif
   info["architectures"] = py::list();
+#endif
   info["torch"] = TORCH_VERSION;
   info["compiler"] = compiler();
   return info;

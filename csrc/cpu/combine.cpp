@@ -25,16 +25,8 @@ void combine_kernel(const Work& work, const accumulate_t<S>* weights, at::Tensor
 
 std::vector<at::Tensor> combine(at::TensorList grads, const at::Tensor& weights) {
   check_grads(grads);
-  const int64_t batch_size = grads[0].size(0);
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == batch_size, "weights has shape ", weights.sizes(),
-                    " but grads holds ", batch_size, " samples: pass one weight per sample");
-  TORCH_CHECK_VALUE(weights.device() == grads[0].device(), "weights is on ", weights.device(), " but grads on ",
-                    grads[0].device(), ": move them to one device");
-  TORCH_CHECK_TYPE(at::isFloatingType(weights.scalar_type()), "weights has dtype ", weights.scalar_type(),
-                   ": convert it to ", accumulate_dtype(grads[0].scalar_type()));
   std::vector<at::Tensor> results = empty_like_parameters(grads);
-  read_combination(with_contiguous_rows(grads), weights.to(accumulate_dtype(grads[0].scalar_type())).contiguous(),
-                   results);
+  read_combination(with_contiguous_rows(grads), checked_weights(grads, weights), results);
   return results;
 }
 

@@ -60,27 +60,6 @@ void centre(const at::Tensor& products, int64_t batch_size, T* weights) {
   }
 }
 
-// How many vectors there are: k for (k, *shape), one for (*shape).
-int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
-  TORCH_CHECK_VALUE(grads.size() == vectors.size(), "grads has ", grads.size(), " tensors and vectors ", vectors.size(),
-                    ": pass one vector per tensor");
-  const bool several = vectors[0].dim() == grads[0].dim();
-  const int64_t count = several ? vectors[0].size(0) : 1;
-  for (size_t t = 0; t < grads.size(); ++t) {
-    const at::IntArrayRef shape = grads[t].sizes().slice(1);
-    const at::Tensor& vector = vectors[t];
-    const bool matches =
-        several ? vector.dim() == grads[t].dim() && vector.size(0) == count && vector.sizes().slice(1) == shape
-                : vector.sizes() == shape;
-    TORCH_CHECK_VALUE(matches, "vectors[", t, "] has shape ", vector.sizes(), ": expected ", shape,
-                      " for one vector or (k, *shape) for k of them, the same k for every tensor");
-    TORCH_CHECK_VALUE(vector.scalar_type() == grads[t].scalar_type() && vector.device() == grads[t].device(),
-                      "vectors[", t, "] is ", vector.scalar_type(), " on ", vector.device(), " but grads[", t, "] is ",
-                      grads[t].scalar_type(), " on ", grads[t].device(), ": convert one to the other");
-  }
-  return count;
-}
-
 std::vector<at::Tensor> diffusion_mv(at::TensorList grads, at::TensorList vectors) {
   check_grads(grads);
   const int64_t count = check_vectors(grads, vectors), batch_size = grads[0].size(0), slot = count * batch_size;

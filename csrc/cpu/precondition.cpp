@@ -12,15 +12,10 @@ namespace {
 // mean.
 std::vector<at::Tensor> precondition(at::TensorList grads, const at::Tensor& epsilon) {
   check_grads(grads);
-  TORCH_CHECK_VALUE(epsilon.numel() == 1, "epsilon has shape ", epsilon.sizes(), ": pass one number for all samples");
-  TORCH_CHECK_VALUE(epsilon.device() == grads[0].device(), "epsilon is on ", epsilon.device(), " but grads on ",
-                    grads[0].device(), ": move them to one device");
-  TORCH_CHECK_TYPE(at::isFloatingType(epsilon.scalar_type()), "epsilon has dtype ", epsilon.scalar_type(),
-                   ": convert it to ", accumulate_dtype(grads[0].scalar_type()));
+  const at::Tensor step = checked_epsilon(grads, epsilon);
   const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
   at::Tensor alignments = empty_statistic(grads), squared_norms = empty_statistic(grads);
   read_moments(matrices, {}, alignments, squared_norms);
-  const at::Tensor step = epsilon.reshape({}).to(alignments.scalar_type());
   const at::Tensor weights = at::rsub(at::mul(alignments, step), 1).div(alignments.numel());
   std::vector<at::Tensor> direction = empty_like_parameters(grads);
   read_combination(matrices, weights, direction);

@@ -2,7 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -14,54 +13,7 @@ constexpr int64_t kMinTiles = 64, kNarrowedColumns = 4096;
 constexpr int64_t kMinChunks = 8, kMaxChunks = 256;
 constexpr int64_t kMaxPartials = 1 << 20;
 
-bool rows_are_contiguous(const at::Tensor& grad) {
-  int64_t expected = 1;
-  for (int64_t dim = grad.dim() - 1; dim > 0; expected *= grad.size(dim--)) {
-    if (grad.size(dim) != 1 && grad.stride(dim) != expected) return false;
-  }
-  return true;
-}
-
 }  // namespace
-
-void check_grads(at::TensorList grads) {
-  TORCH_CHECK_VALUE(!grads.empty(), "grads is empty: pass at least one (B, *shape) tensor");
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const at::Tensor& grad = grads[i];
-    const at::ScalarType dtype = grad.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                     "grads[", i, "] has dtype ", dtype,
-                     ": per-sample gradients are float32, float64, bfloat16 or float16; convert it first");
-    TORCH_CHECK_VALUE(grad.dim() > 0, "grads[", i, "] is a scalar: its first dimension must be the batch, (B, *shape)");
-    TORCH_CHECK_VALUE(grad.size(0) > 0, "empty batch: grads[", i, "] has shape ", grad.sizes(),
-                      "; RGD needs at least one sample");
-    TORCH_CHECK_VALUE(grad.size(0) == grads[0].size(0), "batch sizes disagree: grads[0] has ", grads[0].size(0),
-                      " samples and grads[", i, "] has ", grad.size(0),
-                      "; every tensor must be (B, *shape) with the same B");
-    TORCH_CHECK_TYPE(dtype == grads[0].scalar_type(), "dtypes disagree: grads[0] is ", grads[0].scalar_type(),
-                     " and grads[", i, "] is ", dtype, "; convert them to one");
-    TORCH_CHECK_VALUE(grad.device() == grads[0].device(), "devices disagree: grads[0] is on ", grads[0].device(),
-                      " and grads[", i, "] on ", grad.device(), "; move them to one device");
-  }
-}
-
-std::vector<at::Tensor> with_contiguous_rows(at::TensorList grads) {
-  std::vector<at::Tensor> matrices;
-  matrices.reserve(grads.size());
-  for (const at::Tensor& grad : grads) matrices.push_back(rows_are_contiguous(grad) ? grad : grad.contiguous());
-  return matrices;
-}
-
-std::vector<at::Tensor> empty_like_parameters(at::TensorList grads) {
-  std::vector<at::Tensor> tensors;
-  tensors.reserve(grads.size());
-  for (const at::Tensor& grad : grads) tensors.push_back(at::empty(grad.sizes().slice(1), grad.options()));
-  return tensors;
-}
-
-at::Tensor empty_statistic(at::TensorList grads) {
-  return at::empty({grads[0].size(0)}, grads[0].options().dtype(accumulate_dtype(grads[0].scalar_type())));
-}
 
 Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
     : batch_size_(matrices[0].size(0)), matrices_(matrices) {

@@ -4,7 +4,6 @@
 // some columns. Tiles and chunks depend on shapes and dtype alone, never on the number of threads, and every chunk sums
 // into a slot of its own: the same input gives the same bits.
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/CPUAllocator.h>
 
 #include <cstdint>
@@ -12,24 +11,10 @@
 #include <span>
 #include <vector>
 
+#include "../grads.h"
 #include "rows.h"
 
 namespace rgd_ext::cpu {
-
-// Raises where grads is not a list of per-sample gradients of one batch size, dtype and device.
-void check_grads(at::TensorList grads);
-
-// The dtype of accumulate_t.
-inline at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
-// grads themselves, or contiguous copies of those whose rows are not contiguous.
-std::vector<at::Tensor> with_contiguous_rows(at::TensorList grads);
-
-// One contiguous (*shape) tensor per (B, *shape) tensor, of the same dtype, not initialised.
-std::vector<at::Tensor> empty_like_parameters(at::TensorList grads);
-
-// One number per sample, (B,) in accumulate_dtype, not initialised.
-at::Tensor empty_statistic(at::TensorList grads);
 
 // The columns [begin, begin + count) of one tensor.
 struct Columns {

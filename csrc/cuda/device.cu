@@ -1,0 +1,45 @@
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <cuda_runtime.h>
+
+#include <array>
+#include <mutex>
+
+#include "device.h"
+
+namespace rgd_ext::cuda {
+namespace {
+
+__global__ void probe() {}
+
+Device inspect(int index) {
+  int major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    (void)cudaGetLastError();
+    TORCH_CHECK(false, "rgd_ext was compiled for ", RGD_EXT_ARCHITECTURES, " but this GPU has compute capability ",
+                major, ".", minor, ": install it again with TORCH_CUDA_ARCH_LIST=", major, ".", minor,
+                " (8.0 or newer), or with RGD_EXT_BUILD=cpu for plain PyTorch on the GPU");
+  }
+  C10_CUDA_CHECK(error);
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  return {multiprocessors, shared_bytes};
+}
+
+}  // namespace
+
+const Device& current_device() {
+  // A device that fails is inspected again at the next call.
+  static std::mutex mutex;
+  static std::array<Device, C10_COMPILE_TIME_MAX_GPUS> devices{};
+  const int index = c10::cuda::current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (devices[index].multiprocessors == 0) devices[index] = inspect(index);
+  return devices[index];
+}
+
+}  // namespace rgd_ext::cuda

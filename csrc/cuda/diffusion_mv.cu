@@ -1,0 +1,70 @@
+#include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sub.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "launch.h"
+#include "products.cuh"
+#include "reads.h"
+
+namespace rgd_ext::cuda {
+namespace {
+
+template <typename S, int kCapacity, int kVectors>
+__global__ void __launch_bounds__(kThreads)
+    products_kernel(const __grid_constant__ Table<kCapacity> table, int64_t first, int count, double* partials,
+                    int64_t slots, int64_t first_slot) {
+  extern __shared__ __align__(16) char shared[];
+  products<S, kCapacity, false, kVectors>(table, first, count, partials, slots, first_slot, shared);
+}
+
+// <g_i, v_j> for the vectors [first, first + count), (kVectors, B) in accumulate_dtype; zero past the last.
+template <typename S, int kVectors>
+at::Tensor read_products(at::TensorList matrices, at::TensorList vectors, int64_t first, int count) {
+  const int64_t rows = matrices[0].size(0), blocks_y = (rows + kProductRows - 1) / kProductRows;
+  const int64_t shared_bytes = products_shared_bytes<S>(kVectors, kVectors);
+  const auto launches = [&](auto use) {
+    const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) {
+      return products_kernel<S, kCapacity, kVectors>;
+    };
+    return for_launches<S>(matrices, vectors, kProductLanes, blocks_y, shared_bytes, kernel_for, use);
+  };
+  const int64_t slots = launches([](auto&&...) {});
+  const at::Tensor partials = at::empty({kVectors * rows, slots}, matrices[0].options().dtype(at::kDouble));
+  launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
+    launch(kernel, blocks, blocks_y, shared_bytes, table, first, count, partials.mutable_data_ptr<double>(), slots,
+           first_block);
+  });
+  return reduced(partials, accumulate_dtype(matrices[0].scalar_type())).view({kVectors, rows});
+}
+
+std::vector<at::Tensor> diffusion_mv_operator(at::TensorList grads, at::TensorList vectors) {
+  check_grads(grads);
+  const int64_t number = check_vectors(grads, vectors);
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  std::vector<at::Tensor> directions, results;
+  for (const at::Tensor& vector : vectors) {
+    directions.push_back(vector.contiguous());
+    results.push_back(at::empty(vector.sizes(), vector.options()));
+  }
+  const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
+  with_storage(grads[0].scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    for (int64_t first = 0; first < number; first += kTogether) {
+      const int count = static_cast<int>(std::min<int64_t>(number - first, kTogether));
+      const at::Tensor products = count == 1 ? read_products<S, 1>(matrices, directions, first, count)
+                                             : read_products<S, kTogether>(matrices, directions, first, count);
+      // Centring the B products of a vector centres the matrix.
+      const at::Tensor centred = at::sub(products, products.mean(1, true)).div(grads[0].size(0));
+      read_combination(matrices, centred.narrow(0, 0, count), first, results);
+    }
+  });
+  return results;
+}
+
+}  // namespace
+}  // namespace rgd_ext::cuda
+
+TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("diffusion_mv", rgd_ext::cuda::diffusion_mv_operator); }

@@ -1,0 +1,107 @@
+#pragma once
+
+// From tensors to launches: the table of matrices a kernel gets, its grid and its shared memory.
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "../grads.h"
+#include "device.h"
+#include "tiles.cuh"
+
+namespace rgd_ext::cuda {
+
+// Matrices of one launch: its parameters may take 32 KB, but fewer are faster to pass.
+constexpr int kFew = 24, kMany = 800;
+
+// The kernels' name of a tensor's dtype, as the argument of use(S{}).
+template <typename F>
+auto with_storage(at::ScalarType dtype, F use) {
+  switch (dtype) {
+    case at::kDouble:
+      return use(double{});
+    case at::kBFloat16:
+      return use(BFloat16{});
+    case at::kHalf:
+      return use(Half{});
+    default:
+      return use(float{});
+  }
+}
+
+template <typename Kernel>
+void allow_shared_memory(Kernel kernel, int64_t bytes) {
+  if (bytes > 48 << 10)
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// Blocks of the kernel that run at the same time.
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, int64_t shared_bytes) {
+  allow_shared_memory(kernel, shared_bytes);
+  int blocks = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes));
+  return int64_t{std::max(blocks, 1)} * current_device().multiprocessors;
+}
+
+template <typename Kernel, typename... Arguments>
+void launch(Kernel kernel, int64_t blocks, int64_t blocks_y, int64_t shared_bytes, const Arguments&... arguments) {
+  if (blocks == 0 || blocks_y == 0) return;
+  allow_shared_memory(kernel, shared_bytes);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
+  kernel<<<grid, kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// use(table) for tables that hold all matrices that are not empty, kFew or kMany at a time. others[t] is what the
+// kernel reads or writes beside matrix t, of shape (*shape) or (k, *shape); or there are none.
+template <typename S, typename F>
+void for_tables(at::TensorList matrices, at::TensorList others, int lanes, F use) {
+  const int64_t rows = matrices[0].size(0), width = lanes * Packet<S>::kColumns;
+  const auto fill = [&](auto& table, size_t begin, size_t end) {
+    table.rows = rows;
+    table.lanes = lanes;
+    table.tiles = table.matrices = 0;
+    for (size_t t = begin; t < end; ++t) {
+      const int64_t columns = matrices[t].numel() / rows;
+      if (columns == 0) continue;
+      void* other = others.empty() ? nullptr : others[t].data_ptr();
+      table.matrix[table.matrices++] = {matrices[t].const_data_ptr(), other, matrices[t].stride(0), columns,
+                                        table.tiles};
+      table.tiles += (columns + width - 1) / width;
+    }
+    if (table.tiles > 0) use(std::as_const(table));
+  };
+  if (matrices.size() <= kFew) {
+    Table<kFew> table;
+    fill(table, 0, matrices.size());
+  } else {
+    Table<kMany> table;
+    for (size_t begin = 0; begin < matrices.size(); begin += kMany)
+      fill(table, begin, std::min(begin + kMany, matrices.size()));
+  }
+}
+
+// use(kernel, table, blocks, first_block) for each table: kernel_for(table) is the kernel for its capacity, `blocks` of
+// it by blocks_y run at a time, and first_block numbers them on from those of the tables before. Returns how many
+// blocks there are in all, so that each can have results of its own: call it once to count and once to launch.
+template <typename S, typename KernelFor, typename F>
+int64_t for_launches(at::TensorList matrices, at::TensorList others, int lanes, int64_t blocks_y, int64_t shared_bytes,
+                     KernelFor kernel_for, F use) {
+  int64_t first_block = 0;
+  for_tables<S>(matrices, others, lanes, [&](const auto& table) {
+    const auto kernel = kernel_for(table);
+    const int64_t resident = std::max<int64_t>(resident_blocks(kernel, shared_bytes) / blocks_y, 1);
+    const int64_t blocks = std::min(table.tiles, resident);
+    use(kernel, table, blocks, first_block);
+    first_block += blocks;
+  });
+  return first_block;
+}
+
+}  // namespace rgd_ext::cuda

@@ -1,0 +1,109 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "launch.h"
+#include "moments.cuh"
+#include "reads.h"
+#include "reduce.cuh"
+
+namespace rgd_ext::cuda {
+namespace {
+
+template <typename S, int kCapacity>
+__global__ void __launch_bounds__(kThreads) moments_kernel(const __grid_constant__ Table<kCapacity> table,
+                                                           double* partials, int64_t slots, int64_t first_slot) {
+  extern __shared__ __align__(16) char shared[];
+  moments<S>(table, partials, slots, first_slot, shared);
+}
+
+template <typename S, int kCapacity>
+__global__ void __launch_bounds__(kThreads) centred_kernel(const __grid_constant__ Table<kCapacity> table,
+                                                           double* partials, int64_t slots, int64_t first_slot) {
+  extern __shared__ __align__(16) char shared[];
+  products<S, kCapacity, true, 1>(table, 0, 1, partials, slots, first_slot, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const double* partials, int64_t rows, int64_t slots, T* results) {
+  reduce_rows(partials, rows, slots, results);
+}
+
+// Blocks of all tables write to slots of their own. kernel_for(table) is the kernel for its capacity.
+template <typename S, typename F>
+at::Tensor read_statistics(at::TensorList matrices, at::TensorList means, int lanes, int64_t blocks_y,
+                           int64_t shared_bytes, F kernel_for) {
+  const auto launches = [&](auto use) {
+    return for_launches<S>(matrices, means, lanes, blocks_y, shared_bytes, kernel_for, use);
+  };
+  const int64_t slots = launches([](auto&&...) {});
+  const at::Tensor partials = at::empty({2 * matrices[0].size(0), slots}, matrices[0].options().dtype(at::kDouble));
+  launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
+    launch(kernel, blocks, blocks_y, shared_bytes, table, partials.mutable_data_ptr<double>(), slots, first_block);
+  });
+  return partials;
+}
+
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> moments_operator(at::TensorList grads) {
+  check_grads(grads);
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  std::vector<at::Tensor> means = empty_like_parameters(grads);
+  const at::Tensor partials = read_moments(with_contiguous_rows(grads), means);
+  const at::ScalarType dtype = accumulate_dtype(grads[0].scalar_type());
+  const int64_t rows = grads[0].size(0);
+  return {std::move(means), reduced(partials.narrow(0, 0, rows), dtype),
+          reduced(partials.narrow(0, rows, rows), dtype)};
+}
+
+}  // namespace
+
+int lanes_on_chip(at::TensorList matrices) {
+  return with_storage(matrices[0].scalar_type(), [&](auto storage) {
+    for (int lanes = kMostLanes; lanes >= 4; lanes /= 2)
+      if (moments_shared_bytes<decltype(storage)>(matrices[0].size(0), lanes) <= current_device().shared_bytes)
+        return lanes;
+    return 0;
+  });
+}
+
+at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
+  return with_storage(matrices[0].scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    const int64_t rows = matrices[0].size(0);
+    if (const int lanes = lanes_on_chip(matrices); lanes > 0)
+      return read_statistics<S>(matrices, means, lanes, 1, moments_shared_bytes<S>(rows, lanes),
+                                []<int kCapacity>(const Table<kCapacity>&) { return moments_kernel<S, kCapacity>; });
+    // More samples than a tile on chip can hold: the mean first, then a second read for the statistics.
+    const std::vector<at::Tensor> own = means.empty() ? empty_like_parameters(matrices) : std::vector<at::Tensor>();
+    const at::TensorList centres = means.empty() ? at::TensorList(own) : means;
+    const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
+    read_combination(matrices, at::full({1, rows}, 1.0 / static_cast<double>(rows), matrices[0].options().dtype(dtype)),
+                     0, centres);
+    return read_statistics<S>(matrices, centres, kProductLanes, (rows + kProductRows - 1) / kProductRows,
+                              products_shared_bytes<S>(1, 2),
+                              []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
+  });
+}
+
+at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
+  const int64_t rows = partials.size(0), slots = partials.size(1);
+  const at::Tensor results = at::empty({rows}, partials.options().dtype(dtype));
+  const auto reduce = [&](auto kernel, auto* to) {
+    launch(kernel, (rows + kThreads / kWarp - 1) / (kThreads / kWarp), 1, 0, partials.const_data_ptr<double>(), rows,
+           slots, to);
+  };
+  if (dtype == at::kDouble) {
+    reduce(reduce_kernel<double>, results.mutable_data_ptr<double>());
+  } else {
+    reduce(reduce_kernel<float>, results.mutable_data_ptr<float>());
+  }
+  return results;
+}
+
+}  // namespace rgd_ext::cuda
+
+TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("moments", rgd_ext::cuda::moments_operator); }

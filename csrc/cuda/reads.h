@@ -1,0 +1,28 @@
+#pragma once
+
+// The two reads of G, shared by the operators: statistics, then a combination of the samples. Matrices have contiguous
+// rows; everything is on the current device and stream.
+
+#include <ATen/core/Tensor.h>
+
+namespace rgd_ext::cuda {
+
+// Sums of statistics over the columns, not yet over the blocks that made them: (2 * B, blocks) in double, alignments
+// above squared norms. means[t] = g, contiguous (*shape), or no means where they are not needed.
+at::Tensor read_moments(at::TensorList matrices, at::TensorList means);
+
+// Vectors of several that one read serves at a time.
+constexpr int kTogether = 4;
+
+// results[t][first + j] = sum_i weights[j, i] matrices[t][i] for contiguous weights (count, B) in accumulate_dtype, and
+// results[t] of shape (*shape) or (k, *shape).
+void read_combination(at::TensorList matrices, const at::Tensor& weights, int64_t first, at::TensorList results);
+
+// The sums of the rows of `partials`, in `dtype`.
+at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype);
+
+// Packets of each row in the tiles of both reads, the same so that equal weights give the bits of the mean; 0 where no
+// tile of all samples fits on chip.
+int lanes_on_chip(at::TensorList matrices);
+
+}  // namespace rgd_ext::cuda

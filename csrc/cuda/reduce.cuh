@@ -1,0 +1,35 @@
+#pragma once
+
+// Sums of what the blocks of another kernel left, in a fixed order.
+
+#include "primitives.cuh"
+
+namespace rgd_ext::cuda {
+
+// The sum of values[0, count), by a warp; every lane gets it.
+RGD_DEVICE double warp_sum(const double* values, int64_t count) {
+  double sum = 0;
+  for (int64_t i = thread_index() % kWarp; i < count; i += kWarp) sum += values[i];
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  return sum;
+}
+
+// results[r] = sum_s partials[r * slots + s], one warp a row.
+template <typename T>
+RGD_DEVICE void reduce_rows(const double* partials, int64_t rows, int64_t slots, T* results) {
+  const int64_t row = block_index() * (kThreads / kWarp) + thread_index() / kWarp;
+  if (row >= rows) return;
+  const double sum = warp_sum(partials + row * slots, slots);
+  if (thread_index() % kWarp == 0) results[row] = static_cast<T>(sum);
+}
+
+// w_i = (1 - eps a_i) / B, eq. (10), with the alignments a_i as reduce_rows gives them.
+template <typename T>
+RGD_DEVICE void reduce_to_weights(const double* partials, int64_t rows, int64_t slots, const T* epsilon, T* weights) {
+  const int64_t row = block_index() * (kThreads / kWarp) + thread_index() / kWarp;
+  if (row >= rows) return;
+  const T alignment = static_cast<T>(warp_sum(partials + row * slots, slots));
+  if (thread_index() % kWarp == 0) weights[row] = (1 - multiply(*epsilon, alignment)) / static_cast<T>(rows);
+}
+
+}  // namespace rgd_ext::cuda

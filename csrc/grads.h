@@ -1,0 +1,36 @@
+#pragma once
+
+// What the operators of every device check of their arguments and allocate for their results. Per-sample gradients are
+// a list of (B, *shape) tensors.
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace rgd_ext {
+
+// Raises where grads is not a list of per-sample gradients of one batch size, dtype and device.
+void check_grads(at::TensorList grads);
+
+// The dtype of sums over gradients of `dtype`.
+inline at::ScalarType accumulate_dtype(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+
+// grads themselves, or contiguous copies of those whose rows are not contiguous.
+std::vector<at::Tensor> with_contiguous_rows(at::TensorList grads);
+
+// One contiguous (*shape) tensor per (B, *shape) tensor, of the same dtype, not initialised.
+std::vector<at::Tensor> empty_like_parameters(at::TensorList grads);
+
+// One number per sample, (B,) in accumulate_dtype, not initialised.
+at::Tensor empty_statistic(at::TensorList grads);
+
+// `weights` of shape (B,) for combine, contiguous and in accumulate_dtype.
+at::Tensor checked_weights(at::TensorList grads, const at::Tensor& weights);
+
+// `epsilon` for precondition, a scalar in accumulate_dtype.
+at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon);
+
+// Raises where vectors are not of shape (*shape), or (k, *shape) with one k. Returns how many they are: one, or k.
+int64_t check_vectors(at::TensorList grads, at::TensorList vectors);
+
+}  // namespace rgd_ext

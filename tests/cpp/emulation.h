@@ -1,0 +1,338 @@
+#pragma once
+
+// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber that runs until it meets a barrier or its warp,
+// and which fiber runs next is drawn at random, as is when an asynchronous copy lands. Compile with AddressSanitizer:
+// shared memory and what the tests allocate are exact in size, so that it sees every access past an end.
+
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <set>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace rgd_ext::emulation {
+
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes, valid;
+
+  void land() const {
+    std::memcpy(shared, global, valid);
+    std::memset(static_cast<char*>(shared) + valid, 0, bytes - valid);
+  }
+};
+
+struct Fiber {
+  static constexpr size_t kStackBytes = 256 << 10;
+
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  ucontext_t context;
+  void* fake_stack;
+  bool done;
+  std::string waits_at;  // a barrier, or "" when it can run
+  bool waits_for_warp;
+  std::vector<std::vector<Copy>> copies;  // groups, the last one open
+};
+
+// The one grid that runs at a time. A defect (threads at different barriers, a misaligned access) is an exception from
+// run(); what it leaves on the fibers' stacks is abandoned.
+class Machine {
+ public:
+  static constexpr int kThreads = 256, kWarp = 32;
+  static constexpr int kSlotBytes = 64;
+
+  // A barrier at this "file:line" is ignored: a test of the tests.
+  std::string ignored_barrier;
+  // All barriers that were met.
+  std::set<std::string> barriers;
+
+  int thread = 0;
+  int64_t block_x = 0, block_y = 0, blocks_x = 1;
+  char slots[kThreads][kSlotBytes];
+
+  void run(int64_t x, int64_t y, int64_t shared_bytes, unsigned seed, const std::function<void(char*)>& kernel) {
+    random_.seed(seed);
+    kernel_ = &kernel;
+    blocks_x = x;
+    for (block_y = 0; block_y < y; ++block_y)
+      for (block_x = 0; block_x < x; ++block_x) run_block(shared_bytes);
+  }
+
+  void fail(const std::string& message) {
+    failure_ = message;
+    leave();
+  }
+
+  void wait_at(std::string barrier) {
+    barriers.insert(barrier);
+    if (barrier == ignored_barrier) return;
+    fibers_[thread].waits_at = std::move(barrier);
+    leave();
+  }
+
+  void wait_for_warp() {
+    fibers_[thread].waits_for_warp = true;
+    leave();
+  }
+
+  void start_copy(Copy copy) {
+    if (coin()) return copy.land();
+    fibers_[thread].copies.back().push_back(copy);
+  }
+  void commit_copies() { fibers_[thread].copies.emplace_back(); }
+  void wait_copies(int pending) {
+    auto& groups = fibers_[thread].copies;
+    while (static_cast<int>(groups.size()) - 1 > pending) {
+      for (const Copy& copy : groups.front()) copy.land();
+      groups.erase(groups.begin());
+    }
+  }
+
+ private:
+  bool coin() { return random_() & 1; }
+
+  void run_block(int64_t shared_bytes) {
+    // From new[] to the byte, and full of NaN.
+    const std::unique_ptr<char[]> shared(new char[shared_bytes]);
+    std::memset(shared.get(), 0xff, shared_bytes);
+    shared_ = shared.get();
+    for (Fiber& fiber : fibers_) {
+      // What fibers that never returned have marked; of the others, the outermost frame.
+      const size_t marked = failure_.empty() ? 1024 : Fiber::kStackBytes;
+      ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get() + Fiber::kStackBytes - marked, marked);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = Fiber::kStackBytes};
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Machine::enter, 0);
+      fiber.context.uc_stack.ss_size = 0;  // AddressSanitizer would clear its marks of so much stack at every switch
+      fiber.fake_stack = nullptr;
+      fiber.done = fiber.waits_for_warp = false;
+      fiber.waits_at.clear();
+      fiber.copies.assign(1, {});
+    }
+    failure_ = kUnfinished;
+    for (std::vector<int> ready = next_threads(); !ready.empty(); ready = next_threads()) {
+      std::shuffle(ready.begin(), ready.end(), random_);
+      for (int t : ready) {
+        resume(t);
+        if (failure_ != kUnfinished) throw std::runtime_error(failure_);
+      }
+    }
+    failure_.clear();
+  }
+
+  // The fibers that can run, after opening the warps and the barrier that all have reached.
+  std::vector<int> next_threads() {
+    std::vector<int> ready;
+    int live = 0, at_barrier = 0;
+    const std::string* place = nullptr;
+    for (int warp = 0; warp < kThreads; warp += kWarp) {
+      int lanes = 0, waiting = 0;
+      for (int t = warp; t < warp + kWarp; ++t) lanes += !fibers_[t].done, waiting += fibers_[t].waits_for_warp;
+      for (int t = warp; t < warp + kWarp; ++t) {
+        Fiber& fiber = fibers_[t];
+        if (waiting == lanes) fiber.waits_for_warp = false;
+        live += !fiber.done;
+        if (!fiber.waits_at.empty()) {
+          ++at_barrier;
+          if (place && *place != fiber.waits_at)
+            throw std::runtime_error("threads wait at " + *place + " and at " + fiber.waits_at);
+          place = &fiber.waits_at;
+        } else if (!fiber.done && !fiber.waits_for_warp) {
+          ready.push_back(t);
+        }
+      }
+    }
+    if (!ready.empty() || live == 0) return ready;
+    if (at_barrier < live) throw std::runtime_error("deadlock: some threads wait for their warp, some at a barrier");
+    for (int t = 0; t < kThreads; ++t) {
+      fibers_[t].waits_at.clear();
+      if (!fibers_[t].done) ready.push_back(t);
+    }
+    return ready;
+  }
+
+  static void enter();
+
+  void resume(int t) {
+    thread = t;
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fibers_[t].stack.get(), Fiber::kStackBytes);
+    swapcontext(&scheduler_, &fibers_[t].context);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  }
+
+  void leave() {
+    Fiber& fiber = fibers_[thread];
+    __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    swapcontext(&fiber.context, &scheduler_);
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+  }
+
+  static constexpr const char* kUnfinished = "the block did not finish";
+
+  std::vector<Fiber> fibers_{kThreads};
+  ucontext_t scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+  const std::function<void(char*)>* kernel_ = nullptr;
+  char* shared_ = nullptr;
+  std::string failure_;
+  std::mt19937 random_;
+};
+
+inline Machine machine;
+
+inline void Machine::enter() {
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack_, &machine.scheduler_stack_bytes_);
+  (*machine.kernel_)(machine.shared_);
+  machine.fibers_[machine.thread].done = true;
+  machine.leave();
+}
+
+inline void check_alignment(const void* address, int bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+    machine.fail(std::string(what) + " of " + std::to_string(bytes) + " bytes at an address they do not divide");
+}
+
+}  // namespace rgd_ext::emulation
+
+namespace rgd_ext::cuda {
+
+inline int thread_index() { return emulation::machine.thread; }
+inline int64_t block_index() { return emulation::machine.block_x; }
+inline int64_t block_index_y() { return emulation::machine.block_y; }
+inline int64_t blocks() { return emulation::machine.blocks_x; }
+
+inline void barrier(std::source_location where = std::source_location::current()) {
+  const std::string file = where.file_name();
+  emulation::machine.wait_at(file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()));
+}
+
+// Every lane's value, as seen by each lane of the warp.
+template <typename T, typename F>
+auto with_warp(const T& value, F use) {
+  static_assert(sizeof(T) <= emulation::Machine::kSlotBytes);
+  auto& machine = emulation::machine;
+  std::memcpy(machine.slots[machine.thread], &value, sizeof(T));
+  machine.wait_for_warp();
+  const int first = machine.thread / machine.kWarp * machine.kWarp;
+  const auto result = use([&](int lane) {
+    T other;
+    std::memcpy(&other, machine.slots[first + lane], sizeof(T));
+    return other;
+  });
+  machine.wait_for_warp();
+  return result;
+}
+
+template <typename T>
+T shuffle_xor(T value, int mask) {
+  return with_warp(value, [&](auto lane) { return lane(thread_index() % emulation::Machine::kWarp ^ mask); });
+}
+
+template <int bytes>
+void copy_async(void* shared, const void* global, int valid) {
+  emulation::check_alignment(shared, bytes, "copy to shared memory");
+  emulation::check_alignment(global, bytes, "copy from global memory");
+  emulation::machine.start_copy({shared, global, bytes, valid});
+}
+inline void commit_copies() { emulation::machine.commit_copies(); }
+template <int pending>
+void wait_copies() {
+  emulation::machine.wait_copies(pending);
+}
+
+template <typename T>
+T multiply(T a, T b) {
+  return a * b;
+}
+inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+inline int64_t computed_here(int64_t value) { return value; }
+
+template <typename T>
+T load_packet(const void* global) {
+  emulation::check_alignment(global, sizeof(T), "load");
+  T value;
+  std::memcpy(&value, global, sizeof(T));
+  return value;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+inline float widen(Half value) {
+  _Float16 half;
+  std::memcpy(&half, &value, sizeof(half));
+  return half;
+}
+inline void narrow(float value, BFloat16& to) {  // finite values, to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  to.bits = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float value, Half& to) {
+  const auto half = static_cast<_Float16>(value);
+  std::memcpy(&to, &half, sizeof(half));
+}
+
+inline uint32_t to_tf32(uint32_t word) { return (word + 0x1000) & ~0x1fffu; }
+
+template <typename S>
+void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  } own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  constexpr int kElements = 4 / sizeof(S);
+  const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+  const auto product = [](uint32_t left, uint32_t right) {
+    S x[kElements], y[kElements];
+    std::memcpy(x, &left, 4);
+    std::memcpy(y, &right, 4);
+    double sum = 0;
+    for (int e = 0; e < kElements; ++e) {
+      if constexpr (std::is_same_v<S, float>) {
+        sum += static_cast<double>(x[e]) * y[e];
+      } else {
+        sum += static_cast<double>(widen(x[e])) * widen(y[e]);
+      }
+    }
+    return sum;
+  };
+  with_warp(own, [&](auto lane) {
+    for (int e = 0; e < 4; ++e) {
+      double sum = sums[e];
+      for (int k = 0; k < 4; ++k) {
+        const Fragments left = lane(g * 4 + k), right = lane((2 * t + e % 2) * 4 + k);
+        sum += product(left.a[e / 2], right.b[0]) + product(left.a[2 + e / 2], right.b[1]);
+      }
+      sums[e] = static_cast<float>(sum);
+    }
+    return 0;
+  });
+}
+
+}  // namespace rgd_ext::cuda

@@ -1,0 +1,393 @@
+// The bodies of the CUDA kernels, run by emulation.h, against double precision: every dtype, odd sizes and unaligned
+// rows, many matrices, few and many blocks, random schedules. And the test of that test: without any one of its
+// barriers, every kernel is caught.
+
+#include <cmath>
+#include <string>
+
+#include "check.h"
+#include "combine.cuh"
+#include "gram.cuh"
+#include "largest_eigenvalue.cuh"
+#include "moments.cuh"
+#include "products.cuh"
+#include "reduce.cuh"
+
+namespace {
+
+using namespace rgd_ext::cuda;
+using rgd_ext::emulation::machine;
+using Doubles = std::vector<double>;
+
+constexpr int kCapacity = 8;
+constexpr int kVectors = 3;  // beside each matrix
+
+template <typename S>
+double value(S stored) {
+  return static_cast<double>(widen(stored));
+}
+template <typename S>
+double precision() {
+  if constexpr (std::is_same_v<S, double>) return 1e-13;
+  return std::is_same_v<S, BFloat16> ? 1e-2 : std::is_same_v<S, Half> ? 2e-3 : 2e-6;
+}
+template <typename S>
+double sum_precision() {
+  return std::is_same_v<S, double> ? 1e-13 : 2e-6;
+}
+
+struct Shape {
+  int64_t rows;
+  std::vector<int64_t> columns;
+  int lanes;
+  int64_t blocks;
+  int64_t padding;  // elements in front of each row; odd numbers leave rows unaligned
+};
+
+std::string describe(const Shape& shape) {
+  std::string text = std::to_string(shape.rows) + " x {";
+  for (int64_t n : shape.columns) text += " " + std::to_string(n);
+  return text + " }, " + std::to_string(shape.lanes) + " lanes, " + std::to_string(shape.blocks) + " blocks, padding " +
+         std::to_string(shape.padding);
+}
+
+// Matrices to the byte on the heap, the same in double as one, and vectors beside them.
+template <typename S>
+struct Problem {
+  Shape shape;
+  std::vector<std::unique_ptr<S[]>> data, others;
+  Table<kCapacity> table{};
+  std::vector<Doubles> rows, vectors;
+
+  explicit Problem(const Shape& shape) : Problem(shape, shape.lanes) {}
+  Problem(const Shape& shape, int lanes) : shape(shape), rows(shape.rows), vectors(kVectors) {
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal(0.25F);
+    table.rows = shape.rows;
+    table.lanes = lanes;
+    for (int64_t n : shape.columns) {
+      const int64_t stride = n + shape.padding, width = lanes * Packet<S>::kColumns;
+      const int64_t size = std::max<int64_t>(shape.rows * stride, 0);
+      data.emplace_back(new S[size]);
+      others.emplace_back(new S[kVectors * n]);
+      const auto draw = [&](S& to, Doubles& copy) {
+        narrow(Accumulate<S>(normal(random)), to);
+        copy.push_back(value(to));
+      };
+      for (int64_t i = 0; i < shape.rows; ++i)
+        for (int64_t c = 0; c < n; ++c) draw(data.back()[i * stride + shape.padding + c], rows[i]);
+      for (int64_t j = 0; j < kVectors; ++j)
+        for (int64_t c = 0; c < n; ++c) draw(others.back()[j * n + c], vectors[j]);
+      table.matrix[table.matrices++] = {data.back().get() + shape.padding, others.back().get(), stride, n, table.tiles};
+      table.tiles += (n + width - 1) / width;
+    }
+  }
+
+  int64_t blocks() const { return std::min(shape.blocks, table.tiles); }
+
+  // Vector j of what a kernel wrote beside the matrices.
+  Doubles written(int64_t j) const {
+    Doubles result;
+    for (size_t m = 0; m < others.size(); ++m)
+      for (int64_t c = 0; c < shape.columns[m]; ++c) result.push_back(value(others[m][j * shape.columns[m] + c]));
+    return result;
+  }
+  void poison() {
+    for (size_t m = 0; m < others.size(); ++m)
+      std::memset(static_cast<void*>(others[m].get()), 0xff, kVectors * shape.columns[m] * sizeof(S));
+  }
+};
+
+double dot(const Doubles& a, const Doubles& b) {
+  double sum = 0;
+  for (size_t c = 0; c < a.size(); ++c) sum += a[c] * b[c];
+  return sum;
+}
+Doubles weighted_sum(const std::vector<Doubles>& rows, const Doubles& weights) {
+  Doubles sum(rows[0].size());
+  for (size_t i = 0; i < rows.size(); ++i)
+    for (size_t c = 0; c < sum.size(); ++c) sum[c] += weights[i] * rows[i][c];
+  return sum;
+}
+Doubles minus(Doubles a, const Doubles& b) {
+  for (size_t c = 0; c < a.size(); ++c) a[c] -= b[c];
+  return a;
+}
+
+// Largest error over the largest expected value or `scale`.
+double error(const Doubles& got, const Doubles& want, double scale) {
+  double error = 0;
+  for (size_t c = 0; c < want.size(); ++c) {
+    if (!std::isfinite(got[c])) return INFINITY;
+    error = std::max(error, std::abs(got[c] - want[c]));
+    scale = std::max(scale, std::abs(want[c]));
+  }
+  return got.size() == want.size() ? error / std::max(scale, 1e-300) : INFINITY;
+}
+
+template <typename T>
+Doubles reduced(const Doubles& partials, int64_t rows, int64_t slots, unsigned seed) {
+  std::unique_ptr<T[]> results(new T[rows]);
+  machine.run((rows + 7) / 8, 1, 0, seed, [&](char*) { reduce_rows(partials.data(), rows, slots, results.get()); });
+  return {results.get(), results.get() + rows};
+}
+
+// A check runs a kernel once and returns its error over what rounding allows.
+template <typename S>
+double check_moments(const Shape& shape, unsigned seed) {
+  Problem<S> problem(shape);
+  problem.poison();
+  const int64_t rows = shape.rows, blocks = problem.blocks(), slots = blocks + 2;
+  Doubles partials(2 * rows * slots, 0.0);
+  machine.run(blocks, 1, moments_shared_bytes<S>(rows, shape.lanes), seed,
+              [&](char* shared) { moments<S>(problem.table, partials.data(), slots, 1, shared); });
+  const Doubles mean = weighted_sum(problem.rows, Doubles(rows, 1.0 / rows));
+  double scale = 0;
+  Doubles want;
+  for (const Doubles& row : problem.rows) scale = std::max(scale, dot(row, row));
+  for (const Doubles& row : problem.rows) want.push_back(dot(minus(row, mean), mean));
+  for (const Doubles& row : problem.rows) want.push_back(dot(minus(row, mean), minus(row, mean)));
+  return std::max(error(problem.written(0), mean, 1) / precision<S>(),
+                  error(reduced<Accumulate<S>>(partials, 2 * rows, slots, seed), want, scale) / sum_precision<S>());
+}
+
+template <typename S, int kOutputs>
+double check_combine(const Shape& shape, unsigned seed) {
+  Problem<S> problem(shape);
+  problem.poison();
+  const int64_t count = kOutputs == 1 ? 1 : 2, first = 1;
+  std::vector<Accumulate<S>> weights;
+  for (int64_t i = 0; i < count * shape.rows; ++i) weights.push_back(Accumulate<S>((i * 7 % 5 - 1) / 3.0));
+  machine.run(problem.blocks(), 1, group_sums_bytes<S>(), seed, [&](char* shared) {
+    combine<S, kCapacity, kOutputs>(problem.table, weights.data(), first, count, shared);
+  });
+  double worst = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    const auto begin = weights.begin() + j * shape.rows;
+    const Doubles want = weighted_sum(problem.rows, Doubles(begin, begin + shape.rows));
+    worst = std::max(worst, error(problem.written(first + j), want, std::sqrt(shape.rows)));
+  }
+  return worst / precision<S>();
+}
+
+template <typename S, bool kCentred>
+double check_products(const Shape& shape, unsigned seed) {
+  Problem<S> problem(shape, kProductLanes);
+  constexpr int kSums = kCentred ? 2 : 4, kRead = kCentred ? 1 : 4;
+  const int64_t rows = shape.rows, slots = problem.blocks(), first = kCentred ? 0 : 1;
+  Doubles partials(kSums * rows * slots, -1);
+  machine.run(slots, (rows + kProductRows - 1) / kProductRows, products_shared_bytes<S>(kRead, kSums), seed,
+              [&](char* shared) {
+                products<S, kCapacity, kCentred, kRead>(problem.table, first, kCentred ? 1 : 2, partials.data(), slots,
+                                                        0, shared);
+              });
+  double scale = 0;
+  for (const Doubles& row : problem.rows) scale = std::max(scale, dot(row, row));
+  Doubles want;
+  const Doubles &v = problem.vectors[first], &u = problem.vectors[first + 1];
+  if (kCentred) {
+    for (const Doubles& row : problem.rows) want.push_back(dot(minus(row, v), v));
+    for (const Doubles& row : problem.rows) want.push_back(dot(minus(row, v), minus(row, v)));
+  } else {
+    for (const Doubles& row : problem.rows) want.push_back(dot(row, v));
+    for (const Doubles& row : problem.rows) want.push_back(dot(row, u));
+  }
+  Doubles got = reduced<Accumulate<S>>(partials, kSums * rows, slots, seed);
+  got.resize(2 * rows);  // vectors that were not asked for
+  return error(got, want, scale) / sum_precision<S>();
+}
+
+template <typename S, int kBlock, template <typename, int> class Sums>
+double check_gram(const Shape& shape, unsigned seed) {
+  using T = Accumulate<S>;
+  using Layout = GramShape<kBlock>;
+  Problem<S> problem(shape, Layout::kLanes);
+  const int64_t rows = shape.rows, side = (rows + kBlock - 1) / kBlock;
+  const int64_t first_share = 1, shares = first_share + problem.blocks() * Layout::kSlices;
+  std::vector<T> partials(shares * rows * rows, NAN), gram(rows * rows, NAN);
+  std::fill(partials.begin(), partials.begin() + rows * rows, T(0));  // share 0: another launch's
+  machine.run(problem.blocks(), side * (side + 1) / 2, Layout::kSharedBytes, seed, [&](char* shared) {
+    rgd_ext::cuda::gram<S, kCapacity, kBlock, Sums>(problem.table, partials.data(), first_share, shared);
+  });
+  machine.run((rows * rows + kGramEntries - 1) / kGramEntries, 1, kReduceGramSharedBytes, seed,
+              [&](char* shared) { reduce_gram(partials.data(), rows, shares, gram.data(), shared); });
+  double scale = 0;
+  Doubles want;
+  for (const Doubles& a : problem.rows)
+    for (const Doubles& b : problem.rows) want.push_back(dot(a, b));
+  for (const Doubles& row : problem.rows) scale = std::max(scale, dot(row, row));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < rows; ++j)
+      if (gram[i * rows + j] != gram[j * rows + i]) return INFINITY;
+  const bool tf32 = std::is_same_v<S, float> && std::is_same_v<Sums<S, kBlock>, MatrixUnitSums<S, kBlock>>;
+  return error(Doubles(gram.begin(), gram.end()), want, scale) / (tf32 ? 1e-3 : sum_precision<S>());
+}
+
+double check_weights(const Shape& shape, unsigned seed) {
+  const int64_t rows = shape.rows, slots = 67;
+  Doubles partials(rows * slots);
+  for (size_t i = 0; i < partials.size(); ++i) partials[i] = std::sin(static_cast<double>(i));
+  std::unique_ptr<double[]> weights(new double[rows]);
+  const double epsilon = 0.3;
+  machine.run((rows + 7) / 8, 1, 0, seed,
+              [&](char*) { reduce_to_weights(partials.data(), rows, slots, &epsilon, weights.get()); });
+  Doubles want;
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int64_t s = 0; s < slots; ++s) sum += partials[i * slots + s];
+    want.push_back((1 - epsilon * sum) / rows);
+  }
+  return error({weights.get(), weights.get() + rows}, want, 1) / 1e-13;
+}
+
+// A reflection of a diagonal matrix: all eigenvalues are known, the largest of them twice.
+double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
+  const int64_t size = shape.rows;
+  Doubles normal, eigenvalues;
+  for (int64_t i = 0; i < size; ++i) normal.push_back(1 + static_cast<double>(i % 7));
+  for (int64_t i = 0; i < size; ++i) eigenvalues.push_back(1e3 * std::exp(-static_cast<double>(i / 2) / 3));
+  const double norm = dot(normal, normal);
+  const auto reflection = [&](int64_t i, int64_t j) { return (i == j) - 2 * normal[i] * normal[j] / norm; };
+  std::unique_ptr<double[]> matrix(new double[size * size]), workspace(new double[eigenvalue_workspace(size)]);
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = 0; j < size; ++j) {
+      matrix[i * size + j] = 0;
+      for (int64_t k = 0; k < size; ++k) matrix[i * size + j] += reflection(i, k) * eigenvalues[k] * reflection(j, k);
+    }
+  }
+  double value = -1;
+  const auto run = [&] {
+    machine.run(1, 1, Team::kSharedBytes, seed,
+                [&](char* shared) { largest_eigenvalue(matrix.get(), size, workspace.get(), &value, shared); });
+  };
+  run();
+  const double deviation = error({value}, {1e3}, 1) / 1e-12;
+  std::fill(matrix.get(), matrix.get() + size * size, 0.0);
+  run();
+  if (value != 0) return INFINITY;
+  matrix[size * size / 2] = NAN;
+  run();
+  return std::isnan(value) ? deviation : INFINITY;
+}
+
+using Check = double (*)(const Shape&, unsigned);
+struct Kernel {
+  std::string name;
+  Check check;
+};
+
+double gram_of(const Shape& shape, unsigned seed, Check small, Check middle, Check large) {
+  return (shape.rows <= 32 ? small : shape.rows <= 64 ? middle : large)(shape, seed);
+}
+template <typename S, template <typename, int> class Sums>
+double check_gram_by_size(const Shape& shape, unsigned seed) {
+  return gram_of(shape, seed, check_gram<S, 32, Sums>, check_gram<S, 64, Sums>, check_gram<S, 128, Sums>);
+}
+
+template <typename S>
+std::vector<Kernel> kernels_of(const std::string& dtype) {
+  std::vector<Kernel> kernels = {{"moments", check_moments<S>},
+                                 {"combine", check_combine<S, 1>},
+                                 {"combine of several", check_combine<S, 4>},
+                                 {"centred products", check_products<S, true>},
+                                 {"products", check_products<S, false>}};
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>)
+    kernels.push_back({"gram", check_gram_by_size<S, PlainSums>});
+  if constexpr (!std::is_same_v<S, double>)
+    kernels.push_back({"gram by matrix units", check_gram_by_size<S, MatrixUnitSums>});
+  for (Kernel& kernel : kernels) kernel.name = dtype + " " + kernel.name;
+  return kernels;
+}
+
+std::vector<Kernel> all_kernels() {
+  std::vector<Kernel> kernels = {{"weights", check_weights}, {"largest eigenvalue", check_largest_eigenvalue}};
+  for (auto& more : {kernels_of<float>("float"), kernels_of<double>("double"), kernels_of<BFloat16>("bfloat16"),
+                     kernels_of<Half>("half")})
+    kernels.insert(kernels.end(), more.begin(), more.end());
+  return kernels;
+}
+
+void test_against_double() {
+  const std::vector<Shape> shapes = {
+      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},  {3, {0, 5}, 8, 1, 1},        {7, {640}, 32, 2, 0},
+      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8}, {33, {300, 0, 41}, 4, 2, 1}, {64, {257}, 32, 5, 3},
+      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0}, {150, {97, 64}, 4, 3, 5},    {260, {65}, 4, 2, 0},
+  };
+  unsigned seed = 0;
+  for (const Kernel& kernel : all_kernels()) {
+    for (const Shape& shape : shapes) {
+      const double ratio = kernel.check(shape, ++seed);
+      expect(ratio <= 1, kernel.name + ", " + describe(shape) + ": error " + std::to_string(ratio) + " of allowed");
+    }
+  }
+}
+
+// Sums that do not fit in registers' precision move on while the kernel runs.
+void test_long_sums() {
+  const Shape shape{5, {40000}, 8, 1, 0};
+  for (const Check check : {check_gram_by_size<BFloat16, MatrixUnitSums>, check_gram_by_size<float, PlainSums>})
+    expect(check(shape, 3) <= 1, "gram of long rows");
+}
+
+// Sums over samples are taken in one order everywhere.
+template <typename S>
+void test_equal_weights_give_the_mean_bitwise(const Shape& shape) {
+  Problem<S> first(shape), second(shape);
+  Doubles partials(2 * shape.rows * first.blocks());
+  machine.run(first.blocks(), 1, moments_shared_bytes<S>(shape.rows, shape.lanes), 4,
+              [&](char* shared) { moments<S>(first.table, partials.data(), first.blocks(), 0, shared); });
+  const std::vector<Accumulate<S>> weights(shape.rows, Accumulate<S>(1) / Accumulate<S>(shape.rows));
+  machine.run(second.blocks(), 1, group_sums_bytes<S>(), 5,
+              [&](char* shared) { combine<S, kCapacity, 1>(second.table, weights.data(), 0, 1, shared); });
+  expect(first.written(0) == second.written(0), "equal weights give the mean bitwise, " + describe(shape));
+}
+
+// Every barrier that a kernel meets is needed, and its absence is noticed.
+void test_missing_barriers_are_caught() {
+  const Shape shape{70, {700, 31}, 8, 1, 0};
+  for (const Kernel& kernel : all_kernels()) {
+    machine.barriers.clear();
+    kernel.check(shape, 0);
+    const std::set<std::string> barriers = machine.barriers;
+    for (const std::string& barrier : barriers) {
+      machine.ignored_barrier = barrier;
+      bool caught = false;
+      for (unsigned seed = 0; seed < 20 && !caught; ++seed) {
+        try {
+          caught = !(kernel.check(shape, seed) <= 1);
+        } catch (const std::exception&) {
+          caught = true;
+        }
+      }
+      expect(caught, kernel.name + " without the barrier at " + barrier + " is caught");
+    }
+    machine.ignored_barrier.clear();
+  }
+}
+
+// One column too many: AddressSanitizer ends the program.
+void read_past_the_end() {
+  Problem<float> problem({4, {128}, 32, 1, 0});
+  problem.table.matrix[0].columns += 1;
+  problem.table.tiles = 2;
+  const std::vector<float> weights(4, 1);
+  machine.run(1, 1, group_sums_bytes<float>(), 0,
+              [&](char* shared) { combine<float, kCapacity, 1>(problem.table, weights.data(), 0, 1, shared); });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count > 1 && arguments[1] == std::string("past_the_end")) {
+    read_past_the_end();
+    return 0;
+  }
+  test_against_double();
+  test_long_sums();
+  test_equal_weights_give_the_mean_bitwise<float>({19, {300, 77}, 16, 2, 0});
+  test_equal_weights_give_the_mean_bitwise<BFloat16>({33, {500}, 8, 3, 1});
+  test_equal_weights_give_the_mean_bitwise<double>({64, {129}, 32, 1, 0});
+  test_missing_barriers_are_caught();
+  std::cout << failures << " failures" << std::endl;
+  return failures == 0 ? 0 : 1;
+}

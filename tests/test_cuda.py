@@ -1,0 +1,164 @@
+"""What the operators promise on a GPU beyond the numbers of test_ops.py: streams, graphs, devices, sizes, bits."""
+
+import pytest
+import torch
+from oracle import TOLERANCE, assert_close
+from test_ops import CALLS, DTYPES, leaves, sample_grads
+
+import rgd_ext
+from rgd_ext import ops, reference
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_cuda_kernels_are_compiled():
+    assert rgd_ext.build_info()["cuda"] is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_same_bits_run_to_run(name, dtype):
+    grads = sample_grads("wide, many samples", dtype, "cuda")
+    first = leaves(CALLS[name](grads))
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, leaves(CALLS[name](grads)), strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_works_on_the_current_stream(name):
+    grads = sample_grads("many", torch.float32, "cuda")
+    wanted = leaves(CALLS[name](grads))
+    held = [torch.zeros_like(g) for g in grads]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read the zeros
+        torch._foreach_copy_(held, grads)
+        results = leaves(CALLS[name](held))
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+def captured(call):
+    """A CUDA graph of `call()`, and what it returns."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize("shapes", ["many", "hundred tensors"])
+@pytest.mark.parametrize("name", CALLS)
+def test_graph_replays_with_new_values(name, shapes):
+    grads = sample_grads(shapes, torch.float32, "cuda")
+    if name == "precondition by tensor":
+        epsilon = torch.full((), 0.1, device="cuda")
+        graph, results = captured(lambda: ops.precondition(grads, epsilon))
+    elif name in ("moments", "gram", "precondition"):
+        graph, results = captured(lambda: CALLS[name](grads))
+    else:
+        pytest.skip("this call makes its own weights or vectors on the host")
+    for scale in (2.0, -0.5):
+        torch._foreach_mul_(grads, scale)
+        graph.replay()
+        for result, want in zip(leaves(results), leaves(CALLS[name](grads)), strict=True):
+            assert torch.equal(result, want)
+
+
+POLICIES = [rgd_ext.Fixed(0.1), rgd_ext.Spectral(0.5), rgd_ext.Trace(0.5), rgd_ext.Rayleigh(0.5)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_direction_never_waits_for_the_device_and_fits_a_graph(policy):
+    grads = sample_grads("many", torch.float32, "cuda")
+    rgd_ext.direction(grads, epsilon=policy)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step, _ = rgd_ext.direction(grads, epsilon=policy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, (replayed, stats) = captured(lambda: rgd_ext.direction(grads, epsilon=policy))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(step, replayed, strict=True))
+    assert stats.epsilon.isfinite()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("name", CALLS)
+def test_works_on_a_device_that_is_not_current(name):
+    grads = sample_grads("many", torch.float32, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    results = leaves(CALLS[name](grads))
+    assert all(r.device == grads[0].device for r in results)
+    for result, want in zip(results, leaves(CALLS[name]([g.to("cuda:0") for g in grads])), strict=True):
+        assert torch.equal(result.cpu(), want.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_size", [1025, 5000])
+def test_more_samples_than_fit_on_chip(batch_size, dtype):
+    grads = [torch.randn(batch_size, n, device="cuda").add_(0.2).to(dtype) for n in (300, 7)]
+    wide = [g.double() for g in grads]
+    pairs = zip(leaves(ops.moments(grads)), leaves(reference.moments(wide)), strict=True)
+    for result, want in pairs:
+        assert torch.allclose(result.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * want.abs().max())
+    for result, want in zip(
+        ops.precondition(grads, 0.01), reference.precondition(wide, torch.tensor(0.01).cuda()), strict=True
+    ):
+        assert torch.allclose(result.double(), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * want.abs().max())
+
+
+def test_more_tensors_than_one_launch_takes():
+    grads = [torch.randn(4, 1 + n % 7, device="cuda") for n in range(2000)]
+    flat = torch.cat(grads, 1)
+    assert_close(torch.cat(ops.precondition(grads, 0.1)), ops.precondition(flat, 0.1)[0])
+    assert_close(ops.gram(grads), ops.gram(flat))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_more_than_two_to_the_31_elements(name):
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GB of device memory")
+    columns = (1 << 31) // 4 + 12_345
+    grads = torch.zeros(4, columns, device="cuda", dtype=torch.bfloat16)
+    tail = torch.randn(4, 5000, device="cuda").to(torch.bfloat16)
+    grads[:, -5000:] = tail  # offsets past 2^31 in the last row
+    for result, want in zip(leaves(CALLS[name](grads)), leaves(CALLS[name]([tail])), strict=True):
+        if name.startswith("diffusion_mv"):
+            continue  # its vectors are ramps over all columns
+        got = result[..., -5000:] if result.shape[-1:] == (columns,) else result
+        assert_close(got, want, torch.bfloat16)
+
+
+def test_mixed_devices_are_refused():
+    cpu, gpu = torch.ones(3, 4), torch.ones(3, 4, device="cuda")
+    with pytest.raises(ValueError, match=r"devices disagree.*cpu.*cuda"):
+        ops.moments([cpu, gpu])
+    with pytest.raises(ValueError, match="weights is on cpu"):
+        ops.combine(gpu, torch.ones(3))
+    for call in (
+        lambda: torch.ops.rgd_ext.moments([gpu, cpu]),
+        lambda: torch.ops.rgd_ext.combine([gpu], torch.ones(3)),
+        lambda: torch.ops.rgd_ext.precondition([gpu], torch.ones(())),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="move them to one device"):
+            call()
+
+
+def test_tf32_is_only_used_where_it_was_allowed():
+    grads = torch.randn(64, 20_000, device="cuda")
+    want = grads.double() @ grads.double().T
+    scale = want.abs().max()
+    exact = (ops.gram(grads).double() - want).abs().max() / scale
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rounded = (ops.gram(grads).double() - want).abs().max() / scale
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert exact < 1e-6 < rounded < 1e-3
