@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_static_shared_memory_is_left_to_the_launch(resources):
 def test_a_list_of_architectures_that_is_too_old_is_refused():
     setup = Path(rgd_ext.__file__).parents[1] / "setup.py"
     environment = os.environ | {"RGD_EXT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5"}
-    command = [shutil.which("python"), str(setup), "--version"]
+    command = [sys.executable, str(setup), "--version"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=setup.parent)
     assert result.returncode != 0
     assert "names 7.5" in result.stderr
