@@ -94,4 +94,11 @@ int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
   return count;
 }
 
+void check_symmetric(const at::Tensor& matrix) {
+  TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) > 0, "matrix has shape ",
+                    matrix.sizes(), ": pass a symmetric (B, B) matrix");
+  TORCH_CHECK_TYPE(matrix.scalar_type() == at::kDouble || matrix.scalar_type() == at::kFloat, "matrix has dtype ",
+                   matrix.scalar_type(), ": convert it to float64 or float32");
+}
+
 }  // namespace rgd_ext

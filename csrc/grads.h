@@ -33,4 +33,7 @@ at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon);
 // Raises where vectors are not of shape (*shape), or (k, *shape) with one k. Returns how many they are: one, or k.
 int64_t check_vectors(at::TensorList grads, at::TensorList vectors);
 
+// Raises where `matrix` is not (B, B) of float64 or float32; symmetry itself is taken on trust.
+void check_symmetric(const at::Tensor& matrix);
+
 }  // namespace rgd_ext

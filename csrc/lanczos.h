@@ -7,6 +7,13 @@
 #include <cstdint>
 #include <limits>
 
+// What a CUDA kernel calls as well.
+#ifdef __CUDACC__
+#define RGD_EXT_SHARED inline __host__ __device__
+#else
+#define RGD_EXT_SHARED inline
+#endif
+
 namespace rgd_ext::lanczos {
 
 // Stop at |A v - theta v| <= kTolerance theta, which bounds the distance of theta to an eigenvalue.
@@ -17,7 +24,7 @@ constexpr int64_t workspace_size(int64_t size) { return size * (size + 3); }
 
 // Entry i of a start vector that no structure of a matrix has anything to do with, in (-1, 1). A vector of ones is in
 // the null space of every centred Gramian.
-inline double start_entry(int64_t i) {
+RGD_EXT_SHARED double start_entry(int64_t i) {
   uint64_t bits = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
   bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
   bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
@@ -36,8 +43,8 @@ inline double dot(int64_t size, const double* a, const double* b) {
   return sum;
 }
 
-// The first pivot of T - x I eliminated from its last row upwards, as a function of x. Right of the largest eigenvalue of
-// T without its first row it falls, is convex, and has its zero at the largest eigenvalue of T.
+// The first pivot of T - x I eliminated from its last row upwards, as a function of x. Right of the largest eigenvalue
+// of T without its first row it falls, is convex, and has its zero at the largest eigenvalue of T.
 struct Pivot {
   double value;
   double slope;          // of -value; 1 / s_1^2 at an eigenvalue whose normalised vector is s
@@ -46,7 +53,7 @@ struct Pivot {
 };
 
 // T has `diagonal`, n long, and `beside` it, n - 1 long.
-inline Pivot pivot(const double* diagonal, const double* beside, int64_t n, double x) {
+RGD_EXT_SHARED Pivot pivot(const double* diagonal, const double* beside, int64_t n, double x) {
   Pivot at{diagonal[n - 1] - x, 1, 1};
   for (int64_t k = n - 2; k >= 0; --k) {
     if (at.value >= 0) return {at.value, at.slope, at.last, false};
@@ -61,9 +68,9 @@ struct RitzPair {
   double value, last;
 };
 
-// The largest eigenvalue of T, which is at least `least`, the one of T without its last row: Newton's method, which comes
-// from the left and does not overshoot, between bounds.
-inline RitzPair largest_ritz_pair(const double* diagonal, const double* beside, int64_t n, double least) {
+// The largest eigenvalue of T, which is at least `least`, the one of T without its last row: Newton's method, which
+// comes from the left and does not overshoot, between bounds.
+RGD_EXT_SHARED RitzPair largest_ritz_pair(const double* diagonal, const double* beside, int64_t n, double least) {
   double low = least, high = n == 1 ? least : std::fmax(least, diagonal[n - 1]) + beside[n - 2];
   const double ulp = std::numeric_limits<double>::epsilon() * std::fmax(std::fabs(low), std::fabs(high));
   double x = low;
@@ -77,7 +84,8 @@ inline RitzPair largest_ritz_pair(const double* diagonal, const double* beside, 
   }
 }
 
-// Of a matrix (size, size) with multiply(x, y): y = A x. NaN if A is not finite. `workspace` holds workspace_size(size).
+// Of a matrix (size, size) with multiply(x, y): y = A x. NaN if A is not finite. `workspace` holds
+// workspace_size(size).
 template <typename Multiply>
 double largest_eigenvalue(int64_t size, Multiply multiply, double* workspace) {
   double *diagonal = workspace, *beside = diagonal + size, *product = beside + size, *basis = product + size;

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .gradients import DenseGradients, PerSampleGradients, squared_norm
 
 Inverse: TypeAlias = Literal["weak-field", "exact"]
@@ -63,15 +63,12 @@ class Stats:
         """The B largest eigenvalues of D, ascending (at most B - 1 are not zero), or None without the Gramian."""
         if self.centred_gram is None:
             return None
-        # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
-        finite = self.centred_gram.sum().isfinite()
-        eigenvalues = torch.linalg.eigvalsh(torch.where(finite, self.centred_gram, 0.0))
-        return torch.where(finite, eigenvalues.clamp(min=0), torch.nan) / self.batch_size
+        return reference.eigenvalues(self.centred_gram) / self.batch_size
 
-    @property
+    @cached_property
     def largest_eigenvalue(self) -> Tensor | None:
         """lambda_max(D), or None without the Gramian."""
-        return None if self.eigenvalues is None else self.eigenvalues[-1]
+        return None if self.centred_gram is None else ops.largest_eigenvalue(self.centred_gram) / self.batch_size
 
     @property
     def rank(self) -> Tensor | None:
@@ -255,11 +252,12 @@ def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
     gram = grads.gram()
     ulp = torch.finfo(gram.dtype).eps
     # The rest is B x B: float64 costs nothing there and keeps the centring exact.
-    gram = gram.double()
-    rows = gram.mean(1)
+    rows = gram.mean(1, dtype=torch.float64)
     mean = rows.mean()
-    centred = gram - rows[:, None] - rows[None, :] + mean
-    return Stats(grads.batch_size, mean.clamp(min=0).sqrt(), rows - mean, centred.diagonal().clamp(min=0), centred, ulp)
+    alignments = rows - mean
+    centred = (gram - rows[:, None]).sub_(alignments)
+    squared_norms = centred.diagonal().clamp(min=0)
+    return Stats(grads.batch_size, mean.clamp(min=0).sqrt(), alignments, squared_norms, centred, ulp)
 
 
 def weights(stats: Stats, epsilon: Tensor, inverse: Inverse) -> Tensor:
@@ -296,9 +294,10 @@ def _chosen_epsilon(policy: Policy, stats: Stats) -> Tensor:
             raise TypeError(f"the policy {policy!r} returned {epsilon!r}: return a number or a scalar tensor")
         if not math.isfinite(epsilon) and stats.grad_norm.isfinite():
             raise ValueError(f"the policy {policy!r} returned epsilon = {epsilon}: return a finite number")
-    elif epsilon.numel() != 1:
+        return stats.alignments.new_full((), epsilon)  # made on the device: nothing to wait for
+    if epsilon.numel() != 1:
         raise ValueError(f"the policy {policy!r} returned a tensor of shape {tuple(epsilon.shape)}: return a scalar")
-    return torch.as_tensor(epsilon, dtype=stats.alignments.dtype, device=stats.alignments.device).reshape(())
+    return epsilon.to(stats.alignments).reshape(())
 
 
 @torch.no_grad()

@@ -202,6 +202,78 @@ def gram(grads: Tensors) -> Tensor:
     return torch.ops.rgd_ext.gram(checked_grads(grads))
 
 
+_library.define("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor")
+
+
+@torch.library.register_fake("rgd_ext::ghost_gram", lib=_library)
+def _(inputs, output_grads, biases):
+    batch_size = output_grads[0].shape[0]
+    return output_grads[0].new_empty((batch_size, batch_size), dtype=accumulate_dtype(output_grads[0].dtype))
+
+
+torch.library.impl(_library, "ghost_gram", "CompositeExplicitAutograd")(reference.ghost_gram)
+
+
+def ghost_gram(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]) -> Tensor:
+    """Gramian of linear layers y = W x + b without their gradients, K = sum_l (A_l A_l^T + bias_l) o (E_l E_l^T).
+
+    Sample i's gradient of a weight is the outer product of its rows in E_l and A_l, that of a bias its row in E_l.
+
+    Args:
+        inputs: A_l, (B, n_l), the inputs of each layer. With n_l = 0 only the bias counts.
+        output_grads: E_l, (B, m_l), the gradients of its outputs.
+        biases: whether the layer has a bias.
+
+    Returns:
+        K of shape (B, B) in the accumulation dtype, exactly symmetric.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if the three disagree in number or a tensor is not a matrix.
+    """
+    tensors = checked_grads(as_list(inputs) + as_list(output_grads))
+    number = len(tensors) // 2
+    if len(as_list(inputs)) != number or len(biases) != number or len(tensors) % 2:
+        raise ValueError(
+            f"got {len(as_list(inputs))} inputs, {len(as_list(output_grads))} output gradients and {len(biases)}"
+            " biases: pass one of each per layer"
+        )
+    for tensor in tensors:
+        if tensor.ndim != 2:
+            raise ValueError(f"a layer has a tensor of shape {tuple(tensor.shape)}: pass matrices (B, n) and (B, m)")
+    return torch.ops.rgd_ext.ghost_gram(tensors[:number], tensors[number:], biases)
+
+
+_library.define("largest_eigenvalue(Tensor matrix) -> Tensor")
+
+
+@torch.library.register_fake("rgd_ext::largest_eigenvalue", lib=_library)
+def _(matrix):
+    return matrix.new_empty(())
+
+
+torch.library.impl(_library, "largest_eigenvalue", "CompositeExplicitAutograd")(reference.largest_eigenvalue)
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """lambda_max of a symmetric positive semi-definite matrix, such as a Gramian, computed in float64.
+
+    Args:
+        matrix: shape (B, B), float64 or float32.
+
+    Returns:
+        A scalar of the dtype of `matrix`, at least 0; NaN where `matrix` is not finite.
+
+    Raises:
+        ValueError: if `matrix` is empty or not square.
+        TypeError: for another dtype.
+    """
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
+        raise ValueError(f"matrix has shape {tuple(matrix.shape)}: pass a symmetric (B, B) matrix")
+    if matrix.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"matrix has dtype {matrix.dtype}: convert it to float64 or float32")
+    return torch.ops.rgd_ext.largest_eigenvalue(matrix)
+
+
 _library.define("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]")
 
 

@@ -65,6 +65,26 @@ def gram(grads: list[Tensor]) -> Tensor:
     return (product + product.T) / 2
 
 
+def ghost_gram(inputs: list[Tensor], output_grads: list[Tensor], biases: list[bool]) -> Tensor:
+    """K = sum_l (A_l A_l^T + bias_l) o (E_l E_l^T), (B, B), exactly symmetric."""
+    layers = zip(_matrices(inputs), _matrices(output_grads), biases, strict=True)
+    product = torch.stack([(a @ a.T + bias) * (e @ e.T) for a, e, bias in layers]).sum(0)
+    return (product + product.T) / 2
+
+
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of a symmetric positive semi-definite matrix, ascending; NaN where it is not finite."""
+    # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
+    finite = matrix.sum().isfinite()
+    found = torch.linalg.eigvalsh(torch.where(finite, matrix, 0.0).double()).clamp(min=0)
+    return torch.where(finite, found, torch.nan).to(matrix.dtype)
+
+
+def largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """lambda_max of a symmetric positive semi-definite matrix."""
+    return eigenvalues(matrix)[-1].clone()
+
+
 def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
     """(I - eps D) g = sum_i w_i g_i with w_i = (1 - eps <g_i - g, g>) / B, eq. (10)."""
     _, alignments, _ = moments(grads)

@@ -78,6 +78,132 @@ def expected(name, grads):
     return function(grads, *extra[name.split()[0]])
 
 
+# B, then n and m of each layer.
+LAYERS = {
+    "one sample": (1, [(3, 4)]),
+    "few": (7, [(33, 5), (1, 1), (0, 17), (5, 0)]),
+    "several blocks": (53, [(129, 31), (16, 10)]),
+    "wide": (26, [(2_100, 3), (4, 1_025)]),
+}
+
+
+def sample_layers(name, dtype, device="cpu"):
+    batch_size, widths = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+    sides = [[torch.randn(batch_size, pair[side], generator=generator) for pair in widths] for side in (0, 1)]
+    inputs, output_grads = ([x.to(device, dtype) for x in side] for side in sides)
+    return inputs, output_grads, [layer % 3 != 1 for layer in range(len(widths))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ghost_gram_is_the_gramian_of_explicit_gradients(name, dtype, device):
+    inputs, output_grads, biases = sample_layers(name, dtype, device)
+    gram = ops.ghost_gram(inputs, output_grads, biases)
+    assert gram.dtype == reference.accumulate_dtype(dtype)
+    assert torch.equal(gram, gram.T)
+    grads = [torch.einsum("bm,bn->bmn", e.double(), a.double()) for a, e in zip(inputs, output_grads, strict=True)]
+    grads += [e.double() for e, bias in zip(output_grads, biases, strict=True) if bias]
+    assert_close(gram, ops.gram(grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ghost_gram_gives_the_same_bits_for_any_threads_and_layout(name, dtype):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's own products depend on the number of threads")
+    inputs, output_grads, biases = sample_layers(name, dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, layout in ((1, "contiguous"), (2, "permuted"), (3, "row slices"), (5, "contiguous")):
+            torch.set_num_threads(threads)
+            results.append(ops.ghost_gram(laid_out(inputs, layout), laid_out(output_grads, layout), biases))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def spectra(size):
+    """Eigenvalues that are hard to find, by name."""
+    generator = torch.Generator().manual_seed(size)
+    values = torch.rand(size, generator=generator, dtype=torch.float64) / 2
+    one, half = torch.ones(size, dtype=torch.float64), size // 2
+    result = {"random": values, "zero": 0 * one, "repeated": one, "rank one": torch.eye(size).double()[0]}
+    result["evenly spaced"] = torch.linspace(0, 1, size, dtype=torch.float64)
+    for gap in (1e-3, 1e-6, 1e-9, 1e-12):
+        top = 1 - gap * torch.linspace(0, 1, half + 1, dtype=torch.float64)
+        result[f"cluster of {gap}"] = torch.cat([top, values[half + 1 :]])
+    return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 128, 300])
+@pytest.mark.parametrize("name", spectra(1))
+def test_largest_eigenvalue_of_hard_spectra(name, size, device):
+    values = spectra(size)[name].to(device)
+    rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(1)).double())[0]
+    for basis in (rotation.to(device), torch.eye(size).double().to(device)):
+        for scale in (1.0, 1e-200, 1e200):
+            matrix = (basis * values) @ basis.T * scale
+            found, wanted = ops.largest_eigenvalue(matrix).item(), values.max().item() * scale
+            assert abs(found - wanted) <= 1e-12 * wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_largest_eigenvalue_of_a_centred_gramian(dtype):
+    grads = sample_grads("wide, many samples", dtype)[0]
+    centred = grads - grads.mean(0)
+    # Its null space holds the vector of ones.
+    gram = centred @ centred.T
+    largest = ops.largest_eigenvalue(gram)
+    assert largest.dtype == dtype
+    assert_close(largest, torch.linalg.eigvalsh(gram.double())[-1])
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 5)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_largest_eigenvalue_of_what_is_not_finite_is_nan(value, place):
+    matrix = torch.eye(9)
+    matrix[place] = value
+    assert ops.largest_eigenvalue(matrix).isnan()
+
+
+def test_largest_eigenvalue_of_rounding_errors_is_not_negative():
+    assert ops.largest_eigenvalue(-1e-18 * torch.eye(5)).item() == 0
+
+
+def test_largest_eigenvalue_gives_the_same_bits_for_any_number_of_threads():
+    matrix, before = ops.gram(torch.randn(700, 900, dtype=torch.float64)), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.largest_eigenvalue(matrix))
+    finally:
+        torch.set_num_threads(before)
+    if rgd_ext.build_info()["compiled"]:
+        assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ghost_gram_and_largest_eigenvalue_work_under_compile_and_opcheck(device):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for dtype in DTYPES:
+        layers = sample_layers("few", dtype, device)
+        torch.library.opcheck(torch.ops.rgd_ext.ghost_gram.default, layers, test_utils=tests)
+    for dtype in (torch.float32, torch.float64):
+        gram = ops.gram(torch.randn(5, 7, dtype=dtype, device=device))
+        torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram,), test_utils=tests)
+
+    def largest(inputs, output_grads):
+        return ops.largest_eigenvalue(ops.ghost_gram(inputs, output_grads, [True] * len(inputs)))
+
+    layers = sample_layers("few", torch.float32, device)[:2]
+    compiled = torch.compile(largest, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*layers), largest(*layers))
+
+
 def leaves(result):
     return torch.utils._pytree.tree_leaves(result)
 
@@ -217,6 +343,13 @@ BAD = {
         ValueError,
         r"\(2,\), \(3,\)",
     ),
+    "layers": (lambda: ops.ghost_gram([G], [G, G], [True]), ValueError, "1 inputs, 2 output gradients and 1 biases"),
+    "biases": (lambda: ops.ghost_gram([G], [G], []), ValueError, "0 biases"),
+    "layer of sequences": (lambda: ops.ghost_gram([G[None]], [G[None]], [True]), ValueError, r"\(1, 3, 4\)"),
+    "layer of other dtype": (lambda: ops.ghost_gram([G.double()], [G], [True]), TypeError, "disagree"),
+    "not square": (lambda: ops.largest_eigenvalue(G), ValueError, r"\(3, 4\)"),
+    "empty matrix": (lambda: ops.largest_eigenvalue(G[:0, :0]), ValueError, r"\(0, 0\)"),
+    "dtype of a matrix": (lambda: ops.largest_eigenvalue(torch.eye(2).half()), TypeError, "torch.float16"),
     "epsilon": (lambda: ops.precondition(G, float("nan")), ValueError, "epsilon is nan"),
     "epsilon of two": (lambda: ops.precondition(G, torch.ones(2)), ValueError, r"shape \(2,\)"),
 }
@@ -238,6 +371,13 @@ RAW_BAD = {
     "weights": lambda: torch.ops.rgd_ext.combine([G], torch.ones(2)),
     "vectors": lambda: torch.ops.rgd_ext.diffusion_mv([G], [torch.ones(5)]),
     "epsilon": lambda: torch.ops.rgd_ext.precondition([G], torch.ones(2)),
+    "biases": lambda: torch.ops.rgd_ext.ghost_gram([G], [G], []),
+    "layers": lambda: torch.ops.rgd_ext.ghost_gram([G], [G, G], [True, True]),
+    "layer of sequences": lambda: torch.ops.rgd_ext.ghost_gram([G[None]], [G[None]], [True]),
+    "rows of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G[:2]], [G], [True]),
+    "dtype of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G.double()], [G], [True]),
+    "not square": lambda: torch.ops.rgd_ext.largest_eigenvalue(G),
+    "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
 }
 
 

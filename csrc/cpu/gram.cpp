@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "widen.h"
 #include "work.h"
 
 namespace rgd_ext::cpu {
@@ -10,19 +11,6 @@ namespace {
 
 // Read B / 6 times from L2, while six rows of it stay in L1.
 constexpr TileShape kGramTile{1 << 20, 1024};
-
-// The rows of a tile in the accumulation type, from `scratch` where they had to be converted.
-template <typename S, typename T = accumulate_t<S>>
-Tile<T> widened(const Tile<S>& tile, T* scratch) {
-  if constexpr (std::is_same_v<S, T>) {
-    return tile;
-  } else {
-    const int64_t stride = padded_columns(tile.columns);
-    for (int64_t i = 0; i < tile.rows; ++i)
-      row_kernels<S>().widen(tile.data + i * tile.stride, tile.columns, scratch + i * stride);
-    return {scratch, stride, tile.rows, tile.columns};
-  }
-}
 
 template <typename S>
 void gram_kernel(const Work& work, double* partials) {

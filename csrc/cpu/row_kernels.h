@@ -208,6 +208,25 @@ void gram(const Tile<T>& tile, double* gram) {
   gram_from<kGramRows>(tile, 0, gram);
 }
 
+template <int R, typename T>
+void cross_gram_from(const Tile<T>& a, int64_t i, const Tile<T>& b, double* products) {
+  constexpr int C = kGramColumns;
+  for (; i + R <= a.rows; i += R) {
+    const T* rows = a.data + i * a.stride;
+    double* out = products + i * b.rows;
+    int64_t j = 0;
+    for (; j + C <= b.rows; j += C)
+      multiply<R, C>(rows, a.stride, b.data + j * b.stride, b.stride, a.columns, out + j, b.rows);
+    for (; j < b.rows; ++j) multiply<R, 1>(rows, a.stride, b.data + j * b.stride, b.stride, a.columns, out + j, b.rows);
+  }
+  if constexpr (R > 1) cross_gram_from<(R > 2 ? R - 2 : 1)>(a, i, b, products);
+}
+
+template <typename T>
+void cross_gram(const Tile<T>& a, const Tile<T>& b, double* products) {
+  cross_gram_from<kGramRows>(a, 0, b, products);
+}
+
 template <typename From, typename To>
 void convert(const From* from, int64_t size, To* to) {
   constexpr int64_t L = kLanes<accumulate_t<From>>;
@@ -218,5 +237,5 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, cross_gram<T>, convert<S, T>, convert<T, S>};
 }

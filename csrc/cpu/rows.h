@@ -40,6 +40,9 @@ struct RowKernels {
   // gram[i * rows + j] += <g_i, g_j> for i >= j; what is above the diagonal is not defined.
   void (*gram)(const Tile<T>& tile, double* gram);
 
+  // products[i * b.rows + j] += <a_i, b_j>, for tiles of the same columns.
+  void (*cross_gram)(const Tile<T>& a, const Tile<T>& b, double* products);
+
   // Conversions between the two types, rounding to nearest even.
   void (*widen)(const S* from, int64_t size, T* to);
   void (*narrow)(const T* from, int64_t size, S* to);

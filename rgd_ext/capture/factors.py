@@ -6,7 +6,6 @@ that their mean is grad L whatever the reduction of the loss.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -86,6 +85,7 @@ class Outer:
 
     def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
         self.inputs, self.output_grads, self.shape = inputs, output_grads, shape
+        self._weighted: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -100,20 +100,12 @@ class Outer:
         inputs, output_grads = self._operands()
         batch_size, length, _ = inputs.shape
         inputs, output_grads = inputs.flatten(0, 1), output_grads.flatten(0, 1)
-        if length == 1:
-            return (inputs @ inputs.T).mul_(self.output_gram)
         samples = max(1, self._CHUNK // (length * length * batch_size))
         rows = []
         for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
             products = (a @ inputs.T).mul_(e @ output_grads.T)
             rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
         return torch.cat(rows)
-
-    @cached_property
-    def output_gram(self) -> Tensor:
-        """E E^T for T = 1, which the weight and the bias both need."""
-        output_grads = self._operands()[1].flatten(0, 1)
-        return output_grads @ output_grads.T
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()
@@ -122,8 +114,16 @@ class Outer:
 
     def combine(self, weights: Tensor) -> Tensor:
         # One plain weight-gradient product over all samples, as in the backward of SGD.
-        weighted = self.output_grads * weights[:, None, None]
-        return (weighted.flatten(0, 1).T @ self.inputs.flatten(0, 1)).view(self.shape)
+        return torch.mm(self.weighted(weights).flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """w_i e_it; kept for T = 1, where the bias needs it too."""
+        if self._weighted is not None and self._weighted[0] is weights:
+            return self._weighted[1]
+        weighted = self.output_grads * weights.view(-1, 1, 1)
+        if weighted.shape[1] == 1:
+            self._weighted = weights, weighted
+        return weighted
 
     def dense(self) -> Tensor:
         return (self.output_grads.mT @ self.inputs).view(self.batch_size, *self.shape)
@@ -148,16 +148,16 @@ class Bias:
         return self.output_grads.shape[0]
 
     def gram(self) -> Tensor:
-        return self.weight.output_gram
+        return ops.gram(self.dense())
 
     def align(self, vector: Tensor) -> Tensor:
-        return self.output_grads.sum(1) @ vector
+        return self.dense() @ vector
 
     def combine(self, weights: Tensor) -> Tensor:
-        return (self.output_grads * weights[:, None, None]).sum((0, 1))
+        return self.weight.weighted(weights).sum((0, 1))
 
     def dense(self) -> Tensor:
-        return self.output_grads.sum(1)
+        return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
 
     def settled(self) -> Factor:
         return self if self.output_grads.shape[1] == 1 else Dense(self.dense())
@@ -248,13 +248,25 @@ class CapturedGradients:
     """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
 
     def __init__(self, factors: list[Factor]) -> None:
-        self._dense: dict[tuple, list[int]] = {}
         self._factors = [f.settled() for f in factors]
+        # By dtype and device: the indices of dense factors, and weights that met one vector per sample, with whether
+        # their bias is there too.
+        self._dense: dict[tuple, list[int]] = {}
+        self._ghosts: dict[tuple, dict[Outer | Bias, bool]] = {}
+        self._others: list[Factor] = []
         for index, factor in enumerate(self._factors):
             if isinstance(factor, Dense):
                 tensor = factor.contributions
                 self._dense.setdefault((tensor.dtype, tensor.device), []).append(index)
-        self._others = [f for f in self._factors if not isinstance(f, Dense)]
+            elif isinstance(factor, (Outer, Bias)) and factor.output_grads.shape[1] == 1:
+                tensor = factor.output_grads
+                layers = self._ghosts.setdefault((tensor.dtype, tensor.device), {})
+                if isinstance(factor, Bias) and factor.weight in layers:
+                    layers[factor.weight] = True
+                else:
+                    layers[factor] = isinstance(factor, Bias)
+            else:
+                self._others.append(factor)
 
     @property
     def batch_size(self) -> int:
@@ -279,8 +291,16 @@ class CapturedGradients:
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
-        parts = [ops.gram(group) for group in self._groups()] + [f.gram() for f in self._others]
-        return self.batch_size**2 * _sum(parts)
+        return self.batch_size**2 * _sum([ops.gram(group) for group in self._groups()] + self._grams())
+
+    def _grams(self) -> list[Tensor]:
+        """Parts of K / B^2 from what is not dense."""
+        grams = [f.gram() for f in self._others]
+        for layers in self._ghosts.values():
+            grads = [factor.output_grads[:, 0] for factor in layers]
+            inputs = [f.inputs[:, 0] if isinstance(f, Outer) else f.output_grads[:, 0, :0] for f in layers]
+            grams.append(torch.ops.rgd_ext.ghost_gram(inputs, grads, list(layers.values())))
+        return grams
 
     def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
         """|g|^2, the centred alignments and the centred squared norms."""
@@ -290,8 +310,7 @@ class CapturedGradients:
             squared.append(squared_norm(mean))
             alignments.append(a)
             squared_norms.append(n)
-        for factor in self._others:
-            gram = factor.gram()
+        for gram in self._grams():
             rows = gram.mean(1)
             mean = rows.mean()
             squared.append(mean)
@@ -318,6 +337,8 @@ class CapturedGradients:
 
 def _sum(parts: list[Tensor]) -> Tensor:
     """The sum of statistics that may come from several devices and accumulation dtypes."""
+    if len(parts) == 1:
+        return parts[0]
     dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
     total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:

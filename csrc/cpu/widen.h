@@ -1,0 +1,21 @@
+#pragma once
+
+#include "rows.h"
+
+namespace rgd_ext::cpu {
+
+// The rows of a tile in the accumulation type, from `scratch`, of rows * padded_columns(columns) elements, where they
+// had to be converted.
+template <typename S, typename T = accumulate_t<S>>
+Tile<T> widened(const Tile<S>& tile, T* scratch) {
+  if constexpr (std::is_same_v<S, T>) {
+    return tile;
+  } else {
+    const int64_t stride = padded_columns(tile.columns);
+    for (int64_t i = 0; i < tile.rows; ++i)
+      row_kernels<S>().widen(tile.data + i * tile.stride, tile.columns, scratch + i * stride);
+    return {scratch, stride, tile.rows, tile.columns};
+  }
+}
+
+}  // namespace rgd_ext::cpu
