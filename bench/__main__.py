@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+import torch
 
 from . import kernels, steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     for name, module in {"kernels": kernels, "steps": steps}.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        command.add_argument("--device", choices=["cpu", "cuda"], default=default, help="default: cuda where there is")
         command.add_argument("--quick", action="store_true", help="small sizes, few rounds")
         command.add_argument("--json", metavar="PATH", help="also write raw samples and environment")
         command.set_defaults(run=module.run)
-    arguments = parser.parse_args()
-    arguments.run(quick=arguments.quick, json_path=arguments.json)
+        if module is kernels:
+            command.add_argument("--plot", metavar="PATH.png", help="also draw the bandwidths (needs matplotlib)")
+            command.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    arguments = vars(parser.parse_args())
+    failures = arguments.pop("run")(**arguments)
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
 
 
 if __name__ == "__main__":

@@ -1,132 +1,177 @@
-"""The operators on materialised per-sample gradients against plain PyTorch and against reading G.
+"""The operators on materialised per-sample gradients against plain PyTorch, torch.compile and reading G.
 
-Direction: `precondition` against the formula as written, against the best three reads of G in plain PyTorch, and
-against the fastest way found to read G twice. Many tensors against one tensor of the same size. Gramian against
-G @ G.T. Everything in float32.
+Every arm is first compared with float64; one that does not agree is left out, and is a failure if it is ours.
+Eager and read are the fastest of several ways (bench/arms.py), chosen by a first pass. On CUDA a time is that of a
+graph replay on cold buffers, but for the row launched from Python. GB/s counts the bytes that the fused operator moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import product
+import gc
+import statistics
+from dataclasses import asdict
 
 import torch
-from torch import Tensor
 
-from rgd_ext import ops, reference
+import rgd_ext
 
-from .measure import Samples, fastest, interleave, show, write_json
+from . import cuda_timing
+from .agreement import error, exact
+from .arms import TWO_READS, Arm, arms, why_no_compile
+from .cases import Buffer, Case, cases, fill
+from .environment import clocks
+from .measure import Clock, fastest, host_clock, interleave
+from .report import show, write_json
+from .result import HEADER, Result, progress, section
 
-EPSILON = 0.01
-Arms = dict[str, Callable[[], object]]
-
-
-def naive(grads: Tensor) -> Tensor:
-    """(I - eps D) g as eq. (10) is written."""
-    mean = grads.mean(0)
-    centred = grads - mean
-    return mean - EPSILON * (centred.T @ (centred @ mean)) / grads.shape[0]
-
-
-def three_reads() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Mean, alignments, weighted sum: every combination of two ways to write each in plain PyTorch."""
-    means = {"mean": lambda g: g.mean(0), "1@G": lambda g: g.new_full((g.shape[0],), 1 / g.shape[0]) @ g}
-    products = {"G@g": lambda g, m: g @ m, "(G*g).sum": lambda g, m: (g * m).sum(1)}
-    sums = {"w@G": lambda g, w: w @ g, "(w*G).sum": lambda g, w: (w[:, None] * g).sum(0)}
-
-    def arm(mean, align, combine):
-        def direction(grads: Tensor) -> Tensor:
-            alignments = align(grads, mean(grads))
-            return combine(grads, (1 - EPSILON * (alignments - alignments.mean())) / grads.shape[0])
-
-        return direction
-
-    names = product(means, products, sums)
-    return {f"{m}, {p}, {s}": arm(means[m], products[p], sums[s]) for m, p, s in names}
+LAUNCHED = "precondition, launched from Python"
+CPU_BYTES = 2**31
+QUICK_BYTES = 2**26
+CEILING_BYTES = 2**32
+MILLISECONDS = 10_000  # per case; slow ones have fewer rounds, five at least
 
 
-def two_reads() -> dict[str, Callable[[Tensor], object]]:
-    """Ways to read G twice and do next to nothing with it."""
-    return {
-        "2 x sum": lambda g: (g.sum(), g.sum()),
-        "2 x dot": lambda g: (torch.dot(g.view(-1), g.view(-1)), torch.dot(g.view(-1), g.view(-1))),
-        "2 x 1@G": lambda g: (g.new_ones(g.shape[0]) @ g, g.new_ones(g.shape[0]) @ g),
+def grads_of(arm: Arm, buffer: Buffer) -> list[torch.Tensor]:
+    return buffer.flat if arm.flat else buffer.tensors
+
+
+def reason(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:200]}"
+
+
+def agreeing(ways: dict[str, Arm], buffer: Buffer, epsilon: torch.Tensor, result: Result) -> dict[str, Arm]:
+    """The arms that run and agree with float64; records errors and memory, and why others are left out."""
+    want = {flat: exact(buffer.flat if flat else buffer.tensors, epsilon) for flat in {a.flat for a in ways.values()}}
+    kept = {}
+    for name, arm in ways.items():
+        grads = grads_of(arm, buffer)
+        try:
+            got = arm.call(grads)
+            if arm.kind != "read":
+                wrong = result.error[name] = error(got, want[arm.flat][arm.kind])
+                if not wrong < arm.tolerance:
+                    result.leave_out(name, f"differs from float64 by {wrong:.1e} of its largest value", arm.ours)
+                    continue
+            del got
+            if epsilon.is_cuda:
+                result.extra_memory[name] = cuda_timing.extra_memory(lambda arm=arm, grads=grads: arm.call(grads))
+        except Exception as problem:
+            result.leave_out(name, reason(problem), arm.ours)
+            continue
+        kept[name] = arm
+    return kept
+
+
+def clocks_of(ways: dict[str, Arm], buffers: list[Buffer], on_cuda: bool, result: Result) -> dict[str, Clock]:
+    """A clock per arm: on CUDA a graph over all buffers, or calls from Python where it cannot be captured."""
+    found, graphs = {}, cuda_timing.Graphs() if on_cuda else None
+    for name, arm in ways.items():
+        inputs = [grads_of(arm, buffer) for buffer in buffers]
+
+        def run(arm=arm, inputs=inputs) -> None:
+            for grads in inputs:
+                arm.call(grads)
+
+        if graphs is None:
+            found[name] = host_clock(run, len(inputs))
+            continue
+        try:
+            found[name] = graphs.clock(arm.call, inputs)
+        except Exception as problem:
+            result.leave_out(f"{name} as a graph", reason(problem), arm.ours)
+            found[name] = cuda_timing.device_clock(run, len(inputs))
+        if name == "precondition":
+            found[LAUNCHED] = host_clock(run, len(inputs), torch.cuda.synchronize)
+    return found
+
+
+def bench(case: Case, device: str, rounds: int, quick: bool) -> Result:
+    """Agreement and times of all arms on one case."""
+    copies = cuda_timing.number_of_buffers(case.bytes) if device == "cuda" else 1
+    dtype = str(case.dtype).removeprefix("torch.")
+    result = Result(case.name, case.batch_size, len(case.sizes), case.weights, dtype, case.bytes, copies)
+    buffers = [fill(case, device) for _ in range(copies)]
+    # So that the direction differs from the mean by about as much as it is large.
+    epsilon = torch.full((), 3 / case.weights**0.5, device=device)
+    no_compile = why_no_compile(case, device, quick)
+    if no_compile:
+        result.leave_out("compile", no_compile)
+    torch._dynamo.reset()  # or the recompile limit is reached after a few cases
+    ways = agreeing(arms(case, epsilon, not no_compile), buffers[0], epsilon, result)
+
+    moved = {
+        "direction": 2 * case.bytes + case.weights * case.dtype.itemsize,
+        "read": 2 * case.bytes,
+        "moments": case.bytes + case.weights * case.dtype.itemsize,
+        "gram": case.bytes + 4 * case.batch_size**2,
     }
+    timed = clocks_of(ways, buffers, device == "cuda", result)
+    first = interleave(timed, rounds=3, warm_up=1)
+    for role in ("eager", "read"):
+        names = [name for name in timed if name.startswith(f"{role}:")]
+        for name in names:
+            if name != fastest(first, names):
+                del timed[name]
+    one_round = sum(statistics.median(first[name]) for name in timed)
+    result.milliseconds = interleave(timed, max(5, min(rounds, int(MILLISECONDS / one_round))))
+    result.bytes_moved = {name: moved[ways[name].kind if name in ways else "direction"] for name in timed}
+    return result
 
 
-def assert_close(got: Tensor, want: Tensor, what: str) -> None:
-    """Agreement with float64 to a few roundings of the largest value."""
-    error = (got.double() - want).abs().max() / want.abs().max()
-    if not error < 1e-5:
-        raise AssertionError(f"{what} differs from float64 by {error:.1e} of its largest value")
+def ceilings(size: int, device: str, rounds: int) -> dict[str, object]:
+    """Bandwidths measured on `size` bytes: reading, and on CUDA copying (bytes read plus bytes written)."""
+    grads = fill(Case("ceiling", 16, [size // 64], torch.float32), device).flat[0]
+    reads = {name: lambda f=read: f(grads) for name, read in TWO_READS.items()}
+    clock = (lambda run: cuda_timing.device_clock(run, 1)) if device == "cuda" else host_clock
+    timed = {name: clock(read) for name, read in reads.items()}
+    if device == "cuda":
+        timed["copy"] = cuda_timing.copy_clock(size)
+    samples = interleave(timed, rounds)
+    read = fastest(samples, list(reads))
+    found = {"bytes": size, "read": 2 * size / statistics.median(samples[read]) / 1e6, "read by": read}
+    if device == "cuda":
+        found["copy"] = 2 * size / statistics.median(samples["copy"]) / 1e6
+    return found | {"milliseconds": samples}
 
 
-def bench_direction(shape: tuple[int, int], rounds: int) -> Samples:
-    """Times of all arms on one (B, d) tensor, and prints how they compare."""
-    grads = torch.randn(shape).add_(0.1)
-    epsilon = torch.tensor(EPSILON)
-    # Some columns only: a whole G in float64, and the formula as written on it, would take gigabytes.
-    columns = grads[:, :50_000].contiguous()
-    want = reference.precondition([columns.double()], epsilon.double())[0]
-    assert_close(ops.precondition(columns, epsilon)[0], want, "precondition")
-    for name, arm in {"naive": naive, **three_reads()}.items():
-        assert_close(arm(columns), want, name)
-
-    plain, reads = three_reads(), two_reads()
-    arms: Arms = {"precondition": lambda: ops.precondition(grads, epsilon), "naive": lambda: naive(grads)}
-    arms |= {name: lambda arm=arm: arm(grads) for name, arm in {**plain, **reads}.items()}
-    # All ways once, then the best of each kind in earnest.
-    first = interleave(arms, rounds=3, warm_up=1)
-    kept = ["precondition", "naive", fastest(first, list(plain)), fastest(first, list(reads))]
-    return interleave({name: arms[name] for name in kept}, rounds)
-
-
-def resnet_like_shapes(weights: int) -> list[int]:
-    """161 sizes as a ResNet-50 has them, two small tensors for every large one, `weights` in all."""
-    sizes = [64 * 2 ** (index % 6) for index in range(107)]
-    large = [(1 + index % 9) ** 2 for index in range(54)]
-    scale = (weights - sum(sizes)) / sum(large)
-    sizes += [int(scale * size) for size in large]
-    return sizes
-
-
-def bench_many(batch_size: int, weights: int, rounds: int) -> Samples:
-    """161 tensors against one tensor of the same number of weights."""
-    sizes = resnet_like_shapes(weights)
-    many = [torch.randn(batch_size, size) for size in sizes]
-    flat = torch.randn(batch_size, sum(sizes))
-    epsilon = torch.tensor(EPSILON)
-    few = [g[:, :2000].contiguous() for g in many]
-    wanted = reference.precondition([g.double() for g in few], epsilon.double())
-    assert_close(torch.cat(ops.precondition(few, epsilon)), torch.cat(wanted), "precondition of many tensors")
-    arms: Arms = {
-        f"{len(sizes)} tensors": lambda: ops.precondition(many, epsilon),
-        "flat": lambda: ops.precondition(flat, epsilon),
-    }
-    return interleave(arms, rounds)
-
-
-def bench_gram(shape: tuple[int, int], rounds: int) -> Samples:
-    """The Gramian against torch's matrix product."""
-    grads = torch.randn(shape)
-    columns = grads[:, :50_000].contiguous()
-    assert_close(ops.gram(columns), columns.double() @ columns.double().T, "gram")
-    return interleave({"gram": lambda: ops.gram(grads), "G @ G.T": lambda: grads @ grads.T}, rounds)
-
-
-def run(quick: bool, json_path: str | None) -> None:
-    """Run all parts, print a table and write the raw samples."""
-    million = 10**5 if quick else 10**6
-    rounds = 5 if quick else 15
+def run(device: str, quick: bool, json: str | None, plot: str | None, only: str) -> list[str]:
+    """Run the cases whose name contains `only`, print a table, write raw samples and a plot; returns what failed."""
+    on_cuda, before = device == "cuda", clocks()
+    rounds = 5 if quick else 30 if on_cuda else 15
+    max_bytes = torch.cuda.get_device_properties().total_memory // 4 if on_cuda else CPU_BYTES
+    max_bytes = QUICK_BYTES if quick else max_bytes
     torch.manual_seed(0)
-    results: dict[str, Samples] = {}
-    for batch_size in (32, 128, 512):
-        shape = (batch_size, million)
-        results[f"direction {shape}"] = bench_direction(shape, rounds)
-    results[f"direction, B = 16, {25 * million} weights"] = bench_many(16, 25 * million, rounds)
-    for shape in ((128, million), (16, 25 * million), (512, million // 5)):
-        results[f"gram {shape}"] = bench_gram(shape, rounds)
+    found = ceilings(min(max_bytes // 2, CEILING_BYTES), device, rounds)
+    results: list[Result] = []
+    failures = []
+    if on_cuda and not rgd_ext.build_info()["cuda"]:
+        failures.append("rgd_ext is built without CUDA: what is called fused here is plain PyTorch")
 
-    show(results, "float32, CPU")
-    if json_path:
-        write_json(json_path, {"benchmark": "kernels", "milliseconds": results})
+    def save() -> None:
+        if json:
+            record = {"benchmark": "kernels", "device": device, "ceilings": found, "failures": failures}
+            write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
+
+    try:
+        for case in (case for case in cases(max_bytes, quick) if only in case.name):
+            try:
+                results.append(bench(case, device, rounds, quick))
+            except Exception as problem:
+                failures.append(f"{case.name}: {reason(problem)}")
+                continue
+            failures += results[-1].failures
+            progress(results[-1])
+            save()  # what is measured stays if the rest is cut off
+            gc.collect()
+    except KeyboardInterrupt:
+        failures.append("interrupted: the cases that follow are missing")
+
+    save()
+    show(HEADER, [section(result) for result in results], f"kernels, {device}")
+    print({name: value for name, value in found.items() if name != "milliseconds"})
+    if plot:
+        from .roofline import draw
+
+        draw(results, found, plot)
+    return failures

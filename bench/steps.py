@@ -1,8 +1,13 @@
-"""A training step of RGD against one of SGD, zero_grad to step, on models of several kinds. Float32, CPU."""
+"""A training step of RGD against one of SGD, zero_grad to step, on models of several kinds.
+
+Float32; on CUDA convolutions use TF32 as torch does by default, but for the comparison with float64. Times are those of
+the host, launches included, up to when the device is done.
+"""
 
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +18,9 @@ from torch import Tensor, nn
 import rgd_ext
 
 from . import models
-from .measure import Samples, interleave, show, write_json
+from .environment import clocks
+from .measure import Samples, host_clock, interleave, ratio_text
+from .report import Section, show, write_json
 
 # So small that all arms stay on about the same weights, with gradients of the same size.
 LR = 1e-6
@@ -44,37 +51,67 @@ def per_sample_grads(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def assert_exact(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The direction of a small batch against the same from explicit gradients in float64."""
+    """The direction of a small batch against the same from explicit gradients in float64 on the CPU."""
     x, y = x[:8], y[:8]
-    model, reference = copy.deepcopy(model), copy.deepcopy(model).double()
+    model, reference = copy.deepcopy(model), copy.deepcopy(model).double().cpu()
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     step(model, rgd_ext.RGD(model, LR), x, y)
-    grads = per_sample_grads(reference, x.double() if x.is_floating_point() else x, y)
+    torch.backends.cudnn.allow_tf32 = tf32
+    grads = per_sample_grads(reference, x.double().cpu() if x.is_floating_point() else x.cpu(), y.cpu())
     wanted = rgd_ext.direction(grads)[0]
-    difference = sum((p.grad - want).square().sum() for p, want in zip(model.parameters(), wanted, strict=True))
-    error = (difference / sum(want.square().sum() for want in wanted)).sqrt()
-    if not error < 1e-5:
+    difference = sum((p.grad.cpu() - want).square().sum() for p, want in zip(model.parameters(), wanted, strict=True))
+    error = float((difference / sum(want.square().sum() for want in wanted)).sqrt())
+    # Convolutions on CUDA may round more (Winograd, FFT).
+    if not error < (1e-4 if x.is_cuda else 1e-5):
         raise AssertionError(f"{type(model).__name__}: the direction differs from float64 by {error:.1e}")
 
 
-def bench(build: Callable[[], tuple[nn.Module, Tensor, Tensor]], rounds: int) -> Samples:
+def bench(build: Callable[[], models.Example], device: str, rounds: int) -> Samples:
     """Times of one step of each optimizer."""
-    model, x, y = build()
+    model, x, y = (part.to(device) for part in build())
     assert_exact(model, x, y)
-    arms = {}
+    timed = {}
     for name, build_optimizer in OPTIMIZERS.items():
         clone = copy.deepcopy(model)
-        arms[name] = partial(step, clone, build_optimizer(clone), x, y)
-    return interleave(arms, rounds)
+        run_step = partial(step, clone, build_optimizer(clone), x, y)
+        timed[name] = host_clock(run_step, synchronize=torch.cuda.synchronize if device == "cuda" else None)
+    return interleave(timed, rounds)
 
 
-def run(quick: bool, json_path: str | None) -> None:
-    """Run all models, print a table and write the raw samples."""
+def section(what: str, samples: Samples) -> Section:
+    """Rows of a table; the first arm is what the others are compared with."""
+    first = next(iter(samples))
+    return [
+        [
+            what if name == first else "",
+            name,
+            f"{statistics.median(times):.2f}",
+            f"{min(times):.2f}",
+            ratio_text(samples, name, first),
+        ]
+        for name, times in samples.items()
+    ]
+
+
+def run(device: str, quick: bool, json: str | None) -> list[str]:
+    """Run all models, print a table and write the raw samples; returns what failed."""
+    before = clocks()
     torch.manual_seed(0)
     builds = {"MLP 784-1024-1024-10, B = 128": models.mlp}
     if not quick:
         builds |= {"ResNet-GN 0.3M, B = 64": models.resnet, "GPT 4 x 256, T = 128, B = 16": models.gpt}
-    rounds = {"MLP 784-1024-1024-10, B = 128": 20 if quick else 100}
-    results = {name: bench(build, rounds.get(name, 15)) for name, build in builds.items()}
-    show(results, "training step, float32, CPU")
-    if json_path:
-        write_json(json_path, {"benchmark": "steps", "milliseconds": results})
+    many = 20 if quick else 100
+    results, failures = {}, []
+    for name, build in builds.items():
+        # Steps on the GPU are short.
+        rounds = many if device == "cuda" or build is models.mlp else 15
+        try:
+            results[name] = bench(build, device, rounds)
+        except (AssertionError, RuntimeError) as problem:
+            failures.append(f"{name}: {problem}")
+    header = ("model", "optimizer", "median ms", "min ms", "time / SGD (quartiles)")
+    show(header, [section(*result) for result in results.items()], f"training step, float32, {device}")
+    if json:
+        record = {"benchmark": "steps", "device": device, "milliseconds": results, "failures": failures}
+        write_json(json, record, before)
+    return failures

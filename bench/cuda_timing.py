@@ -1,0 +1,73 @@
+"""Device time on CUDA: graphs replayed over rotating buffers, between events; and the memory a call takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .measure import Clock
+
+# About a millisecond, in which the host enqueues what is timed, so that no launch is in the measured time.
+HEAD_START_CYCLES = 2_000_000
+
+
+def number_of_buffers(size: int) -> int:
+    """How many buffers of `size` bytes together are four times the L2 cache, so that each read of one is cold."""
+    return math.ceil(4 * torch.cuda.get_device_properties().L2_cache_size / size)
+
+
+def device_clock(run: Callable[[], object], calls: int) -> Clock:
+    """What runs `run`, which makes `calls` calls, and returns milliseconds per call on the device."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample() -> float:
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    return sample
+
+
+class Graphs:
+    """Captures arms into CUDA graphs that share one memory pool: their results are not kept, so none needs its own."""
+
+    def __init__(self) -> None:
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def clock(self, call: Callable[[object], object], inputs: Sequence[object]) -> Clock:
+        """Device time of one call: a replay makes one call on each of `inputs`."""
+
+        def run() -> None:
+            for item in inputs:
+                call(item)
+
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            run()
+        return device_clock(graph.replay, len(inputs))
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Bytes that a call takes at its peak beside what is allocated before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_clock(size: int) -> Clock:
+    """Time of a device-to-device copy that reads `size` bytes and writes as many."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return device_clock(lambda: target.copy_(source), 1)
