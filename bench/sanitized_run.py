@@ -33,6 +33,7 @@ def run(device: str) -> None:
                 "combine": ops.combine(grads, weights),
                 "diffusion_mv": ops.diffusion_mv(grads, vectors),
                 "gram": ops.gram(grads),
+                "largest_eigenvalue": ops.largest_eigenvalue(ops.gram(grads)),
                 "precondition": ops.precondition(grads, torch.tensor(0.1).to(device)),
             }
             for name, result in results.items():

@@ -150,9 +150,10 @@ def test_largest_eigenvalue_of_hard_spectra(name, size, device):
             assert abs(found - wanted) <= 1e-12 * wanted
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_largest_eigenvalue_of_a_centred_gramian(dtype):
-    grads = sample_grads("wide, many samples", dtype)[0]
+def test_largest_eigenvalue_of_a_centred_gramian(dtype, device):
+    grads = sample_grads("wide, many samples", dtype, device)[0]
     centred = grads - grads.mean(0)
     # Its null space holds the vector of ones.
     gram = centred @ centred.T
@@ -161,16 +162,18 @@ def test_largest_eigenvalue_of_a_centred_gramian(dtype):
     assert_close(largest, torch.linalg.eigvalsh(gram.double())[-1])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("place", [(0, 0), (3, 5)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_largest_eigenvalue_of_what_is_not_finite_is_nan(value, place):
-    matrix = torch.eye(9)
+def test_largest_eigenvalue_of_what_is_not_finite_is_nan(value, place, device):
+    matrix = torch.eye(9, device=device)
     matrix[place] = value
     assert ops.largest_eigenvalue(matrix).isnan()
 
 
-def test_largest_eigenvalue_of_rounding_errors_is_not_negative():
-    assert ops.largest_eigenvalue(-1e-18 * torch.eye(5)).item() == 0
+@pytest.mark.parametrize("device", DEVICES)
+def test_largest_eigenvalue_of_rounding_errors_is_not_negative(device):
+    assert ops.largest_eigenvalue(-1e-18 * torch.eye(5, device=device)).item() == 0
 
 
 def test_largest_eigenvalue_gives_the_same_bits_for_any_number_of_threads():
@@ -279,33 +282,37 @@ def test_compiles_without_graph_breaks(name, device):
         assert torch.equal(result, want)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shapes", ["flat", "many", "wide", "wide, many samples"])
-def test_epsilon_zero_and_equal_weights_give_the_mean_bitwise(shapes, dtype):
-    grads = sample_grads(shapes, dtype)
+def test_epsilon_zero_and_equal_weights_give_the_mean_bitwise(shapes, dtype, device):
+    grads = sample_grads(shapes, dtype, device)
     mean, _, _ = ops.moments(grads)
-    equal = torch.full((len(grads[0]),), 1 / len(grads[0]), dtype=reference.accumulate_dtype(dtype))
+    equal = torch.full((len(grads[0]),), 1 / len(grads[0]), dtype=reference.accumulate_dtype(dtype), device=device)
     for results in (ops.precondition(grads, 0.0), ops.combine(grads, equal)):
         assert all(torch.equal(a, b) for a, b in zip(results, mean, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_tensor_is_a_list_of_one(dtype):
-    (grads,) = sample_grads("flat", dtype)
+def test_one_tensor_is_a_list_of_one(dtype, device):
+    (grads,) = sample_grads("flat", dtype, device)
     for name in ("moments", "gram"):
         for a, b in zip(leaves(getattr(ops, name)(grads)), leaves(getattr(ops, name)([grads])), strict=True):
             assert torch.equal(a, b)
     assert isinstance(ops.precondition(grads, 0.1), list)
 
 
-def test_gram_is_exactly_symmetric():
+@pytest.mark.parametrize("device", DEVICES)
+def test_gram_is_exactly_symmetric(device):
     for shapes in SHAPES:
-        gram = ops.gram(sample_grads(shapes, torch.float32))
+        gram = ops.gram(sample_grads(shapes, torch.float32, device))
         assert torch.equal(gram, gram.T)
 
 
-def test_operators_agree_with_the_explicit_diffusion_matrix():
-    grads = sample_grads("many", torch.float64)
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_agree_with_the_explicit_diffusion_matrix(device):
+    grads = sample_grads("many", torch.float64, device)
     rows = torch.cat([g.flatten(1) for g in grads], 1)
     matrix, mean = diffusion_matrix(rows), rows.mean(0)
     _, alignments, squared_norms = ops.moments(grads)
@@ -315,10 +322,11 @@ def test_operators_agree_with_the_explicit_diffusion_matrix():
     assert_close(flat(ops.precondition(grads, 0.3)), mean - 0.3 * matrix @ mean)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", CALLS)
-def test_values_that_are_not_finite_flow_through(name, value):
-    grads = sample_grads("many", torch.float32)
+def test_values_that_are_not_finite_flow_through(name, value, device):
+    grads = sample_grads("many", torch.float32, device)
     grads[1][2, 3] = value
     assert any(not r.isfinite().all() for r in leaves(CALLS[name](grads)))
 
