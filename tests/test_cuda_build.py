@@ -1,10 +1,8 @@
 """The compiled CUDA kernels, as far as they can be judged without running them."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,12 +71,3 @@ def test_registers_leave_room_for_several_blocks(resources):
 def test_static_shared_memory_is_left_to_the_launch(resources):
     # One KB is the system's own.
     assert all(use["SHARED"] <= 1024 for use in resources.values())
-
-
-def test_a_list_of_architectures_that_is_too_old_is_refused():
-    setup = Path(rgd_ext.__file__).parents[1] / "setup.py"
-    environment = os.environ | {"RGD_EXT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5"}
-    command = [sys.executable, str(setup), "--version"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=setup.parent)
-    assert result.returncode != 0
-    assert "names 7.5" in result.stderr
