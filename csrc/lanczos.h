@@ -68,10 +68,13 @@ struct RitzPair {
   double value, last;
 };
 
-// The largest eigenvalue of T, which is at least `least`, the one of T without its last row: Newton's method, which
-// comes from the left and does not overshoot, between bounds.
+// The largest eigenvalue of T, which is at least `least`: Newton's method, which comes from the left and does not
+// overshoot, between `least` and Gershgorin's bound.
 RGD_EXT_SHARED RitzPair largest_ritz_pair(const double* diagonal, const double* beside, int64_t n, double least) {
-  double low = least, high = n == 1 ? least : std::fmax(least, diagonal[n - 1]) + beside[n - 2];
+  if (n == 1) return {diagonal[0], 1};
+  double low = least, high = least;
+  for (int64_t k = 0; k < n; ++k)
+    high = std::fmax(high, diagonal[k] + (k > 0 ? beside[k - 1] : 0) + (k < n - 1 ? beside[k] : 0));
   const double ulp = std::numeric_limits<double>::epsilon() * std::fmax(std::fabs(low), std::fabs(high));
   double x = low;
   for (;;) {
@@ -104,7 +107,7 @@ double largest_eigenvalue(int64_t size, Multiply multiply, double* workspace) {
       }
     }
     norm = std::sqrt(dot(size, product, product));
-    const RitzPair top = largest_ritz_pair(diagonal, beside, n, n == 1 ? diagonal[0] : value);
+    const RitzPair top = largest_ritz_pair(diagonal, beside, n, value);
     value = top.value;
     if (n == size || norm * top.last <= kTolerance * std::fabs(value)) return value;
     beside[n - 1] = norm;

@@ -1,5 +1,7 @@
 """Every operator against the reference in float64, on every device there is."""
 
+import zlib
+
 import pytest
 import torch
 from oracle import TOLERANCE, assert_close, diffusion_matrix, flat
@@ -24,7 +26,7 @@ SHAPES = {
 
 
 def sample_grads(name, dtype, device="cpu"):
-    generator = torch.Generator().manual_seed(hash(name) % 2**31)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return [torch.randn(s, generator=generator).add_(0.2).to(device, dtype) for s in SHAPES[name]]
 
 

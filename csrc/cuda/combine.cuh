@@ -32,8 +32,9 @@ RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weig
                         char* shared) {
   using T = Accumulate<S>;
   const int group = thread_index() / table.lanes, lane = thread_index() % table.lanes, groups = kThreads / table.lanes;
-  Tiles<S, kCapacity> tiles{table, table.matrices - 1};
-  for (int64_t number = table.tiles - 1 - block_index(); number >= 0; number -= blocks()) {
+  int64_t number = table.tiles - 1 - block_index();
+  Tiles<S, kCapacity> tiles(table, number);
+  for (; number >= 0; number -= blocks()) {
     const Tile<S> tile = tiles[number];
     T sums[kOutputs][Packet<S>::kColumns] = {};
     for_samples(tile, table.rows, group, groups, lane, [&](int64_t i, const Packet<S>& packet) {

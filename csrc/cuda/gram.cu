@@ -28,6 +28,7 @@ at::Tensor read_gram(at::TensorList matrices) {
   using T = Accumulate<S>;
   using Shape = GramShape<kBlock>;
   const int64_t rows = matrices[0].size(0), side = (rows + kBlock - 1) / kBlock, pairs = side * (side + 1) / 2;
+  TORCH_CHECK_VALUE(pairs <= 65535, "the Gramian of ", rows, " samples is larger than one launch can make: use fewer");
   const auto launches = [&](auto use) {
     const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) {
       return gram_kernel<S, kCapacity, kBlock, Sums>;
@@ -54,6 +55,15 @@ at::Tensor read_gram_by_size(at::TensorList matrices) {
                       : read_gram<S, 128, Sums>(matrices);
 }
 
+// Whether both of torch's ways to say so agree that the last bits of float products do not matter.
+bool tf32_allowed() {
+  try {
+    return at::globalContext().allowTF32CuBLAS();
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
 // Products of 2-byte types are exact in float; float itself goes to the matrix units only where the user gave up its
 // last bits with torch.backends.cuda.matmul.allow_tf32 or torch.set_float32_matmul_precision.
 at::Tensor gram_operator(at::TensorList grads) {
@@ -65,8 +75,8 @@ at::Tensor gram_operator(at::TensorList grads) {
     if constexpr (std::is_same_v<S, double>) {
       return read_gram_by_size<S, PlainSums>(matrices);
     } else if constexpr (std::is_same_v<S, float>) {
-      return at::globalContext().allowTF32CuBLAS() ? read_gram_by_size<S, MatrixUnitSums>(matrices)
-                                                   : read_gram_by_size<S, PlainSums>(matrices);
+      return tf32_allowed() ? read_gram_by_size<S, MatrixUnitSums>(matrices)
+                            : read_gram_by_size<S, PlainSums>(matrices);
     } else {
       return read_gram_by_size<S, MatrixUnitSums>(matrices);
     }

@@ -199,8 +199,8 @@ RGD_DEVICE void gram(const Table<kCapacity>& table, Accumulate<S>* partials, int
   };
 
   Sums<S, kBlock> sums{};
-  Tiles<S, kCapacity> tiles{table};
   int64_t number = block_index();
+  Tiles<S, kCapacity> tiles(table, number);
   bool first = true;
   int columns = 0;
   copy(tiles[number], 0);

@@ -40,12 +40,14 @@ struct Team {
   // What thread 0 computes, for all.
   template <typename F>
   RGD_DEVICE bool first(F compute) const {
-    bool* place = reinterpret_cast<bool*>(shared + kThreads / kWarp);
+    int* place = reinterpret_cast<int*>(shared + kThreads / kWarp);
     if (thread_index() == 0) *place = compute();
     barrier();
-    return *place;
+    return *place != 0;
   }
 };
+
+constexpr int kStepsPerCheck = 4;
 
 // Doubles of global memory that largest_eigenvalue works in.
 constexpr int64_t eigenvalue_workspace(int64_t size) { return lanczos::workspace_size(size) + size; }
@@ -65,13 +67,14 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
   const double scale = largest > 1e-290 ? largest : 1, inverse = 1 / scale;
 
   team.each(size, [&](int64_t i) { product[i] = lanczos::start_entry(i); });
-  double norm = sqrt(team.dot(size, product, product)), value = 0;
-  for (int64_t n = 1;; ++n) {
+  double norm = sqrt(team.dot(size, product, product)), value = 0, top = 0;
+  for (int64_t n = 1; n <= size; ++n) {
     double* last = basis + (n - 1) * size;
     team.each(size, [&](int64_t i) { last[i] = product[i] / norm; });
     barrier();
     team.each(size, [&](int64_t i) {
       double sum = 0;
+#pragma unroll 16
       for (int64_t j = 0; j < size; ++j) sum += matrix[j * size + i] * inverse * last[j];
       product[i] = sum;
     });
@@ -90,16 +93,23 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
       }
       barrier();
       team.each(size, [&](int64_t i) {
-        for (int64_t k = 0; k < n; ++k) product[i] -= parts[k] * basis[k * size + i];
+        double rest = product[i];
+#pragma unroll 8
+        for (int64_t k = 0; k < n; ++k) rest -= parts[k] * basis[k * size + i];
+        product[i] = rest;
       });
     }
     norm = sqrt(team.dot(size, product, product));
+    top = fmax(top, alpha);
+    // One thread finds the Ritz value while the others wait: not after each step, but where the next would divide by 0.
+    const bool is_checked = n % kStepsPerCheck == 0 || n == size || norm <= lanczos::kTolerance * top;
     const bool done = team.first([&] {  // `value` is thread 0's alone
       diagonal[n - 1] = alpha;
-      const lanczos::RitzPair top = lanczos::largest_ritz_pair(diagonal, beside, n, n == 1 ? alpha : value);
-      value = top.value;
       beside[n - 1] = norm;
-      return n == size || norm * top.last <= lanczos::kTolerance * fabs(value);
+      if (!is_checked) return false;
+      const lanczos::RitzPair pair = lanczos::largest_ritz_pair(diagonal, beside, n, value);
+      value = pair.value;
+      return n == size || norm * pair.last <= lanczos::kTolerance * fabs(value);
     });
     if (!done) continue;
     if (thread_index() == 0) *result = static_cast<T>(value > 0 ? value * scale : 0);

@@ -34,10 +34,12 @@ auto with_storage(at::ScalarType dtype, F use) {
   }
 }
 
+// More than a kernel may have by default; always the same, because threads that launch at one time share the setting.
 template <typename Kernel>
 void allow_shared_memory(Kernel kernel, int64_t bytes) {
   if (bytes > 48 << 10)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(current_device().shared_bytes)));
 }
 
 // Blocks of the kernel that run at the same time.

@@ -1,5 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sub.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -83,9 +85,13 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
     read_combination(matrices, at::full({1, rows}, 1.0 / static_cast<double>(rows), matrices[0].options().dtype(dtype)),
                      0, centres);
-    return read_statistics<S>(matrices, centres, kProductLanes, (rows + kProductRows - 1) / kProductRows,
-                              products_shared_bytes<S>(1, 2),
-                              []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
+    at::Tensor partials = read_statistics<S>(
+        matrices, centres, kProductLanes, (rows + kProductRows - 1) / kProductRows, products_shared_bytes<S>(1, 2),
+        []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
+    // These centres were rounded to the dtype of G, but alignments sum to zero.
+    at::Tensor alignments = partials.narrow(0, 0, rows);
+    alignments.sub_(alignments.mean(0));
+    return partials;
   });
 }
 

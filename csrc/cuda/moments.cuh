@@ -28,8 +28,8 @@ RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t
   const int group = thread_index() / table.lanes, lane = thread_index() % table.lanes, groups = kThreads / table.lanes;
   const T weight = static_cast<T>(1.0 / static_cast<double>(table.rows));
 
-  Tiles<S, kCapacity> tiles{table};
   int64_t number = block_index();
+  Tiles<S, kCapacity> tiles(table, number);
   Tile<S> next = tiles[number];
   copy_tile(next, 0, table.rows, arriving);
   commit_copies();

@@ -104,8 +104,8 @@ RGD_DEVICE void products(const Table<kCapacity>& table, int64_t first, int count
   RowSums<S, kSums> sums(take<double>(shared, row_sums_bytes(kProductRows, kProductLanes, kSums)), rows, kProductLanes);
   T* vectors = reinterpret_cast<T*>(shared);
 
-  Tiles<S, kCapacity> tiles{table};
   int64_t number = block_index();
+  Tiles<S, kCapacity> tiles(table, number);
   Tile<S> next = tiles[number];
   copy_tile(next, first_row, rows, arriving);
   commit_copies();

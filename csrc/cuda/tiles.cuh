@@ -44,11 +44,18 @@ struct Tile {
   }
 };
 
-// Tiles by number. Neighbouring numbers are looked up one after the other, so the last matrix found is near the next.
+// Tiles by number, near `first` to begin with: neighbours are looked up one after the other.
 template <typename S, int kCapacity>
 struct Tiles {
   const Table<kCapacity>& table;
   int matrix = 0;
+
+  RGD_DEVICE Tiles(const Table<kCapacity>& table, int64_t first) : table(table) {
+    for (int end = table.matrices; end - matrix > 1;) {
+      const int middle = (matrix + end) / 2;
+      (table.matrix[middle].first_tile <= first ? matrix : end) = middle;
+    }
+  }
 
   RGD_DEVICE int width() const { return table.lanes * Packet<S>::kColumns; }
 

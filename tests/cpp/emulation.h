@@ -154,13 +154,15 @@ class Machine {
         }
       }
     }
+    const auto lags = [this](int t) { return first_laggard_ <= t && t < end_of_laggards_; };
+    if (!std::all_of(ready.begin(), ready.end(), lags)) std::erase_if(ready, lags);
     if (!ready.empty() || live == 0) return ready;
     if (at_barrier < live) throw std::runtime_error("deadlock: some threads wait for their warp, some at a barrier");
-    for (int t = 0; t < kThreads; ++t) {
-      fibers_[t].waits_at.clear();
-      if (!fibers_[t].done) ready.push_back(t);
-    }
-    return ready;
+    for (Fiber& fiber : fibers_) fiber.waits_at.clear();
+    const int size = coin() ? 1 : kWarp;
+    first_laggard_ = static_cast<int>(random_() % (kThreads / size)) * size;
+    end_of_laggards_ = first_laggard_ + size;
+    return next_threads();
   }
 
   static void enter();
@@ -189,6 +191,7 @@ class Machine {
   const std::function<void(char*)>* kernel_ = nullptr;
   char* shared_ = nullptr;
   std::string failure_;
+  int first_laggard_ = 0, end_of_laggards_ = kWarp;
   std::mt19937 random_;
 };
 
