@@ -80,7 +80,7 @@ class Stats:
     @property
     def isotropic(self) -> Tensor:
         """Whether D = 0 to rounding: tr D at most 8 ulps of the largest |g_i|^2."""
-        largest = (self.squared_norms + 2 * self.alignments + self.grad_norm.square()).max()
+        largest = self.squared_norms.add(self.alignments, alpha=2).max() + self.grad_norm.square()
         return self.trace <= 8 * self.ulp * largest
 
     @cached_property

@@ -16,6 +16,8 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("diffusion_mv(Tensor[] grads, Tensor[] vectors) -> Tensor[]");
   m.def("gram(Tensor[] grads) -> Tensor");
   m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
+  m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
+  m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
 }
 
 namespace {
@@ -39,6 +41,16 @@ Tensors diffusion_mv(const Tensors& grads, const Tensors& vectors) {
 Tensor gram(const Tensors& grads) { return find<Tensor(at::TensorList)>("rgd_ext::gram").call(grads); }
 Tensors precondition(const Tensors& grads, const Tensor& epsilon) {
   return find<Tensors(at::TensorList, const Tensor&)>("rgd_ext::precondition").call(grads, epsilon);
+}
+
+Tensor ghost_gram(const Tensors& inputs, const Tensors& output_grads, const std::vector<bool>& biases) {
+  c10::List<bool> list;
+  for (const bool bias : biases) list.push_back(bias);
+  return find<Tensor(at::TensorList, at::TensorList, const c10::List<bool>&)>("rgd_ext::ghost_gram")
+      .call(inputs, output_grads, list);
+}
+Tensor largest_eigenvalue(const Tensor& matrix) {
+  return find<Tensor(const Tensor&)>("rgd_ext::largest_eigenvalue").call(matrix);
 }
 
 // All columns of all tensors, (leading, d) in double.
@@ -144,6 +156,53 @@ void test_layouts(at::ScalarType dtype) {
   test_against_double({random({700, 1001})}, name + " large batch");
 }
 
+void test_ghost_gram(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-13 : 5e-6;
+  const auto random = [&](int64_t rows, int64_t columns) { return at::randn({rows, columns}).add_(0.3).to(dtype); };
+  for (int64_t batch_size : {1, 5, 24, 25, 130}) {
+    const std::string name = std::string(c10::toString(dtype)) + " B = " + std::to_string(batch_size) + " ghost_gram";
+    const Tensor wide = random(batch_size, 3000);
+    const Tensors inputs = {random(batch_size, 100), wide.narrow(1, 1, 2050), random(17, batch_size).t(),
+                            random(batch_size, 0)};
+    const Tensors output_grads = {random(batch_size, 33), random(batch_size, 1), wide.narrow(1, 7, 1500),
+                                  random(batch_size, 20)};
+    const std::vector<bool> biases = {true, false, true, true};
+    Tensor want = at::zeros({batch_size, batch_size}, at::kDouble);
+    for (size_t layer = 0; layer < inputs.size(); ++layer) {
+      const Tensor a = inputs[layer].to(at::kDouble), e = output_grads[layer].to(at::kDouble);
+      want += (a.matmul(a.t()) + (biases[layer] ? 1 : 0)) * e.matmul(e.t());
+    }
+    at::set_num_threads(1);
+    const Tensor k = ghost_gram(inputs, output_grads, biases);
+    expect(close(k, want, want, tolerance), name);
+    expect(k.equal(k.t()), name + " is symmetric");
+    for (int threads : {2, 3}) {
+      at::set_num_threads(threads);
+      expect(k.equal(ghost_gram(inputs, output_grads, biases)), name + " on " + std::to_string(threads) + " threads");
+    }
+  }
+}
+
+void test_largest_eigenvalue() {
+  for (int64_t size : {1, 2, 24, 130, 600}) {
+    const std::string name = "largest eigenvalue of " + std::to_string(size);
+    for (int64_t rank : {size, (size + 1) / 2, int64_t{1}}) {
+      const Tensor rows = at::randn({size, rank}, at::kDouble), matrix = rows.matmul(rows.t());
+      at::set_num_threads(1);
+      const Tensor found = largest_eigenvalue(matrix);
+      const Tensor want = std::get<0>(at::linalg_eigh(matrix)).select(0, size - 1);
+      expect(close(found, want, want, 1e-12), name + " of rank " + std::to_string(rank));
+      at::set_num_threads(3);
+      expect(found.equal(largest_eigenvalue(matrix)), name + " on three threads");
+    }
+    const Tensor identity = at::eye(size, at::kDouble);
+    expect(largest_eigenvalue(0 * identity).item<double>() == 0, name + " zero");
+    expect(largest_eigenvalue(-identity).item<double>() == 0, name + " negative");
+    expect(std::abs(largest_eigenvalue(identity).item<double>() - 1) < 1e-12, name + " repeated");
+    expect(largest_eigenvalue(identity / 0).isnan().item<bool>(), name + " not finite");
+  }
+}
+
 void test_not_finite() {
   Tensor grads = at::ones({9, 5000});
   grads[3][100] = std::numeric_limits<float>::infinity();
@@ -174,6 +233,13 @@ void test_errors() {
   expect_error([&] { diffusion_mv({g}, {}); }, "one vector per tensor");
   expect_error([&] { diffusion_mv({g, g}, {at::ones({2, 2}), at::ones({2})}); }, "vectors[1]");
   expect_error([&] { diffusion_mv({g}, {at::ones({2}, at::kDouble)}); }, "convert one");
+  expect_error([&] { ghost_gram({g}, {g}, {}); }, "0 biases");
+  expect_error([&] { ghost_gram({g}, {g, g}, {true, true}); }, "1 inputs");
+  expect_error([&] { ghost_gram({at::ones({2, 2})}, {g}, {true}); }, "B = 3");
+  expect_error([&] { ghost_gram({at::ones({3, 2, 1})}, {g}, {true}); }, "(B, n)");
+  expect_error([&] { ghost_gram({g.to(at::kDouble)}, {g}, {true}); }, "inputs[0]");
+  expect_error([&] { largest_eigenvalue(g); }, "symmetric");
+  expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
 }
 
 // Whether the processor has what ATEN_CPU_CAPABILITY asks for; torch itself does not check.
@@ -192,7 +258,11 @@ bool capability_is_there() {
 int main() {
   if (!capability_is_there()) return 77;
   at::manual_seed(0);
-  for (at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) test_layouts(dtype);
+  for (at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
+    test_layouts(dtype);
+    test_ghost_gram(dtype);
+  }
+  test_largest_eigenvalue();
   test_not_finite();
   test_no_columns();
   test_errors();
