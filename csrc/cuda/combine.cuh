@@ -7,13 +7,13 @@
 namespace rgd_ext::cuda {
 
 // use(sample, packet) for every groups-th sample from `group` on: the packet of `lane`, zero past the end of the tile.
-template <typename S, typename F>
+template <int kUnroll, typename S, typename F>
 RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, int group, int groups, int lane, F use) {
   constexpr int kColumns = Packet<S>::kColumns;
   const int left = tile.count - lane * kColumns;
   const S* from = tile.data + lane * kColumns;
   if (left >= kColumns && tile.aligned()) {
-#pragma unroll 8
+#pragma unroll kUnroll
     for (int64_t i = group; i < rows; i += groups) use(i, load_packet<Packet<S>>(from + i * tile.stride));
   } else if (left > 0) {
     for (int64_t i = group; i < rows; i += groups) {
@@ -37,7 +37,8 @@ RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weig
   for (; number >= 0; number -= blocks()) {
     const Tile<S> tile = tiles[number];
     T sums[kOutputs][Packet<S>::kColumns] = {};
-    for_samples(tile, table.rows, group, groups, lane, [&](int64_t i, const Packet<S>& packet) {
+    // Loads under way at a time, as far as the sums leave registers.
+    for_samples<kOutputs == 1 ? 8 : 2>(tile, table.rows, group, groups, lane, [&](int64_t i, const Packet<S>& packet) {
 #pragma unroll
       for (int j = 0; j < kOutputs; ++j)
         if (kOutputs == 1 || j < count) add_weighted<S, T>(weights[j * table.rows + i], packet, sums[j]);
