@@ -192,19 +192,14 @@ template <int R, int C, typename S, typename T>
 void multiply(const S* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t columns, double* out,
               int64_t out_stride) {
   constexpr int64_t L = kLanes<T>;
-  Vector<T> sums[R][C];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
-    for (int j = 0; j < C; ++j) sums[i][j] = Vector<T>{};
+  // As it stands: an unrolled start or end makes GCC 12 spill in the loop, at twice the time.
+  Vector<T> sums[R][C] = {};
   int64_t c = 0;
   for (; c + L <= columns; c += L) multiply<R, C>(a + c, a_stride, b + c, b_stride, sums);
   if (c < columns)
     multiply<R, C>(Tail<R, S, L>(a + c, a_stride, columns - c).data, L,
                    Tail<C, T, L>(b + c, b_stride, columns - c).data, L, sums);
-#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
-#pragma GCC unroll 16
     for (int j = 0; j < C; ++j) out[i * out_stride + j] += sum_lanes<T>(sums[i][j]);
 }
 
