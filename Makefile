@@ -33,17 +33,16 @@ cpp sanitize: $(VENV)/.requirements
 
 # Compiles the CUDA kernels against a CUDA build of torch and runs the tests that need no GPU. In a copy, since the
 # extension of one torch does not load in another.
-cuda: export CUDA_VENV := $(abspath .venv-cuda)
 cuda: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;12.0
 cuda:
 	mkdir -p build/cuda
 	git ls-files -z | xargs -0 cp --parents --update --preserve=timestamps -t build/cuda
-	RGD_EXT_BUILD=cuda $(MAKE) -C build/cuda test VENV=$(CUDA_VENV) TORCH=torch==2.14.1
+	RGD_EXT_BUILD=cuda $(MAKE) -C build/cuda test VENV=$(abspath .venv-cuda) TORCH=torch==2.14.1
 
 clean:
 	rm -rf build $(VENV) .venv-cuda rgd_ext/_C*.so *.egg-info
 
-$(VENV)/.requirements: requirements-dev.txt
+$(VENV)/.requirements: requirements-dev.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) -r requirements-dev.txt
 	touch $@

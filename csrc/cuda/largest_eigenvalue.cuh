@@ -22,7 +22,7 @@ struct Team {
   // combine(combine(own of thread 0, own of thread 1), ...) in a fixed order, for all.
   template <typename F>
   RGD_DEVICE double combined(double own, F combine) const {
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) own = combine(own, shuffle_xor(own, mask));
+    own = warp_combined(own, combine);
     if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = own;
     barrier();
     double result = shared[0];
@@ -88,7 +88,7 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
       for (int64_t k = thread_index() / kWarp; k < n; k += kThreads / kWarp) {
         double sum = 0;
         for (int64_t i = thread_index() % kWarp; i < size; i += kWarp) sum += basis[k * size + i] * product[i];
-        for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+        sum = warp_sum(sum);
         if (thread_index() % kWarp == 0) parts[k] = sum;
       }
       barrier();

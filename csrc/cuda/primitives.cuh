@@ -129,6 +129,17 @@ namespace rgd_ext::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
+// The values of a warp's lanes combined, in a fixed order; every lane calls it and gets the result.
+template <typename T, typename F>
+RGD_DEVICE T warp_combined(T value, F combine) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+  return value;
+}
+template <typename T>
+RGD_DEVICE T warp_sum(T value) {
+  return warp_combined(value, [](T a, T b) { return a + b; });
+}
+
 RGD_DEVICE float widen(float value) { return value; }
 RGD_DEVICE double widen(double value) { return value; }
 RGD_DEVICE void narrow(float value, float& to) { to = value; }

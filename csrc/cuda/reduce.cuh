@@ -7,11 +7,10 @@
 namespace rgd_ext::cuda {
 
 // The sum of values[0, count), by a warp; every lane gets it.
-RGD_DEVICE double warp_sum(const double* values, int64_t count) {
+RGD_DEVICE double sum_by_warp(const double* values, int64_t count) {
   double sum = 0;
   for (int64_t i = thread_index() % kWarp; i < count; i += kWarp) sum += values[i];
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-  return sum;
+  return warp_sum(sum);
 }
 
 // results[r] = sum_s partials[r * slots + s], one warp a row.
@@ -19,7 +18,7 @@ template <typename T>
 RGD_DEVICE void reduce_rows(const double* partials, int64_t rows, int64_t slots, T* results) {
   const int64_t row = block_index() * (kThreads / kWarp) + thread_index() / kWarp;
   if (row >= rows) return;
-  const double sum = warp_sum(partials + row * slots, slots);
+  const double sum = sum_by_warp(partials + row * slots, slots);
   if (thread_index() % kWarp == 0) results[row] = static_cast<T>(sum);
 }
 
@@ -28,7 +27,7 @@ template <typename T>
 RGD_DEVICE void reduce_to_weights(const double* partials, int64_t rows, int64_t slots, const T* epsilon, T* weights) {
   const int64_t row = block_index() * (kThreads / kWarp) + thread_index() / kWarp;
   if (row >= rows) return;
-  const T alignment = static_cast<T>(warp_sum(partials + row * slots, slots));
+  const T alignment = static_cast<T>(sum_by_warp(partials + row * slots, slots));
   if (thread_index() % kWarp == 0) weights[row] = (1 - multiply(*epsilon, alignment)) / static_cast<T>(rows);
 }
 
