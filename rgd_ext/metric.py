@@ -29,7 +29,7 @@ class Stats:
 
     Attributes:
         batch_size: B.
-        grad_norm: |g|.
+        squared_grad_norm: |g|^2.
         alignments: a_i = <g_i - g, g>, shape (B,).
         squared_norms: |g_i - g|^2, shape (B,).
         centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it.
@@ -39,7 +39,7 @@ class Stats:
     """
 
     batch_size: int
-    grad_norm: Tensor
+    squared_grad_norm: Tensor
     alignments: Tensor
     squared_norms: Tensor
     centred_gram: Tensor | None
@@ -48,6 +48,11 @@ class Stats:
     weights: Tensor | None = None
 
     @property
+    def grad_norm(self) -> Tensor:
+        """|g|."""
+        return self.squared_grad_norm.sqrt()
+
+    @cached_property
     def trace(self) -> Tensor:
         """tr D = mean_i |g_i - g|^2."""
         return self.squared_norms.mean()
@@ -55,7 +60,7 @@ class Stats:
     @property
     def rayleigh(self) -> Tensor:
         """The Rayleigh quotient g^T D g / |g|^2 = mean_i a_i^2 / |g|^2; 0 where g = 0."""
-        squared = self.grad_norm.square()
+        squared = self.squared_grad_norm
         return torch.where(squared == 0, squared, self.alignments.square().mean() / squared)
 
     @cached_property
@@ -79,22 +84,20 @@ class Stats:
 
     @property
     def isotropic(self) -> Tensor:
-        """Whether D = 0 to rounding: tr D at most 8 ulps of the largest |g_i|^2."""
-        largest = self.squared_norms.add(self.alignments, alpha=2).max() + self.grad_norm.square()
-        return self.trace <= 8 * self.ulp * largest
+        """Whether D = 0 to rounding: tr D at most 8 ulps of |g|^2, which is every |g_i|^2 then."""
+        return self.trace <= 8 * self.ulp * self.squared_grad_norm
 
     @cached_property
     def direction_norm(self) -> Tensor:
         """Norm of the direction, |g + sum_i w_i (g_i - g)|."""
         cross = 2 * self.weights @ self.alignments
-        squared = self.grad_norm.square() + cross + self.weights @ self.centred_gram @ self.weights
+        squared = self.squared_grad_norm + cross + self.weights @ self.centred_gram @ self.weights
         return squared.clamp(min=0).sqrt()
 
     @property
     def cosine(self) -> Tensor:
         """Cosine of the angle between the direction and g."""
-        squared = self.grad_norm.square()
-        product = squared + (self.weights * self.alignments).sum()
+        product = self.squared_grad_norm + (self.weights * self.alignments).sum()
         norms = self.grad_norm * self.direction_norm
         return torch.where(norms == 0, torch.ones_like(norms), product / norms)
 
@@ -248,16 +251,9 @@ def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
     if not needs_gram and hasattr(grads, "scalars"):
         squared, alignments, squared_norms = grads.scalars()
         ulp = torch.finfo(alignments.dtype).eps
-        return Stats(grads.batch_size, squared.sqrt(), alignments, squared_norms, None, ulp)
+        return Stats(grads.batch_size, squared, alignments, squared_norms, None, ulp)
     gram = grads.gram()
-    ulp = torch.finfo(gram.dtype).eps
-    # The rest is B x B: float64 costs nothing there and keeps the centring exact.
-    rows = gram.mean(1, dtype=torch.float64)
-    mean = rows.mean()
-    alignments = rows - mean
-    centred = (gram - rows[:, None]).sub_(alignments)
-    squared_norms = centred.diagonal().clamp(min=0)
-    return Stats(grads.batch_size, mean.clamp(min=0).sqrt(), alignments, squared_norms, centred, ulp)
+    return Stats(grads.batch_size, *torch.ops.rgd_ext.gram_moments(gram), torch.finfo(gram.dtype).eps)
 
 
 def weights(stats: Stats, epsilon: Tensor, inverse: Inverse) -> Tensor:
@@ -279,7 +275,7 @@ def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[
     stats = statistics(grads, needs_gram=inverse == "exact" or getattr(policy, "needs_gram", True))
     epsilon = _chosen_epsilon(policy, stats)
     # With D = 0 only rounding is left to divide by: the plain gradient is the answer, not amplified noise.
-    stats.epsilon = torch.where(stats.isotropic, torch.zeros_like(epsilon), epsilon)
+    stats.epsilon = epsilon.masked_fill(stats.isotropic, 0)
     stats.weights = weights(stats, stats.epsilon, inverse)
     direction = grads.combine(stats.weights)
     if stats.centred_gram is None:

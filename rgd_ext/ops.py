@@ -243,6 +243,35 @@ def ghost_gram(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]) -
     return torch.ops.rgd_ext.ghost_gram(tensors[:number], tensors[number:], biases)
 
 
+_library.define("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::gram_moments", lib=_library)
+def _(gram):
+    alignments = gram.new_empty(gram.shape[0], dtype=torch.float64)
+    squared, centred = alignments.new_empty(()), alignments.new_empty(gram.shape)
+    return squared, alignments, torch.empty_like(alignments), centred
+
+
+torch.library.impl(_library, "gram_moments", "CompositeExplicitAutograd")(reference.gram_moments)
+
+
+def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of per-sample gradients from their Gramian, as `moments` has them from G; computed in float64.
+
+    Args:
+        gram: K = G G^T, shape (B, B), float64 or float32.
+
+    Returns:
+        In float64: |g|^2, a scalar; the alignments a_i = <g_i - g, g>, shape (B,); |g_i - g|^2, shape (B,); and the
+        centred Gramian <g_i - g, g_j - g>, shape (B, B).
+
+    Raises:
+        ValueError, TypeError: as `largest_eigenvalue`.
+    """
+    return torch.ops.rgd_ext.gram_moments(_checked_gramian(gram, "gram"))
+
+
 _library.define("largest_eigenvalue(Tensor matrix) -> Tensor")
 
 
@@ -267,11 +296,15 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
         ValueError: if `matrix` is empty or not square.
         TypeError: for another dtype.
     """
+    return torch.ops.rgd_ext.largest_eigenvalue(_checked_gramian(matrix, "matrix"))
+
+
+def _checked_gramian(matrix: Tensor, name: str) -> Tensor:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
-        raise ValueError(f"matrix has shape {tuple(matrix.shape)}: pass a symmetric (B, B) matrix")
+        raise ValueError(f"{name} has shape {tuple(matrix.shape)}: pass a symmetric (B, B) matrix")
     if matrix.dtype not in (torch.float64, torch.float32):
-        raise TypeError(f"matrix has dtype {matrix.dtype}: convert it to float64 or float32")
-    return torch.ops.rgd_ext.largest_eigenvalue(matrix)
+        raise TypeError(f"{name} has dtype {matrix.dtype}: convert it to float64 or float32")
+    return matrix
 
 
 _library.define("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]")

@@ -72,6 +72,15 @@ def ghost_gram(inputs: list[Tensor], output_grads: list[Tensor], biases: list[bo
     return (product + product.T) / 2
 
 
+def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """|g|^2, the alignments <g_i - g, g>, |g_i - g|^2 and the Gramian of g_i - g, in float64, from K = G G^T."""
+    rows = gram.mean(1, dtype=torch.float64)
+    mean = rows.mean()
+    alignments = rows - mean
+    centred = (gram - rows[:, None]).sub_(alignments)
+    return mean.clamp(min=0), alignments, centred.diagonal().clamp(min=0), centred
+
+
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues of a symmetric positive semi-definite matrix, ascending; NaN where it is not finite."""
     # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.

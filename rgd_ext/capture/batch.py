@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -42,6 +43,17 @@ def tensors_in(tree: object) -> list[Tensor]:
     return found
 
 
+def modules_in(model: nn.Module) -> list[nn.Module]:
+    """Those of `model.modules()`, at a fraction of its price."""
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
 @dataclass(frozen=True)
 class Batch:
     """One call of a captured model.
@@ -49,28 +61,32 @@ class Batch:
     Attributes:
         size: B, or None where no tensor came in.
         inputs: the storages of the model's inputs of B samples.
-        constants: the storages of the model's buffers, which don't.
+        model: the model, whose buffers hold no samples.
     """
 
     size: int | None
     inputs: frozenset[int] = frozenset()
-    constants: frozenset[int] = frozenset()
+    model: nn.Module | None = None
 
     @classmethod
-    def of(cls, inputs: object, constants: frozenset[int] = frozenset()) -> Batch:
+    def of(cls, inputs: object, model: nn.Module | None = None) -> Batch:
         """The batch in the arguments of a model: dimension 0 of the first tensor that has dimensions."""
         tensors = [t for t in tensors_in(inputs) if t.ndim > 0]
         size = tensors[0].shape[0] if tensors else None
-        samples = frozenset(storage(t) for t in tensors if t.shape[0] == size)
-        return cls(size, samples, constants - samples)
+        return cls(size, frozenset(storage(t) for t in tensors if t.shape[0] == size), model)
+
+    @cached_property
+    def _constants(self) -> set[int]:
+        modules = [] if self.model is None else modules_in(self.model)
+        return {storage(b) for module in modules for b in module._buffers.values() if b is not None}
 
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is an input of the model, or a view of one."""
         return storage(x) in self.inputs
 
     def is_constant(self, x: Tensor) -> bool:
-        """Whether `x` is a buffer of the model, or a view of one."""
-        return not x.requires_grad and storage(x) in self.constants
+        """Whether `x` is a buffer of the model, or a view of one, and not an input."""
+        return not x.requires_grad and not self.is_input(x) and storage(x) in self._constants
 
     def is_square(self, x: Tensor) -> bool:
         """Whether `x` was made inside, and its shape fits a batch as well as positions: (B,) indices or (B, B, ...)."""
@@ -86,8 +102,8 @@ class Batch:
         Raises:
             ValueError: where the shape does not tell, naming the module and the way to mark it.
         """
-        if hasattr(module, _MARK):
-            return getattr(module, _MARK)
+        if _MARK in vars(module):
+            return vars(module)[_MARK]
         if self.is_constant(x):
             return None
         if self.size is None:

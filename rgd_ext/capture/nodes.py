@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BoundRule = Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Record:
     """One use of some parameters in a forward: what the backward needs besides tensors."""
 

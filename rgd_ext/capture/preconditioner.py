@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..metric import Inverse, Policy, Spectral, Stats, checked_policy, solve
-from .batch import Batch, storage, tensors_in
+from .batch import Batch, modules_in, tensors_in
 from .factors import CapturedGradients, Dense, Factor, add, join
 from .install import check_model, taps_for
 from .nodes import Record
@@ -128,19 +128,21 @@ class Preconditioner:
         """Whether a call of the model is under way."""
         return self._batch is not None
 
-    @contextmanager
-    def call(self, inputs: object) -> Iterator[None]:
-        """A call of the model, or of a part of it, with `inputs`."""
-        buffers = [b for module in _modules(self.model) for b in module._buffers.values() if b is not None]
-        self._batch = Batch.of(inputs, frozenset(map(storage, buffers)))
+    def call(self, forward: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
+        """A call of the model, or of a part of it."""
+        self._batch = Batch.of((args, kwargs), self.model)
         try:
-            yield
+            output = forward(args, kwargs)
         finally:
             self._batch = None
-        for module in _modules(self.model):
+        for module in modules_in(self.model):
             for parameter in module._parameters.values():
                 if parameter is not None and parameter.requires_grad and parameter not in self._guards:
                     self._refuse_newcomer(parameter)
+        for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
+            if isinstance(tensor, Shared):
+                self._refuse_shared(tensor)
+        return output
 
     def _refuse_newcomer(self, newcomer: nn.Parameter) -> None:
         name = next(name for name, parameter in self.model.named_parameters() if parameter is newcomer)
@@ -149,16 +151,12 @@ class Preconditioner:
             " gradient: call .remove() on the handle and capture the model again"
         )
 
-    def check_output(self, output: object) -> object:
-        """`output` of the model, or ValueError if it is the same for all samples."""
-        for tensor in tensors_in(output):
-            if isinstance(tensor, Shared):
-                raise ValueError(
-                    f"an output of the model, of shape {tuple(tensor.shape)}, comes from '{tensor.owner}' alone, which"
-                    " took its input as shared by all samples; if it was the batch merged with another dimension, keep"
-                    " the two apart (B, T) or call rgd_ext.mark(module, batch_dim=0)"
-                )
-        return output
+    def _refuse_shared(self, output: Shared) -> None:
+        raise ValueError(
+            f"an output of the model, of shape {tuple(output.shape)}, comes from '{output.owner}' alone, which"
+            " took its input as shared by all samples; if it was the batch merged with another dimension, keep"
+            " the two apart (B, T) or call rgd_ext.mark(module, batch_dim=0)"
+        )
 
     def guard(self, parameter: nn.Parameter) -> None:
         """Notice gradients that reach `parameter` past the taps."""
@@ -259,17 +257,6 @@ class Preconditioner:
                 parameter.grad = step
             else:
                 parameter.grad += step
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """Those of `model.modules()`, at a fraction of its price."""
-    found, seen = [model], {model}
-    for module in found:
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

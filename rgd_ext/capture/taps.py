@@ -65,16 +65,20 @@ class Tap(Released):
     def __reduce__(self):
         return Released, (), {"module": self.module, "previous": self.previous}
 
-    @torch.compiler.disable
     def __call__(self, *args, **kwargs):
-        # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
+        if torch.compiler.is_compiling():
+            return self._uncompiled(args, kwargs)
         capture = self.capture
         if not capture.recording():
             return self.original(*args, **kwargs)
         if capture.in_call:
             return self._recorded(args, kwargs)
-        with capture.call((args, kwargs)):
-            return capture.check_output(self._recorded(args, kwargs))
+        return capture.call(self._recorded, args, kwargs)
+
+    @torch.compiler.disable
+    def _uncompiled(self, args: tuple, kwargs: dict):
+        # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
+        return self(*args, **kwargs)
 
     def check_batch_norm(self) -> None:
         """Raise ValueError if the module would couple the samples."""
@@ -142,7 +146,7 @@ class Container(Tap):
                 " unknown; call the captured model itself, with the batch as its first tensor"
             )
         spread = self._spread(parameters, size)
-        batch = Batch(size, batch.inputs, batch.constants)
+        batch = Batch(size, batch.inputs, batch.model)
         with self._replaced({name: share(value, f"{self.name}.{name}", batch) for name, value in spread.items()}):
             return self.original(*args, **kwargs)
 
@@ -164,12 +168,11 @@ class Layer(Tap):
         inputs = args if is_plain else tuple(tensors_in((args, kwargs)))
         if not inputs:
             raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
+        if any(isinstance(x, Shared) for x in inputs):
+            return self._of_shared(parameters, inputs, args, kwargs)
         first = inputs[0]
-        with self._replaced({name: p.detach() for name, p in parameters.items()}):
-            if any(isinstance(x, Shared) for x in inputs):
-                return self._of_shared(parameters, inputs, args, kwargs)
-            dim = batch.dim(first, self.module, self.name, self.sample_ndim)
-            output = self.original(*args, **kwargs)
+        dim = batch.dim(first, self.module, self.name, self.sample_ndim)
+        output = self._output(parameters, args, kwargs)
         if dim is None and batch.size is None:
             raise ValueError(
                 f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
@@ -183,6 +186,16 @@ class Layer(Tap):
             rule = partial(_moved, rule, dim)
         return self._watch(parameters, size, rule, output, inputs)
 
+    def _output(self, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict) -> Tensor:
+        """The forward, of which autograd will compute no weight gradient."""
+        for parameter in parameters.values():
+            parameter.requires_grad = False
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad = True
+
     def _of_shared(self, parameters, inputs, args, kwargs) -> Tensor:
         """Inputs that differ between the samples only in whose copy they are: run on the copies."""
         if len(inputs) > 1 or kwargs:
@@ -193,7 +206,7 @@ class Layer(Tap):
         first = inputs[0]
         squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
         copies = first.per_sample.squeeze(1) if squeezed else first.per_sample
-        output = self.original(copies, *args[1:])
+        output = self._output(parameters, (copies, *args[1:]), {})
         output = self._watch(parameters, copies.shape[0], self._rule_as_of_now(), output, (copies,))
         return Shared(output.unsqueeze(1) if squeezed else output, self.name, first.batch)
 
