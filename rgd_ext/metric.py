@@ -82,11 +82,6 @@ class Stats:
             return None
         return (self.eigenvalues > self.batch_size * self.ulp * self.eigenvalues[-1]).sum()
 
-    @property
-    def isotropic(self) -> Tensor:
-        """Whether D = 0 to rounding: tr D at most 8 ulps of |g|^2, which is every |g_i|^2 then."""
-        return self.trace <= 8 * self.ulp * self.squared_grad_norm
-
     @cached_property
     def direction_norm(self) -> Tensor:
         """Norm of the direction, |g + sum_i w_i (g_i - g)|."""
@@ -256,18 +251,16 @@ def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
     return Stats(grads.batch_size, *torch.ops.rgd_ext.gram_moments(gram), torch.finfo(gram.dtype).eps)
 
 
-def weights(stats: Stats, epsilon: Tensor, inverse: Inverse) -> Tensor:
-    """w of shape (B,) with sum_i w_i g_i = (I - eps D) g ("weak-field"), eq. (10), or (I + eps D)^-1 g ("exact").
+def exact_weights(stats: Stats) -> Tensor:
+    """w of shape (B,) with sum_i w_i g_i = (I + eps D)^-1 g.
 
-    The exact inverse is Woodbury's: g - (eps / B) C^T (I + eps Kc / B)^-1 a, with Kc the centred Gramian and a the
-    alignments; the coefficients sum to zero, so C^T may be replaced by G^T.
+    Woodbury's: g - (eps / B) C^T (I + eps Kc / B)^-1 a, with Kc the centred Gramian and a the alignments; the
+    coefficients sum to zero, so C^T may be replaced by G^T.
     """
-    coefficients = stats.alignments
-    if inverse == "exact":
-        identity = torch.eye(stats.batch_size, dtype=coefficients.dtype, device=coefficients.device)
-        system = identity + epsilon / stats.batch_size * stats.centred_gram
-        coefficients = torch.linalg.solve_ex(system, coefficients)[0]
-    return (1 - epsilon * coefficients) / stats.batch_size
+    identity = torch.eye(stats.batch_size, dtype=stats.alignments.dtype, device=stats.alignments.device)
+    system = identity + stats.epsilon / stats.batch_size * stats.centred_gram
+    coefficients = torch.linalg.solve_ex(system, stats.alignments)[0]
+    return (1 - stats.epsilon * coefficients) / stats.batch_size
 
 
 def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[list[Tensor], Stats]:
@@ -275,8 +268,11 @@ def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[
     stats = statistics(grads, needs_gram=inverse == "exact" or getattr(policy, "needs_gram", True))
     epsilon = _chosen_epsilon(policy, stats)
     # With D = 0 only rounding is left to divide by: the plain gradient is the answer, not amplified noise.
-    stats.epsilon = epsilon.masked_fill(stats.isotropic, 0)
-    stats.weights = weights(stats, stats.epsilon, inverse)
+    stats.epsilon, stats.weights = torch.ops.rgd_ext.sample_weights(
+        stats.squared_grad_norm, stats.alignments, stats.squared_norms, epsilon, stats.ulp
+    )
+    if inverse == "exact":
+        stats.weights = exact_weights(stats)
     direction = grads.combine(stats.weights)
     if stats.centred_gram is None:
         stats.direction_norm = squared_norm(direction).sqrt().to(stats.weights)

@@ -272,6 +272,59 @@ def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.rgd_ext.gram_moments(_checked_gramian(gram, "gram"))
 
 
+_library.define(
+    "sample_weights(Tensor squared_grad_norm, Tensor alignments, Tensor squared_norms, Tensor epsilon, float ulp)"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("rgd_ext::sample_weights", lib=_library)
+def _(squared_grad_norm, alignments, squared_norms, epsilon, ulp):
+    return torch.empty_like(epsilon), torch.empty_like(alignments)
+
+
+torch.library.impl(_library, "sample_weights", "CompositeExplicitAutograd")(reference.sample_weights)
+
+
+def sample_weights(
+    squared_grad_norm: Tensor, alignments: Tensor, squared_norms: Tensor, epsilon: Tensor, ulp: float
+) -> tuple[Tensor, Tensor]:
+    """The weights on the samples that make their weighted sum the RGD direction, eq. (10).
+
+    Args:
+        squared_grad_norm: |g|^2, a scalar; this and the next two are what `moments` and `gram_moments` give.
+        alignments: a_i = <g_i - g, g>, shape (B,).
+        squared_norms: |g_i - g|^2, shape (B,), with mean tr D.
+        epsilon: a scalar.
+        ulp: relative rounding error of the statistics.
+
+    Returns:
+        epsilon, or 0 where D = 0 to rounding (tr D at most 8 ulps of |g|^2, which is every |g_i|^2 then); and with it
+        w_i = (1 - epsilon a_i) / B, shape (B,).
+
+    Raises:
+        ValueError: if shapes, dtypes or devices disagree.
+        TypeError: for anything but float64 or float32.
+    """
+    if alignments.ndim != 1 or squared_norms.shape != alignments.shape or not alignments.numel():
+        raise ValueError(
+            f"alignments and squared_norms have shapes {tuple(alignments.shape)} and {tuple(squared_norms.shape)}: pass"
+            " one of each per sample, (B,)"
+        )
+    for name, tensor in (("squared_grad_norm", squared_grad_norm), ("epsilon", epsilon)):
+        if tensor.ndim:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: pass a scalar tensor")
+    tensors = (alignments, squared_norms, squared_grad_norm, epsilon)
+    if alignments.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"alignments has dtype {alignments.dtype}: convert it to float64 or float32")
+    if len({(t.dtype, t.device) for t in tensors}) > 1:
+        raise ValueError(
+            f"the statistics and epsilon are {[f'{t.dtype} on {t.device}' for t in tensors]}: convert them to one dtype"
+            " on one device"
+        )
+    return torch.ops.rgd_ext.sample_weights(squared_grad_norm, alignments, squared_norms, epsilon, ulp)
+
+
 _library.define("largest_eigenvalue(Tensor matrix) -> Tensor")
 
 

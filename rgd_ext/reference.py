@@ -81,6 +81,15 @@ def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return mean.clamp(min=0), alignments, centred.diagonal().clamp(min=0), centred
 
 
+def sample_weights(
+    squared_grad_norm: Tensor, alignments: Tensor, squared_norms: Tensor, epsilon: Tensor, ulp: float
+) -> tuple[Tensor, Tensor]:
+    """epsilon, or 0 where D = 0 to rounding, and the weights (1 - epsilon a_i) / B of eq. (10)."""
+    is_zero = squared_norms.mean() <= 8 * ulp * squared_grad_norm
+    epsilon = torch.where(is_zero, 0, epsilon)
+    return epsilon, (1 - epsilon * alignments) / alignments.shape[0]
+
+
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues of a symmetric positive semi-definite matrix, ascending; NaN where it is not finite."""
     # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
