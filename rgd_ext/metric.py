@@ -32,7 +32,8 @@ class Stats:
         squared_grad_norm: |g|^2.
         alignments: a_i = <g_i - g, g>, shape (B,).
         squared_norms: |g_i - g|^2, shape (B,).
-        centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it.
+        centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it and the layers
+            do not give it for nothing.
         ulp: relative rounding error of these numbers.
         epsilon: what the policy chose; 0 where D = 0 to rounding. None while the policy is choosing.
         weights: w_i, shape (B,), of which the direction is sum_i w_i g_i. None while the policy is choosing.
@@ -243,10 +244,9 @@ def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
 
 def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
     """Statistics of the centred gradients: from K = G G^T, or without it where the source can and K is not needed."""
-    if not needs_gram and hasattr(grads, "scalars"):
-        squared, alignments, squared_norms = grads.scalars()
-        ulp = torch.finfo(alignments.dtype).eps
-        return Stats(grads.batch_size, squared, alignments, squared_norms, None, ulp)
+    scalars = None if needs_gram or not hasattr(grads, "scalars") else grads.scalars()
+    if scalars is not None:
+        return Stats(grads.batch_size, *scalars, None, torch.finfo(scalars[1].dtype).eps)
     gram = grads.gram()
     return Stats(grads.batch_size, *torch.ops.rgd_ext.gram_moments(gram), torch.finfo(gram.dtype).eps)
 

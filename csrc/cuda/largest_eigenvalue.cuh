@@ -47,8 +47,6 @@ struct Team {
   }
 };
 
-constexpr int kStepsPerCheck = 4;
-
 // Doubles of global memory that largest_eigenvalue works in.
 constexpr int64_t eigenvalue_workspace(int64_t size) { return lanczos::workspace_size(size) + size; }
 
@@ -101,12 +99,10 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
     }
     norm = sqrt(team.dot(size, product, product));
     top = fmax(top, alpha);
-    // One thread finds the Ritz value while the others wait: not after each step, but where the next would divide by 0.
-    const bool is_checked = n % kStepsPerCheck == 0 || n == size || norm <= lanczos::kTolerance * top;
-    const bool done = team.first([&] {  // `value` is thread 0's alone
+    const bool done = team.first([&] {  // the others wait; `value` is thread 0's alone
       diagonal[n - 1] = alpha;
       beside[n - 1] = norm;
-      if (!is_checked) return false;
+      if (!lanczos::is_checked(n, size, norm, top)) return false;
       const lanczos::RitzPair pair = lanczos::largest_ritz_pair(diagonal, beside, n, value);
       value = pair.value;
       return n == size || norm * pair.last <= lanczos::kTolerance * fabs(value);

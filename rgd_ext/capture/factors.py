@@ -6,6 +6,7 @@ that their mean is grad L whatever the reduction of the loss.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -85,7 +86,6 @@ class Outer:
 
     def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
         self.inputs, self.output_grads, self.shape = inputs, output_grads, shape
-        self._weighted: tuple[Tensor, Tensor] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -114,16 +114,8 @@ class Outer:
 
     def combine(self, weights: Tensor) -> Tensor:
         # One plain weight-gradient product over all samples, as in the backward of SGD.
-        return torch.mm(self.weighted(weights).flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """w_i e_it; kept for T = 1, where the bias needs it too."""
-        if self._weighted is not None and self._weighted[0] is weights:
-            return self._weighted[1]
         weighted = self.output_grads * weights.view(-1, 1, 1)
-        if weighted.shape[1] == 1:
-            self._weighted = weights, weighted
-        return weighted
+        return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
 
     def dense(self) -> Tensor:
         return (self.output_grads.mT @ self.inputs).view(self.batch_size, *self.shape)
@@ -154,7 +146,7 @@ class Bias:
         return self.dense() @ vector
 
     def combine(self, weights: Tensor) -> Tensor:
-        return self.weight.weighted(weights).sum((0, 1))
+        return weights @ self.dense()
 
     def dense(self) -> Tensor:
         return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
@@ -244,29 +236,58 @@ def _stacked(sequences: list[Tensor]) -> Tensor:
     return torch.cat([torch.cat([x, zeros], 1) for x, zeros in zip(sequences, padding, strict=True)])
 
 
+@dataclass
+class _Single:
+    """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
+
+    Attributes:
+        output_grads: E, (B, m).
+        inputs: A, (B, n), with n = 0 if the weight is frozen.
+        shape: of the weight.
+        weight, bias: their places among a model's parameters, or None for one that is frozen.
+    """
+
+    output_grads: Tensor
+    inputs: Tensor
+    shape: torch.Size
+    weight: int | None = None
+    bias: int | None = None
+
+    def combine(self, weights: Tensor) -> dict[int, Tensor]:
+        weighted = self.output_grads * weights[:, None]
+        result = {}
+        # The bias first: the product drives from the caches what the two share.
+        if self.bias is not None:
+            result[self.bias] = weighted.sum(0)
+        if self.weight is not None:
+            result[self.weight] = torch.mm(weighted.T, self.inputs).view(self.shape)
+        return result
+
+
 class CapturedGradients:
     """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
 
     def __init__(self, factors: list[Factor]) -> None:
         self._factors = [f.settled() for f in factors]
-        # By dtype and device: the indices of dense factors, and weights that met one vector per sample, with whether
-        # their bias is there too.
+        # By dtype and device.
         self._dense: dict[tuple, list[int]] = {}
-        self._ghosts: dict[tuple, dict[Outer | Bias, bool]] = {}
-        self._others: list[Factor] = []
+        self._singles: dict[tuple, list[_Single]] = {}
+        self._others: list[int] = []
+        weights: dict[Factor, _Single] = {}
         for index, factor in enumerate(self._factors):
             if isinstance(factor, Dense):
-                tensor = factor.contributions
-                self._dense.setdefault((tensor.dtype, tensor.device), []).append(index)
-            elif isinstance(factor, (Outer, Bias)) and factor.output_grads.shape[1] == 1:
-                tensor = factor.output_grads
-                layers = self._ghosts.setdefault((tensor.dtype, tensor.device), {})
-                if isinstance(factor, Bias) and factor.weight in layers:
-                    layers[factor.weight] = True
-                else:
-                    layers[factor] = isinstance(factor, Bias)
+                self._dense.setdefault(_kind(factor.contributions), []).append(index)
+            elif isinstance(factor, Outer) and factor.output_grads.shape[1] == 1:
+                weights[factor] = _Single(factor.output_grads[:, 0], factor.inputs[:, 0], factor.shape, weight=index)
+                self._singles.setdefault(_kind(factor.output_grads), []).append(weights[factor])
+            elif isinstance(factor, Bias) and factor.weight in weights:
+                weights[factor.weight].bias = index
+            elif isinstance(factor, Bias):
+                grads = factor.dense()
+                lone = _Single(grads, grads[:, :0], torch.Size(), bias=index)
+                self._singles.setdefault(_kind(grads), []).append(lone)
             else:
-                self._others.append(factor)
+                self._others.append(index)
 
     @property
     def batch_size(self) -> int:
@@ -295,15 +316,16 @@ class CapturedGradients:
 
     def _grams(self) -> list[Tensor]:
         """Parts of K / B^2 from what is not dense."""
-        grams = [f.gram() for f in self._others]
-        for layers in self._ghosts.values():
-            grads = [factor.output_grads[:, 0] for factor in layers]
-            inputs = [f.inputs[:, 0] if isinstance(f, Outer) else f.output_grads[:, 0, :0] for f in layers]
-            grams.append(torch.ops.rgd_ext.ghost_gram(inputs, grads, list(layers.values())))
+        grams = [self._factors[index].gram() for index in self._others]
+        for layers in self._singles.values():
+            inputs, output_grads = [s.inputs for s in layers], [s.output_grads for s in layers]
+            grams.append(torch.ops.rgd_ext.ghost_gram(inputs, output_grads, [s.bias is not None for s in layers]))
         return grams
 
-    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
-        """|g|^2, the centred alignments and the centred squared norms."""
+    def scalars(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
+        if not self._dense:
+            return None
         squared, alignments, squared_norms = [], [], []
         for group in self._groups():
             mean, a, n = ops.moments(group)
@@ -311,11 +333,10 @@ class CapturedGradients:
             alignments.append(a)
             squared_norms.append(n)
         for gram in self._grams():
-            rows = gram.mean(1)
-            mean = rows.mean()
-            squared.append(mean)
-            alignments.append(rows - mean)
-            squared_norms.append(gram.diagonal() - 2 * rows + mean)
+            norm, a, n, _ = torch.ops.rgd_ext.gram_moments(gram)
+            squared.append(norm.to(gram.dtype))
+            alignments.append(a.to(gram.dtype))
+            squared_norms.append(n.to(gram.dtype))
         scale = self.batch_size**2
         return scale * _sum(squared), scale * _sum(alignments), scale * _sum(squared_norms)
 
@@ -325,14 +346,18 @@ class CapturedGradients:
         result: dict[int, Tensor] = {}
         for indices, group in zip(self._dense.values(), self._groups(), strict=True):
             result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
-        converted: dict[tuple, Tensor] = {}
-        for index, factor in enumerate(self._factors):
-            if index not in result:
-                like = factor.output_grads
-                if (like.dtype, like.device) not in converted:
-                    converted[like.dtype, like.device] = weights.to(like)
-                result[index] = factor.combine(converted[like.dtype, like.device])
+        for layers in self._singles.values():
+            converted = weights.to(layers[0].output_grads)
+            for layer in layers:
+                result |= layer.combine(converted)
+        for index in self._others:
+            factor = self._factors[index]
+            result[index] = factor.combine(weights.to(factor.output_grads))
         return [result[index] for index in range(len(self._factors))]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ class History:
         losses: of each step.
         mislabelled: which samples of the step's batch have a wrong label.
         epsilons, weights: of each step of RGD, epsilon and the B w_i.
-        largest_eigenvalues: lambda_max(D) of each step of RGD, where the policy needs it.
+        largest_eigenvalues: lambda_max(D) of each step of RGD, where the Gramian is there.
         test_accuracies: after each epoch.
         train_accuracy: at the end, on the labels as given.
     """
