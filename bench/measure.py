@@ -10,11 +10,16 @@ Samples = dict[str, list[float]]
 Clock = Callable[[], float]
 
 
-def host_clock(run: Callable[[], object], calls: int = 1, synchronize: Callable[[], object] | None = None) -> Clock:
-    """What runs `run`, which makes `calls` calls, and returns milliseconds per call by the clock of the host."""
-    synchronize = synchronize or (lambda: None)
+def host_clock(
+    run: Callable[[], object],
+    calls: int = 1,
+    synchronize: Callable[[], object] = lambda: None,
+    settle: Callable[[], object] = lambda: None,
+) -> Clock:
+    """What runs `run`, which makes `calls` calls, after `settle`; returns milliseconds per call by the host's clock."""
 
     def sample() -> float:
+        settle()
         synchronize()
         begin = time.perf_counter()
         run()

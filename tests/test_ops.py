@@ -1,6 +1,7 @@
 """Every operator against the reference in float64, on every device there is."""
 
 import zlib
+from functools import partial
 
 import pytest
 import torch
@@ -126,6 +127,51 @@ def test_ghost_gram_gives_the_same_bits_for_any_threads_and_layout(name, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["flat", "one sample", "wide, many samples"])
+def test_gram_moments_are_the_moments_of_the_gradients(name, dtype, device):
+    grads = sample_grads(name, dtype, device)
+    squared, alignments, squared_norms, centred = ops.gram_moments(ops.gram(grads))
+    assert {t.dtype for t in (squared, alignments, squared_norms, centred)} == {torch.float64}
+    wide = torch.cat([g.double().flatten(1) for g in grads], 1)
+    mean = wide.mean(0)
+    for found, want in (
+        (squared, mean.square().sum()),
+        (alignments, (wide - mean) @ mean),
+        (squared_norms, (wide - mean).square().sum(1)),
+        (centred, (wide - mean) @ (wide - mean).T),
+    ):
+        # What is left after centring is as exact as the Gramian it came from.
+        scale = wide.square().sum(1).max().item()
+        torch.testing.assert_close(found, want, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gram_moments_of_rounding_errors_are_not_negative_and_nan_stays(device):
+    ones = torch.ones(3, 3, device=device)
+    squared, _, squared_norms, _ = ops.gram_moments(-1e-7 * torch.eye(3, device=device))
+    assert squared == 0
+    assert torch.equal(squared_norms, torch.zeros_like(squared_norms))
+    assert all(part.isnan().all() for part in ops.gram_moments(torch.nan * ones))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sample_weights_are_those_of_eq_10_or_equal(dtype, device):
+    scalar = partial(torch.tensor, dtype=dtype, device=device)
+    alignments, ulp = scalar([0.5, -2.0, 1.5]), torch.finfo(dtype).eps
+    epsilon, weights = ops.sample_weights(scalar(4.0), alignments, scalar([1.0, 2.0, 3.0]), scalar(0.25), ulp)
+    assert epsilon == 0.25
+    torch.testing.assert_close(weights, (1 - 0.25 * alignments) / 3)
+    for chosen in (0.25, float("inf"), float("nan")):
+        norms = scalar([0.0, 30 * ulp, 60 * ulp])  # tr D is 30 ulps, |g|^2 is 4
+        epsilon, weights = ops.sample_weights(scalar(4.0), alignments, norms, scalar(chosen), ulp)
+        assert epsilon == 0
+        assert torch.equal(weights, torch.full_like(weights, 1) / 3)
+    assert ops.sample_weights(scalar(3.0), alignments, norms, scalar(0.25), ulp)[0] == 0.25
+
+
 def spectra(size):
     """Eigenvalues that are hard to find, by name."""
     generator = torch.Generator().manual_seed(size)
@@ -192,7 +238,7 @@ def test_largest_eigenvalue_gives_the_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_ghost_gram_and_largest_eigenvalue_work_under_compile_and_opcheck(device):
+def test_operators_on_gramians_work_under_compile_and_opcheck(device):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for dtype in DTYPES:
         layers = sample_layers("few", dtype, device)
@@ -200,13 +246,18 @@ def test_ghost_gram_and_largest_eigenvalue_work_under_compile_and_opcheck(device
     for dtype in (torch.float32, torch.float64):
         gram = ops.gram(torch.randn(5, 7, dtype=dtype, device=device))
         torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram,), test_utils=tests)
+        torch.library.opcheck(torch.ops.rgd_ext.gram_moments.default, (gram,), test_utils=tests)
+        statistics = gram[0, 0], gram[0], gram[1], gram[2, 2], 1e-7
+        torch.library.opcheck(torch.ops.rgd_ext.sample_weights.default, statistics, test_utils=tests)
 
-    def largest(inputs, output_grads):
-        return ops.largest_eigenvalue(ops.ghost_gram(inputs, output_grads, [True] * len(inputs)))
+    def weights(inputs, output_grads):
+        gram = ops.ghost_gram(inputs, output_grads, [True] * len(inputs))
+        *statistics, centred = ops.gram_moments(gram)
+        return ops.sample_weights(*statistics, 1 / ops.largest_eigenvalue(centred), 1e-7)[1]
 
     layers = sample_layers("few", torch.float32, device)[:2]
-    compiled = torch.compile(largest, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*layers), largest(*layers))
+    compiled = torch.compile(weights, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*layers), weights(*layers))
 
 
 def leaves(result):
@@ -333,7 +384,7 @@ def test_values_that_are_not_finite_flow_through(name, value, device):
     assert any(not r.isfinite().all() for r in leaves(CALLS[name](grads)))
 
 
-G = torch.ones(3, 4)
+G, S = torch.ones(3, 4), torch.ones(())
 BAD = {
     "no tensors": (lambda: ops.moments([]), ValueError, "empty"),
     "empty batch": (lambda: ops.gram(torch.ones(0, 4)), ValueError, r"empty batch.*\(0, 4\)"),
@@ -358,6 +409,12 @@ BAD = {
     "layer of sequences": (lambda: ops.ghost_gram([G[None]], [G[None]], [True]), ValueError, r"\(1, 3, 4\)"),
     "layer of other dtype": (lambda: ops.ghost_gram([G.double()], [G], [True]), TypeError, "disagree"),
     "not square": (lambda: ops.largest_eigenvalue(G), ValueError, r"\(3, 4\)"),
+    "gramian not square": (lambda: ops.gram_moments(G), ValueError, r"gram has shape \(3, 4\)"),
+    "gramian of halves": (lambda: ops.gram_moments(G[:, :3].half()), TypeError, "float16"),
+    "statistics of other sizes": (lambda: ops.sample_weights(S, G[0], G[0, :3], S, 1e-7), ValueError, r"\(3,\)"),
+    "epsilon for each sample": (lambda: ops.sample_weights(S, G[0], G[0], G[0], 1e-7), ValueError, "epsilon has shape"),
+    "epsilon of other dtype": (lambda: ops.sample_weights(S, G[0], G[0], S.double(), 1e-7), ValueError, "float64"),
+    "statistics in half": (lambda: ops.sample_weights(*[t.half() for t in (S, G[0], G[0], S)], 1e-7), TypeError, "16"),
     "empty matrix": (lambda: ops.largest_eigenvalue(G[:0, :0]), ValueError, r"\(0, 0\)"),
     "dtype of a matrix": (lambda: ops.largest_eigenvalue(torch.eye(2).half()), TypeError, "torch.float16"),
     "epsilon": (lambda: ops.precondition(G, float("nan")), ValueError, "epsilon is nan"),
@@ -387,6 +444,11 @@ RAW_BAD = {
     "rows of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G[:2]], [G], [True]),
     "dtype of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G.double()], [G], [True]),
     "not square": lambda: torch.ops.rgd_ext.largest_eigenvalue(G),
+    "gramian not square": lambda: torch.ops.rgd_ext.gram_moments(G),
+    "statistics of other sizes": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0, :3], S, 1e-7),
+    "statistics without samples": lambda: torch.ops.rgd_ext.sample_weights(S, G[0, :0], G[0, :0], S, 1e-7),
+    "epsilon for each sample": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], G[0], 1e-7),
+    "epsilon of other dtype": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], S.double(), 1e-7),
     "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
 }
 

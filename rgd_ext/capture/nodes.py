@@ -42,7 +42,7 @@ def spread(use: Record) -> dict[str, Tensor]:
 
 def watch(use: Record, rule: BoundRule, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `rule`."""
-    return _Watch.apply(use, rule, output, inputs, *use.parameters.values())
+    return _apply_watch(use, rule, output, inputs, *use.parameters.values())
 
 
 class _Spread(torch.autograd.Function):
@@ -97,6 +97,10 @@ class _Watch(torch.autograd.Function):
             if torch.is_grad_enabled():
                 grad = _Differentiated.apply(record.capture, grad, *record.parameters.values())
         return None, None, grad, None, *[None] * len(record.parameters)
+
+
+# What torch.autograd.Function.apply adds to its base's, at a price, is for torch.func, under which nothing is recorded.
+_apply_watch = super(torch.autograd.Function, _Watch).apply
 
 
 class _Differentiated(torch.autograd.Function):

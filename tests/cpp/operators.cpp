@@ -18,6 +18,10 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
   m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
   m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
+  m.def("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sample_weights(Tensor squared_grad_norm, Tensor alignments, Tensor squared_norms, Tensor epsilon, float ulp) -> "
+      "(Tensor, Tensor)");
 }
 
 namespace {
@@ -51,6 +55,14 @@ Tensor ghost_gram(const Tensors& inputs, const Tensors& output_grads, const std:
 }
 Tensor largest_eigenvalue(const Tensor& matrix) {
   return find<Tensor(const Tensor&)>("rgd_ext::largest_eigenvalue").call(matrix);
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> gram_moments(const Tensor& gram) {
+  return find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&)>("rgd_ext::gram_moments").call(gram);
+}
+std::tuple<Tensor, Tensor> sample_weights(const Tensor& squared_grad_norm, const Tensor& alignments,
+                                          const Tensor& squared_norms, const Tensor& epsilon) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
+  return find<Signature>("rgd_ext::sample_weights").call(squared_grad_norm, alignments, squared_norms, epsilon, 1e-7);
 }
 
 // All columns of all tensors, (leading, d) in double.
@@ -203,6 +215,24 @@ void test_largest_eigenvalue() {
   }
 }
 
+void test_statistics_of_a_gramian() {
+  for (int64_t size : {1, 7, 130}) {
+    const std::string name = "statistics of " + std::to_string(size);
+    const Tensor rows = at::randn({size, 200}, at::kDouble) + 0.3, mean = rows.mean(0), centred = rows - mean;
+    const auto [squared, alignments, squared_norms, gram] = gram_moments(rows.matmul(rows.t()));
+    const Tensor want = centred.matmul(mean), norms = centred.square().sum(1), scale = rows.square().sum(1);
+    expect(close(squared, mean.dot(mean), scale, 1e-13), name + " |g|^2");
+    expect(close(alignments, want, scale, 1e-13), name + " alignments");
+    expect(close(squared_norms, norms, scale, 1e-13), name + " squared norms");
+    expect(close(gram, centred.matmul(centred.t()), scale, 1e-13), name + " centred Gramian");
+    const Tensor epsilon = at::full({}, 0.25, at::kDouble);
+    const auto [chosen, weights] = sample_weights(squared, alignments, squared_norms + 1, epsilon);
+    expect(chosen.equal(epsilon) && close(weights, (1 - 0.25 * alignments) / size, scale, 1e-13), name + " weights");
+    const auto [none, equal] = sample_weights(squared, alignments, 0 * squared_norms, epsilon / 0);
+    expect(none.item<double>() == 0 && equal.eq(1.0 / size).all().item<bool>(), name + " D = 0");
+  }
+}
+
 void test_not_finite() {
   Tensor grads = at::ones({9, 5000});
   grads[3][100] = std::numeric_limits<float>::infinity();
@@ -240,6 +270,11 @@ void test_errors() {
   expect_error([&] { ghost_gram({g.to(at::kDouble)}, {g}, {true}); }, "inputs[0]");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
   expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
+  expect_error([&] { gram_moments(g); }, "symmetric");
+  const Tensor one = at::ones({}), b = at::ones({3});
+  expect_error([&] { sample_weights(one, b, at::ones({2}), one); }, "[2]");
+  expect_error([&] { sample_weights(one, b, b, b); }, "pass a scalar");
+  expect_error([&] { sample_weights(one, b, b, one.to(at::kDouble)); }, "convert one");
 }
 
 // Whether the processor has what ATEN_CPU_CAPABILITY asks for; torch itself does not check.
@@ -263,6 +298,7 @@ int main() {
     test_ghost_gram(dtype);
   }
   test_largest_eigenvalue();
+  test_statistics_of_a_gramian();
   test_not_finite();
   test_no_columns();
   test_errors();
