@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import table1
 from bench.__main__ import main
-from bench.architectures import densenet, group_norm, resnet, wide_resnet
+from bench.architectures import Residual, WideResidual, densenet, group_norm, resnet, wide_resnet
 
 SMALL = {
     "ResNet-8": partial(resnet, 8),
@@ -68,6 +68,22 @@ def test_weights_are_those_of_the_closed_form_whatever_the_normalisation(name, c
 def test_images_become_logits(name):
     with torch.device("meta"):
         assert table1.ARCHITECTURES[name].build()(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", table1.ARCHITECTURES)
+def test_three_stages_halve_the_image_twice(name):
+    with torch.device("meta"):
+        features = table1.ARCHITECTURES[name].build()[:-3](torch.empty(2, 3, 32, 32))
+    assert features.shape[2:] == (8, 8)
+
+
+def test_residual_blocks_without_their_branch_are_the_shortcut():
+    x = torch.rand(2, 8, 4, 4)
+    block, same = Residual(8, 16, 2, group_norm), WideResidual(8, 8, 1, group_norm)
+    nn.init.zeros_(block.norm2.weight)
+    nn.init.zeros_(same.conv2.weight)
+    assert torch.equal(block(x), torch.cat([x[:, :, ::2, ::2], torch.zeros(2, 8, 2, 2)], 1))
+    assert torch.equal(same(x), x)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, group_norm], ids=["batch norm", "group norm"])
