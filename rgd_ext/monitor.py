@@ -46,7 +46,8 @@ class Monitor:
     Columns: step, batch_size (B), loss, epsilon (in 1/|gradient|^2), lambda_max, trace and rayleigh (of D, in
     |gradient|^2), cosine (of the angle between direction and gradient), effective_sample_size (in samples), grad_norm,
     direction_norm, negative_weights (how many), and the minimum, quartiles and maximum of the weights B w_i, which are
-    1 for SGD. A cell is empty where there is no number: loss if none was given, lambda_max without the Gramian.
+    1 for SGD. A cell is empty where there is no number: loss if none was given, lambda_max without the Gramian. The
+    gradient is that of the loss `backward` was called on, in its scale (sum or mean, times that of a GradScaler).
 
     Each row is appended by one unbuffered write, so a killed run leaves whole rows; should a crash of the machine tear
     the last, it is dropped when the file is next opened. An existing file is continued.
@@ -124,16 +125,15 @@ class Monitor:
                 f"no backward since the row of step {self._step - 1}, whose numbers this row would repeat: call log()"
                 " once after each loss.backward(), and after the block of handle.accumulate()"
             )
-        if step is None:
-            step = self._step
-        elif not isinstance(step, Integral):
+        if not isinstance(step, Integral | None):
             raise TypeError(f"step is {step!r}: pass a whole number")
+        step = self._step if step is None else int(step)
         values = {"batch_size": stats.batch_size, **_measure(stats, loss)}
         self._append(",".join([str(step), *(_cell(values.get(name)) for name in COLUMNS[1:])]) + "\n")
-        self._step, self._logged = int(step) + 1, weakref.ref(stats)
+        self._step, self._logged = step + 1, weakref.ref(stats)
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(f"rgd/{name}", value, int(step))
+                self.writer.add_scalar(f"rgd/{name}", value, step)
 
     def _append(self, row: str) -> None:
         line, size = row.encode(), os.fstat(self._file.fileno()).st_size
@@ -152,12 +152,17 @@ class Monitor:
         if not content.startswith(_HEADER):
             first = content.partition(b"\n")[0].decode(errors="replace")
             raise ValueError(f"{self.path} has other columns, {first[:200]!r}: pass a new file")
-        rows = content[: content.rindex(b"\n") + 1]
-        last = rows.splitlines()[-1].decode(errors="replace")
-        if rows != _HEADER and not last.partition(",")[0].lstrip("-").isdecimal():
-            raise ValueError(f"the last row of {self.path} has no step, {last[:200]!r}: repair it or pass a new file")
-        self._file.truncate(len(rows))
-        return 0 if rows == _HEADER else int(last.partition(",")[0]) + 1
+        whole = content[: content.rindex(b"\n") + 1]
+        rows = whole[len(_HEADER) :].splitlines()
+        try:
+            step = int(rows[-1].partition(b",")[0]) + 1 if rows else 0
+        except ValueError:
+            last = rows[-1].decode(errors="replace")[:200]
+            raise ValueError(
+                f"the last row of {self.path} has no step, {last!r}: repair it or pass a new file"
+            ) from None
+        self._file.truncate(len(whole))
+        return step
 
 
 def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:

@@ -159,6 +159,12 @@ def test_steps_count_on_from_the_one_given(model, handle, path):
     assert steps_in(path) == [0, 1, 10, 11, 20]
 
 
+def test_row_is_in_the_file_when_log_returns(model, handle, path):
+    with rgd_ext.Monitor(handle, path) as record:
+        record.log(backward(model))
+        assert steps_in(path) == [0]
+
+
 def test_existing_file_is_continued(model, handle, path):
     for _ in range(2):
         with rgd_ext.Monitor(handle, path) as record:
