@@ -10,15 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 
 Run = dict[str, np.ndarray]
+# More points than this across a panel would hide each other.
+POINTS = 500
 
 
 def draw(run: Run, path: Path) -> None:
-    """Write the figure to `path` as PNG: five panels over the steps.
+    """Write the figure to `path` as PNG: five panels over the steps, of medians of consecutive steps in a long run.
 
     Args:
         run: from `monitor.read`.
         path: of the PNG.
     """
+    size = -(-len(run["step"]) // POINTS)
+    run = {name: _medians(values, size) for name, values in run.items()}
     figure = Figure(figsize=(9, 14), layout="constrained")
     panels = figure.subplots(5, sharex=True)
     for axes, fill in zip(panels, (_loss, _epsilon, _curvature, _agreement, _weights), strict=True):
@@ -28,10 +32,15 @@ def draw(run: Run, path: Path) -> None:
             axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    panels[-1].set_xlabel("step")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[-1].set_xlabel("step" if size == 1 else f"step (medians of {size})")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.align_ylabels(panels)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _medians(values: np.ndarray, size: int) -> np.ndarray:
+    """The median of every `size` consecutive values; NaN where one of them is."""
+    return np.array([np.median(values[begin : begin + size]) for begin in range(0, len(values), size)])
 
 
 def _loss(axes: Axes, run: Run) -> None:

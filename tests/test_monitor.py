@@ -362,6 +362,18 @@ def test_plot_of_identical_samples_without_loss(path, tmp_path):
     plot.draw(monitor.read(path), tmp_path / "x.png")
 
 
+def test_long_run_is_drawn_by_medians(path, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "_loss", lambda axes, run: drawn.append(run))
+    write(path, *range(2 * plot.POINTS + 1), loss=math.inf)
+    plot.draw(monitor.read(path), tmp_path / "x.png")
+    steps = drawn[0]["step"].tolist()
+    assert (len(steps), steps[:2], steps[-1]) == (334, [1, 4], 2 * plot.POINTS - 0.5)
+    write(path, *range(plot.POINTS))
+    plot.draw(monitor.read(path), tmp_path / "x.png")
+    assert drawn[1]["step"].tolist() == list(range(plot.POINTS))
+
+
 def test_plot_goes_where_it_is_told(path, tmp_path):
     write(path, 0, 1)
     assert main(["plot", str(path), "--out", str(tmp_path / "other.png")]) == 0
