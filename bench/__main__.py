@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from . import kernels, steps
+from . import kernels, steps, table1
 
 
 def main() -> None:
@@ -23,6 +23,8 @@ def main() -> None:
         if module is kernels:
             command.add_argument("--plot", metavar="PATH.png", help="also draw the bandwidths (needs matplotlib)")
             command.add_argument("--only", metavar="TEXT", default="", help="only cases whose name contains TEXT")
+    command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
+    command.set_defaults(run=table1.run)
     arguments = vars(parser.parse_args())
     failures = arguments.pop("run")(**arguments)
     if failures:

@@ -8,12 +8,14 @@ from .batch_norm import convert_batch_norm
 from .capture import Preconditioner, mark, precondition, register_rule, unit
 from .gradients import PerSampleGradients
 from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
+from .monitor import Monitor
 from .optim import RGD
 
 __version__ = version("rgd_ext")
 __all__ = [
     "RGD",
     "Fixed",
+    "Monitor",
     "PerSampleGradients",
     "Preconditioner",
     "Rayleigh",

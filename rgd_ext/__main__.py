@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rgd_ext", description="Relativistic gradient descent for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_info):
+    for add in (_add_demo, _add_plot, _add_info):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -42,6 +42,26 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo.command import run
 
     run(options.seeds or (1 if options.quick else 3), 2 if options.quick else 20, options.output)
+    return 0
+
+
+def _add_plot(commands) -> None:
+    parser = commands.add_parser("plot", help="a figure of the CSV file that rgd_ext.Monitor wrote")
+    parser.add_argument("csv", type=Path, metavar="RUN.csv", help="the file, finished or not")
+    parser.add_argument("--out", type=_png, metavar="PATH", help="the figure (default: RUN.png beside the file)")
+    parser.set_defaults(run=_plot)
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from . import monitor, plot
+
+    output = options.out or options.csv.with_suffix(".png")
+    try:
+        plot.draw(monitor.read(options.csv), output)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(output.resolve())
     return 0
 
 

@@ -1,0 +1,217 @@
+"""A record of a training: one row of a CSV file per step, of what the diffusion metric saw in it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from io import FileIO
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .capture import Preconditioner
+from .metric import Stats
+
+STATS = {
+    "epsilon": "epsilon",
+    "lambda_max": "largest_eigenvalue",
+    "trace": "trace",
+    "rayleigh": "rayleigh",
+    "cosine": "cosine",
+    "effective_sample_size": "effective_sample_size",
+    "grad_norm": "grad_norm",
+    "direction_norm": "direction_norm",
+    "negative_weights": "negative_weights",
+}
+QUANTILES = ("weight_min", "weight_25", "weight_median", "weight_75", "weight_max")
+COLUMNS = ("step", "batch_size", "loss", *STATS, *QUANTILES)
+_HEADER = (",".join(COLUMNS) + "\n").encode()
+
+
+class Writer(Protocol):
+    """What is asked of a `torch.utils.tensorboard.SummaryWriter`."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
+        """Record one number."""
+        ...
+
+
+class Monitor:
+    """Writes `Stats` to a CSV file, a row per step; a context manager that closes it.
+
+    Columns: step, batch_size (B), loss, epsilon (in 1/|gradient|^2), lambda_max, trace and rayleigh (of D, in
+    |gradient|^2), cosine (of the angle between direction and gradient), effective_sample_size (in samples), grad_norm,
+    direction_norm, negative_weights (how many), and the minimum, quartiles and maximum of the weights B w_i, which are
+    1 for SGD. A cell is empty where there is no number: loss if none was given, lambda_max without the Gramian. The
+    gradient is that of the loss `backward` was called on, in its scale (sum or mean, times that of a GradScaler).
+
+    Each row is appended by one unbuffered write, so a killed run leaves whole rows; should a crash of the machine tear
+    the last, it is dropped when the file is next opened. An existing file is continued.
+
+    Args:
+        handle: of the captured model, from `rgd_ext.precondition` or `RGD(...).preconditioner`.
+        path: the file; its folder exists.
+        writer: also gets every number, as "rgd/" and the name of the column. The caller closes it.
+
+    Raises:
+        TypeError: if `handle` is no `Preconditioner`, or `writer` has no `add_scalar`.
+        ValueError: if the file holds something else, which is left as it is.
+        OSError: if the file cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = rgd_ext.RGD(model, lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with rgd_ext.Monitor(optimizer.preconditioner, f"{folder}/run.csv") as monitor:
+        ...         loss = model(torch.randn(16, 4)).square().mean()
+        ...         loss.backward()
+        ...         monitor.log(loss)
+        ...     rgd_ext.monitor.read(f"{folder}/run.csv")["batch_size"]
+        array([16.])
+    """
+
+    def __init__(self, handle: Preconditioner, path: str | os.PathLike, *, writer: Writer | None = None) -> None:
+        if not isinstance(handle, Preconditioner):
+            raise TypeError(
+                f"handle is of type {type(handle).__name__}: pass what rgd_ext.precondition(model) returned, or"
+                " optimizer.preconditioner of an RGD(model, ...)"
+            )
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise TypeError(f"writer is of type {type(writer).__name__}, without add_scalar: pass a SummaryWriter")
+        self.handle, self.path, self.writer = handle, Path(path), writer
+        self._logged = lambda: None  # a weak reference to the Stats of the last row
+        self._file = FileIO(self.path, "a+")
+        try:
+            self._step = self._resume()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def log(self, loss: float | Tensor | None = None, step: int | None = None) -> None:
+        """Append the row of the last backward; waits for the device once.
+
+        Args:
+            loss: of this step: a number, or a tensor with one element.
+            step: its number; by default one more than the row before, from 0. A number that does not exceed those of
+                earlier rows (training went back to a checkpoint) takes their place in `read` and in plots.
+
+        Raises:
+            RuntimeError: if no backward has run since the last row, or ever, or the monitor is closed.
+            TypeError, ValueError: for a loss that is not one number, a step that is not a whole one.
+            OSError: if the row could not be written; the file is then as before.
+        """
+        if self._file.closed:
+            raise RuntimeError(f"the monitor of {self.path} is closed: log() inside its `with` block")
+        stats = self.handle.stats
+        if stats is None:
+            raise RuntimeError("there was no backward of the captured model yet: call log() after loss.backward()")
+        if stats is self._logged():
+            raise RuntimeError(
+                f"no backward since the row of step {self._step - 1}, whose numbers this row would repeat: call log()"
+                " once after each loss.backward(), and after the block of handle.accumulate()"
+            )
+        if not isinstance(step, Integral | None):
+            raise TypeError(f"step is {step!r}: pass a whole number")
+        step = self._step if step is None else int(step)
+        values = {"batch_size": stats.batch_size, **_measure(stats, loss)}
+        self._append(",".join([str(step), *(_cell(values.get(name)) for name in COLUMNS[1:])]) + "\n")
+        self._step, self._logged = step + 1, weakref.ref(stats)
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"rgd/{name}", value, step)
+
+    def _append(self, row: str) -> None:
+        line, size = row.encode(), os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) != len(line):
+            self._file.truncate(size)
+            raise OSError(f"only a part of a row fitted into {self.path}, and was taken back: make room on the disk")
+
+    def _resume(self) -> int:
+        """The step after the last one in the file, which gets a header and loses a torn last line."""
+        self._file.seek(0)
+        content = self._file.read()
+        if _HEADER.startswith(content):
+            self._file.truncate(0)
+            self._append(_HEADER.decode())
+            return 0
+        if not content.startswith(_HEADER):
+            first = content.partition(b"\n")[0].decode(errors="replace")
+            raise ValueError(f"{self.path} has other columns, {first[:200]!r}: pass a new file")
+        whole = content[: content.rindex(b"\n") + 1]
+        rows = whole[len(_HEADER) :].splitlines()
+        try:
+            step = int(rows[-1].partition(b",")[0]) + 1 if rows else 0
+        except ValueError:
+            last = rows[-1].decode(errors="replace")[:200]
+            raise ValueError(
+                f"the last row of {self.path} has no step, {last!r}: repair it or pass a new file"
+            ) from None
+        self._file.truncate(len(whole))
+        return step
+
+
+def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
+    """The numbers there are, by column, from one transfer."""
+    weights = stats.weights * stats.batch_size
+    scalars = {name: getattr(stats, attribute) for name, attribute in STATS.items()}
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss is of shape {tuple(loss.shape)}: pass the loss of the step, one number")
+        scalars["loss"] = loss.detach()
+    elif not isinstance(loss, Real | None):
+        raise TypeError(f"loss is of type {type(loss).__name__}: pass a number or a tensor with one element")
+    scalars = {name: value.to(weights).reshape(()) for name, value in scalars.items() if value is not None}
+    # Made on the device, where a list would have to be waited for.
+    levels = torch.linspace(0, 1, len(QUANTILES), dtype=weights.dtype, device=weights.device)
+    values = torch.cat([torch.stack([*scalars.values()]), weights.quantile(levels)]).tolist()
+    measured = dict(zip([*scalars, *QUANTILES], values, strict=True))
+    return {"loss": float(loss), **measured} if isinstance(loss, Real) else measured
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.9g}"  # nine digits hold a float32
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The columns of a file that `Monitor` wrote, or is writing: float64 arrays, NaN where a cell is empty.
+
+    A torn last line is left out, and so are rows that a later one with the same or a smaller step has replaced.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if columns are missing, a row is damaged, or there is none.
+    """
+    header, *lines = Path(path).read_bytes().decode(errors="replace").split("\n")[:-1] or [""]
+    names = header.split(",")
+    missing = [name for name in COLUMNS if name not in names]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}: pass a file that rgd_ext.Monitor wrote")
+    step, rows = names.index("step"), []
+    for number, line in enumerate(lines, 2):
+        try:
+            row = [float(cell or "nan") for cell in line.split(",")]
+        except ValueError:
+            row = []
+        if len(row) != len(names):
+            raise ValueError(f"line {number} of {path} is damaged, {line[:200]!r}: delete it")
+        while rows and rows[-1][step] >= row[step]:
+            rows.pop()
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no row yet: plot it after the first step")
+    return dict(zip(names, np.array(rows).T, strict=True))
