@@ -112,6 +112,7 @@ def gradient_flow(losses: Losses, x0: Tensor, times: Tensor | Sequence[float], *
     return _integrate(lambda x: -Point(losses, x).gradients.mean(0), checked_vector("x0", x0), times, options)
 
 
+@torch.no_grad()
 def sgd_paths(
     losses: Losses,
     x0: Tensor,
@@ -154,6 +155,7 @@ def sgd_paths(
     return torch.stack(positions, 1)
 
 
+@torch.no_grad()
 def _integrate(
     rate: Callable[[Tensor], Tensor], start: Tensor, times: Tensor | Sequence[float], options: dict
 ) -> Tensor:

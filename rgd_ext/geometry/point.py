@@ -8,21 +8,31 @@ N (N - 1) / 2 entries need not exist.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd, jacrev
+from torch.func import jacfwd, jacrev, jvp
 
+from .. import ops
 from ..gradients import DenseGradients
 from ..metric import Policy, checked_policy, solve
 
 Losses: TypeAlias = Callable[[Tensor], Tensor]
 
 _LIMIT = 4 << 30  # bytes of one dense object
+
+
+@cache
+def _load_forward_mode() -> None:
+    # Its first use makes torch script something, and warn about that.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 def covariance(a: Tensor, b: Tensor) -> Tensor:
@@ -56,6 +66,7 @@ class Point:
     """
 
     def __init__(self, losses: Losses, x: Tensor) -> None:
+        _load_forward_mode()
         if not callable(losses):
             raise TypeError(f"losses is a {type(losses).__name__}: pass a function of x (d,) that returns (N,)")
         self.losses, self.x = losses, checked_vector("x", x)
@@ -175,7 +186,8 @@ def check_epsilon(point: Point, epsilon: Tensor, weak_field: bool) -> None:
     if not epsilon.isfinite().all():
         raise ValueError(f"epsilon is {shown(epsilon)}: pass a finite number, or a policy that returns one")
     centred = point.gradients - point.gradients.mean(0)
-    largest = torch.linalg.matrix_norm(centred, 2).square() / point.samples
+    gram = centred @ centred.T if point.samples < point.dimension else centred.T @ centred
+    largest = ops.largest_eigenvalue(gram) / point.samples
     bound = f"1 / lambda_max(D) = {(1 / largest).item():.4g} at x = {shown(point.x)}"
     if weak_field and (epsilon.abs() * largest >= 1).any():
         raise ValueError(
