@@ -73,8 +73,8 @@ def acceleration_term(losses: Losses, x: Tensor, acceleration: Tensor, epsilon: 
     """eps D a = eps/N^2 sum_alpha d_k f^_alpha sum_i d_i f^_alpha d^2x^i/dt^2, left out between eqs. (8) and (9).
 
     There the paper equates sum_ij d_i d_j f^ dx^i/dt dx^j/dt with d^2 f^/dt^2, which also has sum_i d_i f^ d^2x^i/dt^2.
-    It is of the order of what is kept: where all Hessians agree, it is the only thing dropped, eq. (8) with
-    v0 = -grad f is the gradient flow whatever D, and eq. (10) is not.
+    It is of the order of what is kept. Where all Hessians agree nothing else is dropped before the weak-field inverse:
+    there eq. (8) with v0 = -grad f is the gradient flow whatever D is, and eq. (10) is not.
 
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
