@@ -110,6 +110,20 @@ def test_metric_is_positive_definite_beyond_the_bound_of_equation_6_but_the_weak
     assert geometry.inverse_metric(losses, x, Spectral(5.0), weak_field=False).isfinite().all()
 
 
+@pytest.mark.parametrize("scaled", [-1.01, -0.99, 0.99, 1.01])
+@every_problem
+def test_bounds_on_epsilon(shape, scaled):
+    losses, x = problem(shape)
+    epsilon = scaled / largest(losses, x)
+    for weak_field, allowed in ((True, abs(scaled) < 1), (False, scaled > -1)):
+        if allowed:
+            inverse = geometry.inverse_metric(losses, x, epsilon, weak_field)
+            assert torch.linalg.eigvalsh(inverse)[0] > 0
+        else:
+            with pytest.raises(ValueError, match=r"epsilon is .* 1 / lambda_max"):
+                geometry.inverse_metric(losses, x, epsilon, weak_field)
+
+
 def test_weak_field_error_is_of_second_order_and_one_half_at_the_bound():
     losses, x = problem((7, 3))
     scaled = torch.tensor([-0.5, 0.0, 1e-3, 2e-3, 0.5, 1.0, 2.0], dtype=float64)
@@ -311,8 +325,8 @@ def test_sgd_paths_follow_the_definition_and_the_generator():
 def test_mean_of_sgd_on_quadratic_losses_is_gradient_descent_whatever_d_is():
     losses, centres = quadratics()
     x, mean = torch.randn(3, dtype=float64), centres.mean(0)
-    paths = geometry.sgd_paths(losses, x, 20, lr=0.1, batch_size=1, paths=20_000)
-    close(paths.mean(0)[-1], mean + 0.9**20 * (x - mean), 0.02)
+    paths = geometry.sgd_paths(losses, x, 20, lr=0.1, batch_size=1, paths=5000)
+    close(paths.mean(0)[-1], mean + 0.9**20 * (x - mean), 0.03)
     stationary = 0.1 / (2 - 0.1) * (1 - 0.9**40) * torch.cov(centres.T, correction=0)
     close(torch.cov(paths[:, -1].T), stationary, 0.01)
 

@@ -38,8 +38,7 @@ def weak_field_error(losses: Losses, x: Tensor, epsilons: Tensor | Sequence[floa
     if epsilons.ndim != 1:
         raise ValueError(f"epsilons has shape {tuple(epsilons.shape)}: pass a vector of numbers (k,)")
     check_epsilon(point, epsilons, weak_field=False)
-    matrix = point.diffusion_matrix()
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    matrix, identity = point.diffusion_matrix(), point.identity()
     errors = [(identity + e * matrix).inverse() - (identity - e * matrix) for e in epsilons]
     return torch.stack([torch.linalg.matrix_norm(error, 2) for error in errors])
 

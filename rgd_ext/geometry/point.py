@@ -127,6 +127,10 @@ class Point:
             function = jacfwd(function)
         return function(self.x)
 
+    def identity(self) -> Tensor:
+        """I, (d, d)."""
+        return torch.eye(self.dimension, dtype=self.x.dtype, device=self.x.device)
+
     def diffusion_matrix(self) -> Tensor:
         """D, (d, d)."""
         self.require(
@@ -161,8 +165,7 @@ class LocalMetric:
 
     def matrix(self) -> Tensor:
         """I + eps D, (d, d)."""
-        matrix = self.point.diffusion_matrix()
-        return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) + self.epsilon * matrix
+        return self.epsilon * self.point.diffusion_matrix() + self.point.identity()
 
     def inverse(self, vector: Tensor) -> Tensor:
         """(I - eps D) v in the weak field, else (I + eps D)^-1 v; (d,)."""

@@ -77,11 +77,7 @@ def inverse_metric(losses: Losses, x: Tensor, epsilon: Policy | float, weak_fiel
     """
     local = local_metric(losses, x, epsilon, weak_field)
     matrix = local.matrix()
-    return (
-        2 * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) - matrix
-        if weak_field
-        else matrix.inverse()
-    )
+    return 2 * local.point.identity() - matrix if weak_field else matrix.inverse()
 
 
 def christoffel(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: bool = True) -> Tensor:
