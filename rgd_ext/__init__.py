@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import ops
+from . import geometry, ops
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
 from .capture import Preconditioner, mark, precondition, register_rule, unit
@@ -25,6 +25,7 @@ __all__ = [
     "build_info",
     "convert_batch_norm",
     "direction",
+    "geometry",
     "mark",
     "ops",
     "precondition",

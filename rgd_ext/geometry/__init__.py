@@ -1,0 +1,53 @@
+"""The equations of the paper as functions of per-sample losses: for models of small d, in float64, by torch.func.
+
+Every function takes `losses`, a function of `x` (d,) that returns the N per-sample losses f_i(x) as a float64 tensor
+(N,) and is made of operations that torch.func can differentiate and vmap. f is their mean, g_i = grad f_i, and D the
+covariance of the g_i. With N = 1 there is nothing to vary: D = 0, the metric is the identity, and every flow is the
+gradient's.
+
+`epsilon` is a number or a policy (`rgd_ext.Spectral` and its kin, or a callable Stats -> epsilon). A policy is asked
+anew at every point, so along a flow epsilon changes; derivatives of the metric take it for a constant, as the paper
+does from eq. (7) on, although its eq. (6) lets it depend on x. Where D = 0 to rounding, epsilon is 0.
+
+Eq. (6) asks for epsilon < 1 / lambda_max(D) so that the metric I + eps D is non-singular. For that, any
+epsilon > -1 / lambda_max will do. The paper's bound, on |epsilon|, is what the weak field I - eps D needs. So
+functions raise ValueError where |epsilon| >= 1 / lambda_max with `weak_field=True`, and where
+epsilon <= -1 / lambda_max otherwise.
+
+All functions raise TypeError or ValueError where `x` is not a finite floating-point tensor (d,), `losses(x)` is not
+(N,) in float64, gradients are not finite, or a dense result would take more than 4 GiB. Those that integrate in time
+need SciPy.
+"""
+
+from .currents import current, metric_divergence, potential_gradient
+from .dropped import acceleration_term, boundary_term, derivative_spread, third_order_term, weak_field_error
+from .flows import geodesic, gradient_flow, rgd_flow, sgd_paths
+from .tensors import (
+    christoffel,
+    christoffel_closed_form,
+    diffusion_matrix,
+    diffusion_matrix_pairwise,
+    inverse_metric,
+    metric,
+)
+
+__all__ = [
+    "acceleration_term",
+    "boundary_term",
+    "christoffel",
+    "christoffel_closed_form",
+    "current",
+    "derivative_spread",
+    "diffusion_matrix",
+    "diffusion_matrix_pairwise",
+    "geodesic",
+    "gradient_flow",
+    "inverse_metric",
+    "metric",
+    "metric_divergence",
+    "potential_gradient",
+    "rgd_flow",
+    "sgd_paths",
+    "third_order_term",
+    "weak_field_error",
+]
