@@ -6,6 +6,7 @@ from . import ops
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
 from .capture import Preconditioner, mark, precondition, register_rule, unit
+from .diffusion import DiffusionMatrix
 from .gradients import PerSampleGradients
 from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
 from .optim import RGD
@@ -13,6 +14,7 @@ from .optim import RGD
 __version__ = version("rgd_ext")
 __all__ = [
     "RGD",
+    "DiffusionMatrix",
     "Fixed",
     "PerSampleGradients",
     "Preconditioner",
