@@ -77,7 +77,7 @@ class DiffusionMatrix:
             self._source: Held | Stream = grads
         else:
             self._source = Held(grads if isinstance(grads, PerSampleGradients) else DenseGradients(grads))
-            self._denominator  # noqa: B018 - raises
+            self._check_correction(self._source.grads.batch_size)
         self._dim = sum(t.numel() for t in self._source.like)
 
     @classmethod
@@ -317,17 +317,20 @@ class DiffusionMatrix:
         device = self._source.like[0].device
         zero = torch.zeros((), dtype=torch.float64, device=device)
         state = {"count": zero, "mean": zero.new_zeros(self._dim), "scatter": zero, "largest": zero}
-        return self._source.fold("moments", {name: value.clone() for name, value in state.items()}, _merge)
+        moments = self._source.fold("moments", {name: value.clone() for name, value in state.items()}, _merge)
+        self._check_correction(int(moments["count"]))
+        return moments
 
-    @cached_property
-    def _denominator(self) -> float:
-        denominator = self.num_samples - self._correction
-        if denominator <= 0:
+    def _check_correction(self, number: int) -> None:
+        if number <= self._correction:
             raise ValueError(
-                f"D of N = {self.num_samples} samples with correction={self._correction} divides by {denominator}: pass"
-                " a smaller correction, or more samples"
+                f"D of N = {number} samples with correction={self._correction} divides by {number - self._correction}:"
+                " pass a smaller correction, or more samples"
             )
-        return denominator
+
+    @property
+    def _denominator(self) -> float:
+        return self.num_samples - self._correction
 
     @property
     def _ulp(self) -> float:

@@ -72,9 +72,9 @@ class PerSampleLoss:
         found = [name for name, value in expected.items() if ((loss - value).abs() <= tolerance).all()]
         if not found or self._reduction not in (None, *found):
             raise ValueError(
-                f"not a per-sample loss: loss_fn gives {loss.mean().item():.6g} for a batch of {batch_size} samples,"
-                f" whose mean is {single.mean().item():.6g} if taken one by one. Weights, ignore_index or a contrast between samples couple"
-                " them; take a loss of each sample alone, with reduction='sum' or 'none'"
+                f"not a per-sample loss: loss_fn gives {loss.mean().item():.6g} for {batch_size} samples whose"
+                f" mean is {single.mean().item():.6g} one by one. Weights, ignore_index or a contrast between samples"
+                " couple them; take a loss of each sample alone, with reduction='sum' or 'none'"
             )
         # Of one sample, or where all losses are zero, the mean is the sum.
         if len(found) == 1:
