@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ def fingerprint(tree: object) -> str:
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(leaf, Mapping):
+            digest.update(fingerprint(dict(leaf)).encode())
         elif isinstance(leaf, (str, bytes, int, float, complex, type(None))):
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
@@ -53,7 +56,8 @@ class Checkpoint:
 
     def save(self, name: str, content: object) -> None:
         """Replace what is under `name`: a crash leaves the old content or the new one."""
-        path, temporary = self._path(name), self._path(f"{name}.{os.getpid()}")
+        path = self._path(name)
+        temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()

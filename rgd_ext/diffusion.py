@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .batch_gradients import batch_gradients
 from .checkpoint import fingerprint
 from .gradients import DenseGradients, PerSampleGradients
 from .metric import statistics
+from .per_sample_loss import PerSampleLoss
 from .reference import accumulate_dtype
-from .streaming import Held, State, Stream, batch_gradients
+from .streaming import Held, State, Stream
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -73,11 +75,13 @@ class DiffusionMatrix:
         if not isinstance(correction, (int, float)) or not correction >= 0:
             raise ValueError(f"correction is {correction!r}: pass a number of at least 0, as in torch.var")
         self._correction = correction
+        self._held: PerSampleGradients | None = None
         if isinstance(grads, Stream):
             self._source: Held | Stream = grads
         else:
-            self._source = Held(grads if isinstance(grads, PerSampleGradients) else DenseGradients(grads))
-            self._check_correction(self._source.grads.batch_size)
+            self._held = grads if isinstance(grads, PerSampleGradients) else DenseGradients(grads)
+            self._source = Held(self._held)
+            self._check_correction(self._held.batch_size)
         self._dim = sum(t.numel() for t in self._source.like)
 
     @classmethod
@@ -109,7 +113,7 @@ class DiffusionMatrix:
             >>> D.shape, D.rank()
             ((15, 15), 4)
         """
-        with batch_gradients(model, loss_fn) as evaluate:
+        with batch_gradients(model, PerSampleLoss(loss_fn)) as evaluate:
             _, grads = evaluate(x, y)
         return cls(grads, correction=correction)
 
@@ -163,8 +167,7 @@ class DiffusionMatrix:
     @property
     def num_samples(self) -> int:
         """N; takes the first pass over a data set."""
-        held = getattr(self._source, "grads", None)
-        return int(self._moments["count"]) if held is None else held.batch_size
+        return int(self._moments["count"]) if self._held is None else self._held.batch_size
 
     def __repr__(self) -> str:
         return f"DiffusionMatrix(shape={self.shape}, correction={self._correction})"
@@ -181,7 +184,7 @@ class DiffusionMatrix:
         product = self._products(self._rows(vectors))
         if isinstance(vectors, Tensor):
             return product.T.reshape(vectors.shape).to(vectors)
-        return [part.to(v) for part, v in zip(self._split(product[0], cast=False), vectors, strict=True)]
+        return [part.to(v) for part, v in zip(self._split(product[0]), vectors, strict=True)]
 
     def quadratic_form(self, vectors: Tensor | Sequence[Tensor]) -> Tensor:
         """v^T D v = 1/(N - correction) sum_i <g_i - g, v>^2, at least 0: a scalar, or (k,) for (d, k).
@@ -226,16 +229,10 @@ class DiffusionMatrix:
             ValueError: if `k` is out of range, or if it is None or d where only ARPACK serves.
             scipy.sparse.linalg.ArpackNoConvergence: if it does not converge.
         """
-        if k is not None and (not isinstance(k, int) or not 1 <= k <= self._dim):
-            raise ValueError(f"k is {k!r}: pass a whole number from 1 to d = {self._dim}, or None for all eigenvalues")
-        bound = self._rank_bound
+        self._check_number(k)
         values = self._eigenvalues
         if values is None:
-            if k is None or min(k, bound) == self._dim:
-                raise ValueError(
-                    f"all {bound} eigenvalues of D are too many for ARPACK: pass a small k, as in spectrum(10)"
-                )
-            values = self._iterate(min(k, bound))
+            values = self._iterate(min(k, self._rank_bound))
         if k is None:
             return values
         return torch.nn.functional.pad(values[:k], (0, max(0, k - len(values))))
@@ -254,8 +251,8 @@ class DiffusionMatrix:
             )
         if len(values) == 0:
             return 0
-        order = min(self.num_samples, self._dim)
-        return int((values > self._ulp * torch.maximum(order * values[0], self._moments["largest"])).sum())
+        noise = torch.maximum(self._order * values[0], self._moments["largest"])
+        return int((values > self._ulp * noise).sum())
 
     def to_dense(self) -> Tensor:
         """D as a tensor (d, d).
@@ -294,15 +291,15 @@ class DiffusionMatrix:
         """What `spectrum(k)` will take, measured on one batch. Finished passes of a checkpoint are not deducted.
 
         Raises:
+            ValueError: as `spectrum`.
             TypeError: if the loader does not know its length.
         """
-        held = getattr(self._source, "grads", None)
+        self._check_number(k)
         if self._is_exact:
-            order = self._dim if held is None else min(held.batch_size, self._dim)
-            passes, size = 2, 3 * 8 * order**2
+            passes, size = 2, 3 * 8 * self._order**2
         else:
-            basis = _basis(min(k or self._dim, self._dim - 1), self._dim)
-            passes, size = 1 + 2 * basis - (k or 0), 8 * self._dim * (basis + 4)
+            basis = _basis(k, self._dim)
+            passes, size = 1 + basis + (basis - k) // 2, 8 * self._dim * (basis + 4)
         row = torch.ones(self._dim, dtype=torch.float64, device=self._source.like[0].device)
         state = {"sum": torch.zeros_like(row)}
 
@@ -346,9 +343,22 @@ class DiffusionMatrix:
         return min(self.num_samples - 1, self._dim)
 
     @property
+    def _order(self) -> int:
+        """Of the matrix with all eigenvalues: the Gramian of samples that are held, or D."""
+        return self._dim if self._held is None else min(self._held.batch_size, self._dim)
+
+    @property
     def _is_exact(self) -> bool:
-        held = getattr(self._source, "grads", None)
-        return min(self._dim, self._dim if held is None else held.batch_size) <= _EXACT
+        return self._order <= _EXACT
+
+    def _check_number(self, k: int | None) -> None:
+        """Raise ValueError if there are no k eigenvalues, or too many for ARPACK."""
+        if k is not None and (not isinstance(k, int) or not 1 <= k <= self._dim):
+            raise ValueError(f"k is {k!r}: pass a whole number from 1 to d = {self._dim}, or None for all eigenvalues")
+        if k in (None, self._dim) and not self._is_exact:
+            raise ValueError(
+                f"all eigenvalues of D, of d = {self._dim}, are too many to compute: pass a small k, as in spectrum(10)"
+            )
 
     @cached_property
     def _eigenvalues(self) -> Tensor | None:
@@ -358,12 +368,11 @@ class DiffusionMatrix:
             return self._moments["mean"].new_zeros(bound)
         if not self._is_exact:
             return None
-        held = getattr(self._source, "grads", None)
-        if held is None or held.batch_size > self._dim:
+        if self._order == self._dim:
             values = reference.eigenvalues(self.to_dense())
         else:
             with torch.no_grad():
-                values = statistics(held, needs_gram=True).eigenvalues * (held.batch_size / self._denominator)
+                values = statistics(self._held, needs_gram=True).eigenvalues * (self.num_samples / self._denominator)
         return values.flip(0)[:bound]
 
     def _iterate(self, k: int) -> Tensor:
@@ -398,7 +407,8 @@ class DiffusionMatrix:
 
     def _centred(self, grads: PerSampleGradients, row: Tensor, mean: Tensor) -> Tensor:
         """<g_i - g, v>, (B,)."""
-        return grads.align(self._split(row)).double() - mean @ row
+        parts = [part.to(like) for part, like in zip(self._split(row), self._source.like, strict=True)]
+        return grads.align(parts).double() - mean @ row
 
     def _rows(self, vectors: Tensor | Sequence[Tensor]) -> Tensor:
         """Vectors in any of their forms as (k, d)."""
@@ -417,11 +427,10 @@ class DiffusionMatrix:
             raise ValueError(f"vectors have shape {tuple(vectors.shape)}: pass ({self._dim},) or ({self._dim}, k)")
         return vectors.detach().reshape(self._dim, -1).T.to(like[0].device, torch.float64).contiguous()
 
-    def _split(self, row: Tensor, cast: bool = True) -> list[Tensor]:
+    def _split(self, row: Tensor) -> list[Tensor]:
         """(d,) as one tensor per parameter."""
         like = self._source.like
-        parts = [part.view(t.shape) for part, t in zip(row.split([t.numel() for t in like]), like, strict=True)]
-        return [part.to(t) for part, t in zip(parts, like, strict=True)] if cast else parts
+        return [part.view(t.shape) for part, t in zip(row.split([t.numel() for t in like]), like, strict=True)]
 
 
 def _merge(state: State, grads: PerSampleGradients) -> None:

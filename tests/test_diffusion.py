@@ -17,6 +17,15 @@ from rgd_ext import DiffusionMatrix, diffusion, streaming
 from rgd_ext.capture.collect import collecting
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # The tensors are too small for a second one.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def token_loss(output, y):
     return F.cross_entropy(output.flatten(0, 1), y.flatten())
 
@@ -156,6 +165,14 @@ def test_symmetric_positive_and_of_rank_below_n(streamed):
     assert matrix.rank() == 3
     assert_close(matrix.spectrum().sum(), matrix.trace())
     assert not matrix.spectrum(8)[3:].any()
+
+
+def test_a_large_mean_does_not_leak_into_d():
+    rows = torch.randn(50, 40) + 300
+    vector = torch.randn(40)
+    # To the rounding of the products <g_i, v>.
+    error = (DiffusionMatrix(rows) @ vector).double() - diffusion_matrix(rows.double()) @ vector.double()
+    assert error.norm() < 1e-3 * vector.norm()
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2.5])
@@ -575,11 +592,16 @@ def test_a_failed_pass_can_be_tried_again():
     check(matrix, explicit(model, loss, x, y))
 
 
-def test_progress_does_not_change_the_result(capsys):
+def test_progress_is_shown_on_a_terminal_and_changes_nothing(capsys, monkeypatch):
     model, loss, x, y = case()
-    matrix = DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3), progress=True)
-    assert_close(matrix.trace(), DiffusionMatrix.from_batch(model, loss, x, y).trace())
-    assert capsys.readouterr().out == ""
+    expected = DiffusionMatrix.from_batch(model, loss, x, y).trace()
+    for is_terminal in (False, True):
+        monkeypatch.setenv("FORCE_COLOR", "1" if is_terminal else "")
+        matrix = DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3), progress=True)
+        assert_close(matrix.trace(), expected)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("pass 1 (moments)" in err) == is_terminal
 
 
 def test_estimate_is_about_a_spectrum(monkeypatch):
