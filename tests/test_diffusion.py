@@ -135,6 +135,13 @@ class Plain:
         return [weights @ self.rows]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)], ids=str)
+def test_rank_counts_what_is_above_rounding(shape, dtype):
+    low = torch.randn(shape[0], 3, dtype=dtype) @ torch.randn(3, shape[1], dtype=dtype) + torch.randn(shape[1])
+    assert DiffusionMatrix(low).rank() == 3
+
+
 def test_any_source_that_follows_the_protocol_will_do():
     rows = torch.randn(6, 9, dtype=torch.float64)
     check(DiffusionMatrix(Plain(rows)), rows)
@@ -316,6 +323,17 @@ def test_an_ignored_target_in_a_later_batch_is_noticed():
         matrix.trace()
 
 
+def test_a_reduction_that_changes_is_noticed():
+    model, _, x, y = case()
+    loader = list(batches(x, y, 3))
+
+    def loss(output, y):
+        return F.cross_entropy(output, y, reduction="sum" if y is loader[1][1] else "mean")
+
+    with pytest.raises(ValueError, match="not a per-sample loss"):
+        DiffusionMatrix.from_dataset(model, loss, loader).trace()
+
+
 def test_targets_and_inputs_in_nests():
     model = nn.Bilinear(3, 2, 1).double().eval()
     left, right, target = torch.randn(6, 3).double(), torch.randn(6, 2).double(), torch.randn(6, 1).double()
@@ -393,6 +411,13 @@ def test_a_paused_or_half_captured_model_is_refused():
     with rgd_ext.precondition(model) as handle, handle.paused(), pytest.raises(RuntimeError, match=r"paused\(\)"):
         DiffusionMatrix.from_batch(model, loss, x, y)
     with rgd_ext.precondition(model[0]), pytest.raises(ValueError, match="captured already"):
+        DiffusionMatrix.from_batch(model, loss, x, y)
+
+
+def test_a_capture_that_allows_batch_normalisation_does_not_make_its_losses_per_sample():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).double()
+    _, loss, x, y = case()
+    with rgd_ext.precondition(model, batch_norm="contribution"), pytest.raises(ValueError, match="normalises"):
         DiffusionMatrix.from_batch(model, loss, x, y)
 
 
