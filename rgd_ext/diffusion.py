@@ -91,7 +91,8 @@ class DiffusionMatrix:
         """D of the per-sample losses f_i = loss_fn(model(x_i), y_i) of one batch, by one forward and backward.
 
         The model, its `.grad`, its capture (`RGD`, `precondition`) and the random number generators are left as they
-        were. In training mode, dropout gives D for one draw of its masks.
+        were. In training mode, dropout gives D for one draw of its masks. The object keeps what the backward needed of
+        the activations.
 
         Args:
             model: as `rgd_ext.precondition` takes it.
@@ -131,7 +132,7 @@ class DiffusionMatrix:
         """D of the per-sample losses of a data set, in passes over `loader` of constant memory.
 
         Nothing is computed yet. The first pass gives g and tr D; each product with a vector, or with k of them at once,
-        is then one more pass, and what was computed is kept. Samples are as in `from_batch`.
+        is then one more pass. Samples are as in `from_batch`.
 
         Args:
             model: in evaluation mode; its weights must not change as long as this object is in use.
@@ -223,7 +224,7 @@ class DiffusionMatrix:
             k: at most d. None for all that can be positive, min(N - 1, d) of them.
 
         Returns:
-            (k,), on the CPU where ARPACK found them.
+            (k,).
 
         Raises:
             ValueError: if `k` is out of range, or if it is None or d where only ARPACK serves.
@@ -382,7 +383,8 @@ class DiffusionMatrix:
         start = torch.randn(self._dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
         tolerance = max(1e-10, 100 * self._ulp)
         options = {"ncv": _basis(k, self._dim), "v0": start, "tol": tolerance, "return_eigenvectors": False}
-        return torch.from_numpy(eigsh(self.linear_operator(), k, which="LA", **options)).sort(descending=True)[0]
+        values = torch.from_numpy(eigsh(self.linear_operator(), k, which="LA", **options))
+        return values.sort(descending=True)[0].to(self._source.like[0].device)
 
     def _products(self, rows: Tensor) -> Tensor:
         """D v for each row v, (k, d)."""
@@ -425,7 +427,8 @@ class DiffusionMatrix:
             vectors = _flat(parts)
         if vectors.ndim not in (1, 2) or vectors.shape[0] != self._dim or vectors.numel() == 0:
             raise ValueError(f"vectors have shape {tuple(vectors.shape)}: pass ({self._dim},) or ({self._dim}, k)")
-        return vectors.detach().reshape(self._dim, -1).T.to(like[0].device, torch.float64).contiguous()
+        # Rounded as the gradients are, so that <g_i, v> and <g, v> mean the same v.
+        return vectors.detach().reshape(self._dim, -1).T.to(like[0]).double().contiguous()
 
     def _split(self, row: Tensor) -> list[Tensor]:
         """(d,) as one tensor per parameter."""

@@ -180,6 +180,9 @@ def test_a_large_mean_does_not_leak_into_d():
     # To the rounding of the products <g_i, v>.
     error = (DiffusionMatrix(rows) @ vector).double() - diffusion_matrix(rows.double()) @ vector.double()
     assert error.norm() < 1e-3 * vector.norm()
+    half = (rows - 260).bfloat16()
+    expected = (half.double() @ vector.bfloat16().double()).var(correction=0)
+    assert_close(DiffusionMatrix(half).quadratic_form(vector.double() + 1e-4), expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2.5])
