@@ -6,6 +6,7 @@ from . import geometry, ops
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
 from .capture import Preconditioner, mark, precondition, register_rule, unit
+from .diffusion import DiffusionMatrix
 from .gradients import PerSampleGradients
 from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
 from .monitor import Monitor
@@ -14,6 +15,7 @@ from .optim import RGD
 __version__ = version("rgd_ext")
 __all__ = [
     "RGD",
+    "DiffusionMatrix",
     "Fixed",
     "Monitor",
     "PerSampleGradients",

@@ -87,3 +87,7 @@ class DenseGradients:
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
         return ops.combine(self.grads, weights)
+
+    def dense(self) -> list[Tensor]:
+        """G as (B, *shape) tensors."""
+        return self.grads

@@ -301,6 +301,10 @@ class CapturedGradients:
         """g = mean_i g_i, which is the gradient of the loss."""
         return self.combine(self._equal_weights())
 
+    def dense(self) -> list[Tensor]:
+        """G as (B, *shape) tensors."""
+        return [self.batch_size * f.dense() for f in self._factors]
+
     def _equal_weights(self) -> Tensor:
         first = self._factors[0]
         reference = first.contributions if isinstance(first, Dense) else first.output_grads

@@ -103,15 +103,20 @@ class Preconditioner:
         """
         if self._union is not None:
             raise RuntimeError("accumulate() blocks cannot be nested: backwards of the outer one are already collected")
-        self._union = []
-        try:
+        with self.collect() as parts:
             yield
-            parts = self._union
-        finally:
-            self._union = None
         if parts:
             parameters = dict.fromkeys(p for part in parts for p in part)
             self._write({p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters})
+
+    @contextmanager
+    def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
+        """Backwards inside add their contributions to the list this yields, and write nothing."""
+        outer, self._union = self._union, []
+        try:
+            yield self._union
+        finally:
+            self._union = outer
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
@@ -280,6 +285,11 @@ def _checked(contributions: Tensor | Factor, name: str, record: Record) -> Facto
             f" expected (B, *shape) = {tuple(expected)}"
         )
     return Dense(contributions.to(record.parameters[name].dtype))
+
+
+def live_handle(model: nn.Module) -> Preconditioner | None:
+    """The handle that captures `model` itself, or None."""
+    return next((handle for handle in _live if handle.model is model), None)
 
 
 def is_captured(parameter: Tensor) -> bool:

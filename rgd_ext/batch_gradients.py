@@ -1,0 +1,58 @@
+"""Per-sample gradients of a model and a criterion on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .batch_norm import batch_norms, check_frozen
+from .capture.batch import tensors_in
+from .capture.collect import collecting
+from .gradients import PerSampleGradients
+from .per_sample_loss import PerSampleLoss
+
+
+def check_module(model: object) -> None:
+    """Raise TypeError if `model` is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+
+
+@contextmanager
+def batch_gradients(
+    model: nn.Module, mean_loss: PerSampleLoss
+) -> Iterator[Callable[[object, object], tuple[Tensor, PerSampleGradients]]]:
+    """Yields a function from a batch (x, y) to its mean loss and the gradients g_i of its per-sample losses.
+
+    The model, its `.grad`, its capture if it has one, and the states of random number generators are as before
+    afterwards.
+    """
+    check_module(model)
+    check_frozen(batch_norms(model), "call model.eval(), or replace it with rgd_ext.convert_batch_norm(model)")
+    device = next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), collecting(model) as gradients:
+
+        @torch.enable_grad()
+        def evaluate(x: object, y: object) -> tuple[Tensor, PerSampleGradients]:
+            x, y = _moved(x, device), _moved(y, device)
+            batch_size = next((t.shape[0] for t in tensors_in(x) if t.ndim), 0)
+            if batch_size == 0:
+                raise ValueError("a batch has no samples: pass tensors with at least one along dimension 0")
+            loss = mean_loss(_called(model, x), y, batch_size)
+            return loss.detach(), gradients(loss, batch_size)
+
+        yield evaluate
+
+
+def _moved(tree: object, device: torch.device) -> object:
+    return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, tree)
+
+
+def _called(model: nn.Module, x: object) -> object:
+    if isinstance(x, Mapping):
+        return model(**x)
+    return model(*x) if isinstance(x, (tuple, list)) else model(x)

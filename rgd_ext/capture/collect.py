@@ -1,0 +1,52 @@
+"""Per-sample gradients of backwards that leave `.grad` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .factors import CapturedGradients, Dense
+from .preconditioner import live_handle, precondition
+
+
+@contextmanager
+def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGradients]]:
+    """Capture `model` for a while, or use the capture it has, without any effect on either.
+
+    Yields a function that runs the backward of a loss of B samples, given B, and returns their g_i = B h_i, with the
+    trainable parameters in the order of `model.parameters()`.
+
+    Raises:
+        ValueError: if the model cannot be captured, or parts of it are captured already.
+        RuntimeError: if its capture is paused, or inside a torch.func transform.
+    """
+    existing = live_handle(model)
+    handle = existing or precondition(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+
+    def gradients(loss: Tensor, batch_size: int) -> CapturedGradients:
+        loss.backward(inputs=parameters)
+        part = parts.pop() if parts else {}
+        return CapturedGradients([part.get(p) or Dense(p.new_zeros(batch_size, *p.shape)) for p in parameters])
+
+    try:
+        with torch.enable_grad():
+            is_recording = handle.recording()
+        if not is_recording:
+            raise RuntimeError(
+                "the model's capture records nothing here: leave the `with handle.paused():` block, or the torch.func"
+                " transform, first"
+            )
+        with handle.collect() as parts:
+            yield gradients
+    finally:
+        if existing is None:
+            handle.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

@@ -1,0 +1,68 @@
+"""A folder of results that survives being killed at any moment, and knows what it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def fingerprint(tree: object) -> str:
+    """A hash of the tensors, numbers and text in a nest; other objects don't count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(leaf, Mapping):
+            digest.update(fingerprint(dict(leaf)).encode())
+        elif isinstance(leaf, (str, bytes, int, float, complex, type(None))):
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """Named nests of tensors and numbers, each in a file that is replaced as a whole.
+
+    Args:
+        folder: made if it is missing.
+        identity: what all results depend on.
+
+    Raises:
+        ValueError: if `folder` is something else, or holds results of another identity.
+    """
+
+    def __init__(self, folder: str | os.PathLike, identity: str) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint {self.folder} is a file: pass the path of a folder, which may be missing")
+        found = self.load("identity")
+        if found not in (None, identity):
+            raise ValueError(
+                f"checkpoint {self.folder} belongs to another model or other weights: pass another path, or delete it"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.save("identity", identity)
+
+    def load(self, name: str) -> object | None:
+        """What was saved under `name` last, or None."""
+        path = self._path(name)
+        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+    def save(self, name: str, content: object) -> None:
+        """Replace what is under `name`: a crash leaves the old content or the new one."""
+        path = self._path(name)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.pt"
