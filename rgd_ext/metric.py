@@ -140,20 +140,39 @@ class Spectral:
 
     Negative fractions give the weight to the samples that agree with the mean instead of taking it from them.
 
+    Args:
+        fraction: of the bound that eq. (6) sets epsilon.
+        every: a captured model computes the Gramian and lambda_max in every so many backwards only. In between
+            lambda_max is taken to be the same share of tr D as in the last of them, which follows the scale of the loss
+            and of D; only then can epsilon exceed eq. (6), by as much as that share grows. `rgd_ext.direction` always
+            computes it.
+
     Raises:
         ValueError: if `fraction` is not finite, is <= -1 (the metric would be singular), or is >= 1 with the
-            weak-field inverse (which would be singular or reverse a direction).
+            weak-field inverse (which would be singular or reverse a direction); if `every` is not positive, or is more
+            than 1 with the exact inverse, which needs the Gramian itself.
+        TypeError: if `every` is not a whole number.
     """
 
     fraction: float = 0.5
+    every: int = 1
     needs_gram = True
 
     def __post_init__(self) -> None:
         _check_finite("Spectral", "fraction", self.fraction)
+        if not isinstance(self.every, int) or isinstance(self.every, bool):
+            raise TypeError(f"Spectral(every={self.every!r}): pass a whole number of backwards")
+        if self.every < 1:
+            raise ValueError(f"Spectral(every={self.every}): pass at least 1")
 
     def check(self, inverse: Inverse) -> None:
-        """Raise ValueError where `inverse` allows no such fraction."""
+        """Raise ValueError where `inverse` allows no such fraction, or cannot do without the Gramian."""
         _check_fraction("Spectral", self.fraction, inverse)
+        if self.every > 1 and inverse == "exact":
+            raise ValueError(
+                f"Spectral(every={self.every}) with inverse='exact': that inverse needs the Gramian in every backward;"
+                " use every=1, or inverse='weak-field'"
+            )
 
     def __call__(self, stats: Stats) -> Tensor:
         """fraction / lambda_max."""
@@ -263,9 +282,43 @@ def exact_weights(stats: Stats) -> Tensor:
     return (1 - stats.epsilon * coefficients) / stats.batch_size
 
 
-def solve(grads: PerSampleGradients, policy: Policy, inverse: Inverse) -> tuple[list[Tensor], Stats]:
+class LargestEigenvalue:
+    """lambda_max of batch after batch for `Spectral(every=...)`: computed now and then, else by its share of tr D.
+
+    Args:
+        every: batches.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._batches = 0
+        self._share: Tensor | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next batch needs the Gramian."""
+        return self._batches % self.every == 0
+
+    def supply(self, stats: Stats) -> None:
+        """Give `stats` its lambda_max, or take its share from there."""
+        if self.is_due:
+            share = stats.largest_eigenvalue / stats.trace
+            # After D = 0, or gradients that overflowed: as before, and at first the most it can be.
+            known = torch.ones_like(share) if self._share is None else self._share
+            self._share = torch.where(share.isfinite(), share, known)
+        else:
+            stats.largest_eigenvalue = self._share.to(stats.trace) * stats.trace
+        self._batches += 1
+
+
+def solve(
+    grads: PerSampleGradients, policy: Policy, inverse: Inverse, largest: LargestEigenvalue | None = None
+) -> tuple[list[Tensor], Stats]:
     """Statistics -> epsilon -> weights -> combination, for a policy from `checked_policy`."""
-    stats = statistics(grads, needs_gram=inverse == "exact" or getattr(policy, "needs_gram", True))
+    is_due = largest is None or largest.is_due
+    stats = statistics(grads, needs_gram=inverse == "exact" or (is_due and getattr(policy, "needs_gram", True)))
+    if largest is not None:
+        largest.supply(stats)
     epsilon = _chosen_epsilon(policy, stats)
     # With D = 0 only rounding is left to divide by: the plain gradient is the answer, not amplified noise.
     stats.epsilon, stats.weights = torch.ops.rgd_ext.sample_weights(

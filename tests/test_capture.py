@@ -246,6 +246,38 @@ def test_accumulate_writes_nothing_when_its_block_raises():
             pass
 
 
+def test_spectral_every_takes_lambda_max_for_the_same_share_of_the_trace_in_between():
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.LayerNorm(4)).double()
+    handle = rgd_ext.precondition(model, epsilon=rgd_ext.Spectral(0.5, every=3))
+    exact = copy.deepcopy(model)
+    reference = rgd_ext.precondition(exact, epsilon=rgd_ext.Spectral(0.5))
+    shares = []
+    for step in range(7):
+        x, scale = torch.randn(6, 5, dtype=torch.float64), 10.0**step  # as a GradScaler changes it
+        for captured in (model, exact):
+            (scale * captured(x).square().sum()).backward()
+        stats, want = handle.stats, reference.stats
+        shares.append((stats.largest_eigenvalue / stats.trace).item())
+        torch.testing.assert_close(stats.trace, want.trace)
+        torch.testing.assert_close(stats.epsilon, 0.5 / stats.largest_eigenvalue)
+        assert (stats.centred_gram is None) == (step % 3 != 0)
+        if step % 3 == 0:
+            torch.testing.assert_close(stats.largest_eigenvalue, want.largest_eigenvalue)
+        else:
+            assert shares[-1] == pytest.approx(shares[step - step % 3])
+
+
+def test_spectral_every_goes_on_after_a_batch_that_overflowed():
+    model = torch.nn.LayerNorm(4).double()
+    handle = rgd_ext.precondition(model, epsilon=rgd_ext.Spectral(0.5, every=2))
+    x = torch.randn(6, 4, dtype=torch.float64)
+    (float("inf") * model(x).square().sum()).backward()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(handle.stats.largest_eigenvalue, handle.stats.trace)  # the bound
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_remove_leaves_the_model_as_it_was_found():
     model, x = ViT(), torch.randn(3, 1, 8, 8)
     before = [dict(m.__dict__) for m in model.modules()]

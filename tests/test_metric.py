@@ -245,6 +245,13 @@ BAD = {
         ValueError,
         "singular",
     ),
+    "every 0": (lambda: Spectral(0.5, every=0), ValueError, "every=0"),
+    "every half": (lambda: Spectral(0.5, every=1.5), TypeError, "every=1.5"),
+    "every 2 exact": (
+        lambda: rgd_ext.direction(torch.ones(3, 2), epsilon=Spectral(0.5, every=2), inverse="exact"),
+        ValueError,
+        "every=2.*weak-field",
+    ),
     "inverse": (lambda: rgd_ext.direction(torch.ones(3, 2), inverse="weak"), ValueError, "'weak'"),
     "policy": (lambda: rgd_ext.direction(torch.ones(3, 2), epsilon=None), TypeError, "None"),
     "policy nan": (lambda: rgd_ext.direction(torch.randn(3, 2), epsilon=lambda s: float("nan")), ValueError, "nan"),

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..metric import Inverse, Policy, Spectral, Stats, checked_policy, solve
+from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, solve
 from .batch import Batch, modules_in, tensors_in
 from .factors import CapturedGradients, Dense, Factor, add, join
 from .install import check_model, taps_for
@@ -39,6 +39,8 @@ class Preconditioner:
         self.model, self.batch_norm = model, batch_norm
         self.stats: Stats | None = None
         self._policy, self._inverse = policy, inverse
+        every = getattr(policy, "every", 1)
+        self._largest = LargestEigenvalue(every) if every > 1 else None
         self._pauses = 0
         self._removed = False
         self._batch: Batch | None = None
@@ -256,7 +258,7 @@ class Preconditioner:
             self._check_hooks(parameter, 1)
         with _full_precision(next(iter(factors)).device):
             gradients = CapturedGradients(list(factors.values()))
-            direction, self.stats = solve(gradients, self._policy, self._inverse)
+            direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(factors, direction, strict=True):
             if parameter.grad is None:
                 parameter.grad = step
