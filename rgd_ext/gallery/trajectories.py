@@ -95,7 +95,7 @@ def draw(losses: geometry.Losses, results: list[Paths], path: Path) -> None:
     plane.set_title(f"A neuron with two weights, {SAMPLES} samples: level sets of f, and D", fontsize="large")
     decay.set_title("Loss along the paths", fontsize="large")
     decay.set_xlabel("time (steps × learning rate)")
-    decay.set_ylabel("loss f")
+    decay.set_ylabel("loss f, half the mean squared error")
     decay.set_xlim(0, LEARNING_RATE * STEPS)
     decay.grid(alpha=0.3)
     _legend(figure)
