@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TypeVar
+
+from torch import nn
 
 Kind = TypeVar("Kind")
 
@@ -43,18 +47,18 @@ def _factory(name: str) -> Callable[[], object]:
         if not hasattr(found, attribute):
             raise ValueError(f"{name}: there is no {attribute} in {_where(found)}; pass the name of a function there")
         found = getattr(found, attribute)
-    if not (inspect.isroutine(found) or inspect.isclass(found)):
+    if not callable(found) or isinstance(found, nn.Module):
         raise TypeError(f"{name} is a {type(found).__name__}: name a function that returns it")
     try:
         inspect.signature(found).bind()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name} takes arguments ({error}): name a function that needs none") from None
     return found
 
 
-def _module(name: str):
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+def _module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

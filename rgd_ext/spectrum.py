@@ -97,8 +97,8 @@ def _announce(matrix: DiffusionMatrix, k: int) -> None:
         passes, seconds, size = matrix.estimate(k)
     if seconds >= LONG:
         Console(stderr=True, highlight=False).print(
-            f"d = {matrix.shape[0]:,}: about {passes} passes over the data, {timedelta(seconds=round(seconds))} h, and"
-            f" {size / 2**20:,.0f} MiB of memory",
+            f"d = {matrix.shape[0]:,}: about {passes} passes over the data in {timedelta(seconds=round(seconds))}"
+            f" (h:mm:ss), and {size / 2**20:,.0f} MiB of memory",
             soft_wrap=True,
         )
 
@@ -112,7 +112,7 @@ def _facts(spectrum: Spectrum) -> Table:
         "N": f"{spectrum.samples:,}",
         "trace": f"{spectrum.trace:.6g}",
         "lambda_max": f"{largest:.6g}",
-        "rank": f"at most {bound:,}" if spectrum.rank is None else f"{spectrum.rank:,}, at most {bound:,}",
+        "rank": f"at most {bound:,}" if spectrum.rank is None else f"{spectrum.rank:,} of at most {bound:,}",
     }.items():
         table.add_row(name, value)
     return table

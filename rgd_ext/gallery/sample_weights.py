@@ -89,8 +89,8 @@ def _title(weights: Weights, mislabelled: Tensor) -> str:
     return (
         f"Mislabelled: {_percent(here.lowest)} of the {tail} of the samples with the least weight,"
         f" {_percent(here.highest)} of the {tail} with the most, {_percent(here.overall)} of all\n"
-        f"(weights in batches of {BATCH_SIZE}, mean of the last {weights.epochs} epochs; in one batch of all samples it is"
-        f" {_percent(there.lowest)} and {_percent(there.highest)})"
+        f"(weights in batches of {BATCH_SIZE}, mean of the last {weights.epochs} epochs; in one batch of all samples it"
+        f" is {_percent(there.lowest)} and {_percent(there.highest)})"
     )
 
 
@@ -116,7 +116,8 @@ def _draw_histogram(axes: Axes, weights: Tensor, mislabelled: Tensor) -> None:
         (~mislabelled, "labelled correctly", {"color": CLEAN, "alpha": 0.6}),
         (mislabelled, "mislabelled", {"color": WRONG, "histtype": "step", "linewidth": 2.5}),
     ):
-        axes.hist(weights[chosen], bins, label=f"{label}: {chosen.sum()}, mean weight {weights[chosen].mean():.3f}", **style)
+        label = f"{label}: {chosen.sum()}, mean weight {weights[chosen].mean():.3f}"
+        axes.hist(weights[chosen], bins, label=label, **style)
     axes.axvline(1, color="black", linestyle="--", linewidth=1, label="SGD")
     axes.set_xlabel(r"weight of a sample, $B\,w_i$")
     axes.set_ylabel("number of training samples")

@@ -94,7 +94,7 @@ def draw(losses: geometry.Losses, results: list[Paths], path: Path) -> None:
         plane.plot(*positions[0, 0].tolist(), marker="s", color="black", markersize=8)
     plane.set_title(f"A neuron with two weights, {SAMPLES} samples: level sets of f, and D", fontsize="large")
     decay.set_title("Loss along the paths", fontsize="large")
-    decay.set_xlabel("time (steps × learning rate)")
+    decay.set_xlabel("time (steps times learning rate)")
     decay.set_ylabel("loss f, half the mean squared error")
     decay.set_xlim(0, LEARNING_RATE * STEPS)
     decay.grid(alpha=0.3)
