@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-# What `pip install 'rgd_ext[demo]'` adds, by import name.
-OPTIONAL = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}
+# What `pip install 'rgd_ext[all]'` adds, by import name.
+OPTIONAL = {"matplotlib": "matplotlib", "rich": "rich", "scipy": "scipy", "sklearn": "scikit-learn"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rgd_ext", description="Relativistic gradient descent for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plot, _add_info):
+    for add in (_add_demo, _add_plot, _add_spectrum, _add_gallery, _add_info):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         package = OPTIONAL.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        print(f"{package} is missing: pip install 'rgd_ext[demo]'", file=sys.stderr)
+        print(f"{package} is missing: pip install 'rgd_ext[all]'", file=sys.stderr)
         return 1
 
 
@@ -65,6 +67,80 @@ def _plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_spectrum(commands) -> None:
+    parser = commands.add_parser(
+        "spectrum",
+        help="the largest eigenvalues of D of a model and a data set: a table and a figure",
+        epilog="MODULE:FACTORY names a function without arguments in a module that can be imported, also from the"
+        " current directory. The model is put in evaluation mode.",
+    )
+    parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, with its weights loaded")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="MODULE:FACTORY",
+        help="returns a loader, an iterable of the same pairs (x, y) in every pass; or a tuple (x, y), one batch",
+    )
+    parser.add_argument(
+        "--loss",
+        default="torch.nn:CrossEntropyLoss",
+        metavar="MODULE:FACTORY",
+        help="returns the criterion, (output, y) -> loss (default: %(default)s)",
+    )
+    parser.add_argument("-k", type=_positive, metavar="K", help="how many eigenvalues (default: 20, or d if less)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a folder from which an interrupted computation goes on"
+    )
+    parser.add_argument(
+        "--out", type=_png, default="rgd_spectrum.png", metavar="PATH", help="the figure (default: %(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no estimate of the time, and no bars")
+    parser.set_defaults(run=_spectrum)
+
+
+def _spectrum(options: argparse.Namespace) -> int:
+    from torch import nn
+
+    from . import resolve, spectrum
+
+    try:
+        model = resolve.make(options.model, nn.Module, "a torch.nn.Module")
+        data = resolve.make(options.data, Iterable, "a loader, which gives pairs (x, y), or a tuple (x, y)")
+        loss = resolve.make(options.loss, Callable, "a criterion, (output, y) -> loss")
+        matrix = spectrum.build(model, loss, data, options.checkpoint, progress=not options.quiet)
+        spectrum.run(matrix, options.k, options.out, options.quiet)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        if not _is_ours(error):
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the message is enough: errors in the user's code need their traceback."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].partition(".")[0] == __package__ or isinstance(error, OSError)
+
+
+def _add_gallery(commands) -> None:
+    parser = commands.add_parser("gallery", help="four pictures of what the metric does, computed in half a minute")
+    parser.add_argument("folder", type=_folder, metavar="DIR", help="for the pictures; made if it is missing")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: two epochs of each training")
+    parser.set_defaults(run=_gallery)
+
+
+def _gallery(options: argparse.Namespace) -> int:
+    from .gallery.command import run
+
+    try:
+        run(options.folder, 2 if options.quick else 20)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 def _add_info(commands) -> None:
     parser = commands.add_parser("info", help="version, and what this installation was built with")
     parser.set_defaults(run=_info)
@@ -94,6 +170,14 @@ def _png(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: pass a path that ends in .png")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: pass a file in a folder that exists")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: pass a folder, which may be missing")
     return path
 
 

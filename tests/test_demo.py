@@ -117,7 +117,7 @@ def test_missing_package_is_one_line_that_names_the_remedy(module, package):
     code = f"import sys; sys.modules[{module!r}] = None; from rgd_ext.__main__ import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == f"{package} is missing: pip install 'rgd_ext[demo]'\n"
+    assert done.stderr == f"{package} is missing: pip install 'rgd_ext[all]'\n"
 
 
 def test_info_prints_the_version_and_the_build(capsys):
