@@ -345,3 +345,64 @@ def precondition(grads: Tensors, epsilon: float | Tensor) -> list[Tensor]:
             f"epsilon has shape {tuple(epsilon.shape)} on {epsilon.device}: pass a number or a scalar on {first.device}"
         )
     return torch.ops.rgd_ext.precondition(tensors, epsilon.reshape(()).to(dtype))
+
+
+_library.define(
+    "conv_weight_grads(Tensor output_grad, Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " int groups) -> Tensor"
+)
+
+
+@torch.library.register_fake("rgd_ext::conv_weight_grads", lib=_library)
+def _(output_grad, input, kernel, stride, padding, dilation, groups):
+    return input.new_empty(*output_grad.shape[:2], input.shape[1] // groups, *kernel)
+
+
+torch.library.impl(_library, "conv_weight_grads", "CompositeExplicitAutograd")(reference.conv_weight_grads)
+
+
+def conv_weight_grads(
+    output_grad: Tensor,
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Per-sample gradients of a convolution's weight: for each sample, what backward would sum over all of them.
+
+    For one dimension and group: h_i[o, c, k] = sum_t output_grad[i, o, t] input[i, c, stride t + dilation k - padding].
+
+    Args:
+        output_grad: shape (B, m, *output), with one, two or three dimensions of space.
+        input: shape (B, n, *space), of the same dtype and device.
+        kernel, stride, padding, dilation: one number per dimension of space; padding is with zeros, on both sides.
+        groups: divides m and n.
+
+    Returns:
+        (B, m, n / groups, *kernel), contiguous. For a transposed convolution, `output_grad` and `input` change places.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if the shapes are not those of a convolution.
+    """
+    checked_grads([output_grad, input])
+    space = input.ndim - 2
+    geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    if not 1 <= space <= 3 or output_grad.ndim != input.ndim:
+        raise ValueError(
+            f"output_grad has shape {tuple(output_grad.shape)} and input {tuple(input.shape)}: pass (B, m, *output) and"
+            " (B, n, *space) with one to three dimensions of space"
+        )
+    for name, numbers in geometry.items():
+        if len(numbers) != space or min(numbers) < (name != "padding"):
+            raise ValueError(f"{name} is {tuple(numbers)}: pass one number for each of {space} dimensions of space")
+    if groups < 1 or output_grad.shape[1] % groups or input.shape[1] % groups:
+        raise ValueError(f"groups is {groups}: it must divide {output_grad.shape[1]} and {input.shape[1]} channels")
+    for size, places, k, s, p, d in zip(input.shape[2:], output_grad.shape[2:], *geometry.values(), strict=True):
+        if places < 1 or (places - 1) * s + (k - 1) * d >= size + 2 * p:
+            raise ValueError(
+                f"output_grad has {places} places along a dimension of {size} with kernel {k}, stride {s}, padding {p}"
+                f" and dilation {d}: pass at least 1 and at most {(size + 2 * p - (k - 1) * d - 1) // s + 1}"
+            )
+    return torch.ops.rgd_ext.conv_weight_grads(output_grad, input, kernel, stride, padding, dilation, groups)

@@ -98,3 +98,22 @@ def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
     """(I - eps D) g = sum_i w_i g_i with w_i = (1 - eps <g_i - g, g>) / B, eq. (10)."""
     _, alignments, _ = moments(grads)
     return combine(grads, (1 - epsilon * alignments) / alignments.shape[0])
+
+
+def conv_weight_grads(
+    output_grad: Tensor,
+    input: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
+    batch_size, channels = output_grad.shape[:2]
+    shape = (batch_size * channels, input.shape[1] // groups, *kernel)
+    images, grads = (x.reshape(1, -1, *x.shape[2:]) for x in (input, output_grad))
+    weight, none = input.new_empty(1).expand(shape), [0] * len(kernel)
+    options = stride, padding, dilation, False, none, batch_size * groups, (False, True, False)
+    gradient = torch.ops.aten.convolution_backward(grads, images, weight, None, *options)[1]
+    return gradient.contiguous().view(batch_size, channels, *shape[1:])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
 from .factors import Bias, Factor, Outer, Rows
 
 Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
@@ -121,15 +122,12 @@ def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Ten
     return {"weight": Rows(indices, output_grad, module.weight.shape)}
 
 
-_WEIGHT_GRADIENTS = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
-
-
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
-    """The weight gradient of a convolution whose groups are the samples: one call for the whole batch."""
+    """dW_i is the weight gradient of sample i's own convolution."""
     x, padding = inputs[0], module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0,) * (x.ndim - 2)
     contributions = {}
     if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
         contributions["weight"] = _per_sample_weight(module, x, output_grad, padding)
@@ -148,19 +146,16 @@ def transposed_convolution(
     return contributions
 
 
-def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding) -> Tensor:
-    batch_size, shape = x.shape[0], module.weight.shape
-    weight_gradient = _WEIGHT_GRADIENTS[len(shape) - 2]
-    gradient = weight_gradient(
-        x.reshape(1, -1, *x.shape[2:]),
-        (batch_size * shape[0], *shape[1:]),
-        output_grad.reshape(1, -1, *output_grad.shape[2:]),
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        groups=batch_size * module.groups,
-    )
-    return gradient.view(batch_size, *shape)
+def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding: tuple[int, ...]) -> Tensor | Outer:
+    """Of the three ways the cheapest, as measured."""
+    channels, kernel = module.weight.shape[0], module.weight.shape[2:]
+    length, n = output_grad.shape[2:].numel(), module.weight.shape[1:].numel()
+    if module.groups == 1 and len(kernel) == 2 and Outer.gram_is_cheaper(x.shape[0], length, n, channels):
+        columns = F.unfold(x, kernel, module.dilation, padding, module.stride).mT
+        return Outer(columns, output_grad.flatten(2).mT, module.weight.shape)
+    # The native kernel fills its vectors with the output channels of a group.
+    grads = reference.conv_weight_grads if channels == module.groups else torch.ops.rgd_ext.conv_weight_grads
+    return grads(output_grad, x, kernel, module.stride, padding, module.dilation, module.groups)
 
 
 def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
