@@ -8,6 +8,7 @@ Sums over weights and samples are accumulated in `accumulate_dtype`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -117,3 +118,10 @@ def conv_weight_grads(
     options = stride, padding, dilation, False, none, batch_size * groups, (False, True, False)
     gradient = torch.ops.aten.convolution_backward(grads, images, weight, None, *options)[1]
     return gradient.contiguous().view(batch_size, channels, *shape[1:])
+
+
+def group_norm_grads(output_grad: Tensor, input: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """sum_t e_t x^_t and sum_t e_t per sample and channel, both (B, n), with x^ the normalised input."""
+    normalised = F.group_norm(input, groups, eps=eps)
+    weight, bias = (x.reshape(*x.shape[:2], -1).sum(2) for x in (normalised * output_grad, output_grad))
+    return weight, bias

@@ -256,6 +256,42 @@ void cross_gram(const Tile<T>& a, const Tile<T>& b, double* products) {
   cross_gram_from<kGramRows>(a, 0, b, products);
 }
 
+template <typename T>
+double sum(const T* values, int64_t size) {
+  constexpr int64_t L = kLanes<T>;
+  // Two sums hide the latency of an addition.
+  Vector<T> sums[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * L <= size; c += 2 * L)
+    for (int s = 0; s < 2; ++s) sums[s] += load(values + c + s * L);
+  double total = sum_lanes<T>(sums[0] + sums[1]);
+  for (; c < size; ++c) total += values[c];
+  return total;
+}
+
+template <typename T>
+CentredSums centred_sums(const T* x, const T* grads, int64_t size, T centre) {
+  constexpr int64_t L = kLanes<T>;
+  Vector<T> values{}, squares{}, all{}, products{};
+  int64_t c = 0;
+  for (; c + L <= size; c += L) {
+    const Vector<T> centred = load(x + c) - centre, grad = load(grads + c);
+    values += centred;
+    squares = fma(centred, centred, squares);
+    all += grad;
+    products = fma(centred, grad, products);
+  }
+  CentredSums sums{sum_lanes<T>(values), sum_lanes<T>(squares), sum_lanes<T>(all), sum_lanes<T>(products)};
+  for (; c < size; ++c) {
+    const double centred = x[c] - centre, grad = grads[c];
+    sums.values += centred;
+    sums.squares += centred * centred;
+    sums.grads += grad;
+    sums.products += centred * grad;
+  }
+  return sums;
+}
+
 // R taps by V vectors of channels in registers. The zero that is subtracted makes a vector of a number, at no cost.
 template <int R, int V, typename T>
 void tap_block(const T* image, const int64_t* taps, const int64_t* positions, int64_t count, const T* grads,
@@ -350,5 +386,6 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, cross_gram<T>, tap_products<T>, transpose<T>, convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, cross_gram<T>, sum<T>, centred_sums<T>, tap_products<T>,
+          transpose<T>, convert<S, T>, convert<T, S>};
 }

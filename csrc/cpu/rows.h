@@ -24,6 +24,11 @@ struct Tile {
 constexpr int64_t kTapBlock = 12;
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
 
+// Over x - c and e, for a centre c: sum (x - c), sum (x - c)^2, sum e, sum (x - c) e.
+struct CentredSums {
+  double values, squares, grads, products;
+};
+
 template <typename S, typename T = accumulate_t<S>>
 struct RowKernels {
   // sums[c] = sum_i weights[i] g_i[c], added in the order of the rows: the same bits for any tile that holds c.
@@ -43,6 +48,10 @@ struct RowKernels {
 
   // products[i * b.rows + j] += <a_i, b_j>, for tiles of the same columns.
   void (*cross_gram)(const Tile<T>& a, const Tile<T>& b, double* products);
+
+  double (*sum)(const T* values, int64_t size);
+
+  CentredSums (*centred_sums)(const T* x, const T* grads, int64_t size, T centre);
 
   // products[r * channels + c] += sum_t image[taps[r] + positions[t]] grads[t * channels + c], for `tap_count` taps, a
   // multiple of kTapBlock, and `channels`, a multiple of 16.

@@ -131,7 +131,8 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tens
     contributions = {}
     if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
         contributions["weight"] = _per_sample_weight(module, x, output_grad, padding)
-    contributions["bias"] = output_grad.flatten(2).sum(2)
+    if module.bias is not None:
+        contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
 
 
@@ -142,7 +143,8 @@ def transposed_convolution(
     contributions = {}
     if module.weight.requires_grad:
         contributions["weight"] = _per_sample_weight(module, output_grad, inputs[0], module.padding)
-    contributions["bias"] = output_grad.flatten(2).sum(2)
+    if module.bias is not None:
+        contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
 
 
@@ -179,16 +181,19 @@ def _affine(normalised: Tensor, output_grad: Tensor, trailing: int) -> dict[str,
 
 def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b per channel."""
-    return _per_channel(F.group_norm(inputs[0], module.num_groups, eps=module.eps), output_grad)
+    return _group_norm(inputs[0], output_grad, module.num_groups, module.eps)
+
+
+def _group_norm(x: Tensor, output_grad: Tensor, groups: int, eps: float) -> dict[str, Tensor | Factor]:
+    return dict(zip(("weight", "bias"), torch.ops.rgd_ext.group_norm_grads(output_grad, x, groups, eps), strict=True))
 
 
 def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b per channel, x^ by the sample's own or by the running statistics."""
     if module.training or not module.track_running_stats:
-        normalised = F.instance_norm(inputs[0], eps=module.eps)
-    else:
-        statistics = module.running_mean, module.running_var
-        normalised = F.instance_norm(inputs[0], *statistics, use_input_stats=False, eps=module.eps)
+        return _group_norm(inputs[0], output_grad, module.num_features, module.eps)
+    statistics = module.running_mean, module.running_var
+    normalised = F.instance_norm(inputs[0], *statistics, use_input_stats=False, eps=module.eps)
     return _per_channel(normalised, output_grad)
 
 
