@@ -103,7 +103,7 @@ def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
 
 def conv_weight_grads(
     output_grad: Tensor,
-    input: Tensor,
+    x: Tensor,
     kernel: list[int],
     stride: list[int],
     padding: list[int],
@@ -112,16 +112,16 @@ def conv_weight_grads(
 ) -> Tensor:
     """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
     batch_size, channels = output_grad.shape[:2]
-    shape = (batch_size * channels, input.shape[1] // groups, *kernel)
-    images, grads = (x.reshape(1, -1, *x.shape[2:]) for x in (input, output_grad))
-    weight, none = input.new_empty(1).expand(shape), [0] * len(kernel)
+    shape = (batch_size * channels, x.shape[1] // groups, *kernel)
+    images, grads = (y.reshape(1, -1, *y.shape[2:]) for y in (x, output_grad))
+    weight, none = x.new_empty(1).expand(shape), [0] * len(kernel)
     options = stride, padding, dilation, False, none, batch_size * groups, (False, True, False)
     gradient = torch.ops.aten.convolution_backward(grads, images, weight, None, *options)[1]
     return gradient.contiguous().view(batch_size, channels, *shape[1:])
 
 
-def group_norm_grads(output_grad: Tensor, input: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """sum_t e_t x^_t and sum_t e_t per sample and channel, both (B, n), with x^ the normalised input."""
-    normalised = F.group_norm(input, groups, eps=eps)
-    weight, bias = (x.reshape(*x.shape[:2], -1).sum(2) for x in (normalised * output_grad, output_grad))
+    normalised = F.group_norm(x, groups, eps=eps)
+    weight, bias = (y.reshape(*y.shape[:2], -1).sum(2) for y in (normalised * output_grad, output_grad))
     return weight, bias

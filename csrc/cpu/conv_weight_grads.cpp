@@ -5,118 +5,145 @@
 
 #include <algorithm>
 #include <array>
-#include <numeric>
 
 #include "work.h"
 
 namespace rgd_ext::cpu {
 namespace {
 
-// Output channels of one work item, at most, and positions whose output gradients stay in L1 meanwhile.
+// A work item has at most kChannels output channels of one sample. Measured: their gradients in kPositions places stay
+// in L1 while all taps meet them.
 constexpr int64_t kChannels = 64, kPositions = 64;
 
-using Sizes = std::array<int64_t, 3>;
+// Numbers per dimension of space.
+using Space = std::array<int64_t, 3>;
 
-// Missing leading dimensions have size 1.
-Sizes three(at::IntArrayRef sizes, int64_t missing) {
-  Sizes result;
-  result.fill(missing);
-  std::copy(sizes.begin(), sizes.end(), result.end() - sizes.size());
-  return result;
+// `missing` stands for dimensions that are not there.
+Space in_space(at::IntArrayRef numbers, int64_t missing) {
+  Space space;
+  space.fill(missing);
+  std::copy(numbers.begin(), numbers.end(), space.end() - numbers.size());
+  return space;
 }
 
-int64_t volume(const Sizes& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
+int64_t volume(const Space& sizes) { return sizes[0] * sizes[1] * sizes[2]; }
 
-// A convolution of one sample and group, as shifts in an image with its padding: the weight at `taps[r]` meets the
-// pixel at taps[r] + positions[t] in the output's place t.
-struct Shifts {
-  int64_t channels;
-  Sizes input, output, kernel, padding, padded;
+// Where the points of a grid lie in an image of `channels` planes of `sizes`, `step` apart.
+std::vector<int64_t> offsets(const Space& sizes, int64_t channels, const Space& points, const Space& step) {
+  std::vector<int64_t> found;
+  found.reserve(channels * volume(points));
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t z = 0; z < points[0]; ++z)
+      for (int64_t y = 0; y < points[1]; ++y)
+        for (int64_t x = 0; x < points[2]; ++x)
+          found.push_back(((c * sizes[0] + z * step[0]) * sizes[1] + y * step[1]) * sizes[2] + x * step[2]);
+  return found;
+}
+
+// A convolution of one sample and group: in place t of the output, weight r meets the pixel at taps[r] + positions[t]
+// of the padded image.
+struct Convolution {
+  Convolution(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride,
+              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups)
+      : groups(groups),
+        channels(input.size(1) / groups),
+        size(in_space(input.sizes().slice(2), 1)),
+        margin(in_space(padding, 0)) {
+    for (int dim = 0; dim < 3; ++dim) padded_size[dim] = size[dim] + 2 * margin[dim];
+    taps = offsets(padded_size, channels, in_space(kernel, 1), in_space(dilation, 1));
+    positions = offsets(padded_size, 1, in_space(output_grad.sizes().slice(2), 1), in_space(stride, 1));
+    weights = taps.size();
+    // What the first pixel gives is computed and not used.
+    taps.resize((weights + kTapBlock - 1) / kTapBlock * kTapBlock, 0);
+  }
+
+  // The image into the middle of `padded`, whose margins are zero.
+  template <typename T>
+  void pad(const T* image, T* padded) const {
+    for (int64_t plane = 0; plane < channels * size[0]; ++plane) {
+      const int64_t target = plane / size[0] * padded_size[0] + plane % size[0] + margin[0];
+      for (int64_t row = 0; row < size[1]; ++row, image += size[2])
+        std::copy_n(image, size[2], padded + (target * padded_size[1] + row + margin[1]) * padded_size[2] + margin[2]);
+    }
+  }
+
+  int64_t groups, channels, weights;
+  Space size, margin, padded_size;
   std::vector<int64_t> taps, positions;
-
-  int64_t weights() const { return channels * volume(kernel); }
-  int64_t pixels() const { return channels * volume(input); }
-  bool is_padded() const { return padded != input; }
 };
 
-// The image into the middle of `padded`, whose margins are zero.
 template <typename T>
-void pad(const Shifts& shifts, const T* image, T* padded) {
-  const auto& [channels, input, output, kernel, padding, size, taps, positions] = shifts;
-  for (int64_t plane = 0; plane < channels * input[0]; ++plane) {
-    const int64_t target = plane / input[0] * size[0] + plane % input[0] + padding[0];
-    for (int64_t row = 0; row < input[1]; ++row, image += input[2])
-      std::copy_n(image, input[2], padded + (target * size[1] + row + padding[1]) * size[2] + padding[2]);
-  }
-}
-
-template <typename T>
-void conv_weight_grads_kernel(const Shifts& shifts, const at::Tensor& output_grad, const at::Tensor& input,
-                              int64_t groups, at::Tensor& result) {
-  const int64_t places = volume(shifts.output), weights = shifts.weights(), pixels = shifts.pixels();
-  const int64_t channels = output_grad.size(1) / groups, panels = (channels + kChannels - 1) / kChannels;
-  const int64_t widest = padded_columns(std::min(channels, kChannels)), taps = shifts.taps.size();
+void conv_weight_grads_kernel(const Convolution& conv, const at::Tensor& output_grad, const at::Tensor& input,
+                              at::Tensor& result) {
+  const RowKernels<T>& rows = row_kernels<T>();
+  const int64_t places = conv.positions.size(), taps = conv.taps.size(), weights = conv.weights;
+  const int64_t channels = output_grad.size(1) / conv.groups, panels = (channels + kChannels - 1) / kChannels;
+  const int64_t widest = padded_columns(std::min(channels, kChannels));
+  const int64_t pixels = conv.channels * volume(conv.size), padded_pixels = conv.channels * volume(conv.padded_size);
+  const bool has_margin = padded_pixels != pixels;
   const T *images = input.const_data_ptr<T>(), *grads = output_grad.const_data_ptr<T>();
   T* results = result.mutable_data_ptr<T>();
-  at::parallel_for(0, output_grad.size(0) * groups * panels, 1, [&](int64_t begin, int64_t end) {
-    const int64_t padded_pixels = shifts.is_padded() ? shifts.channels * volume(shifts.padded) : 0;
-    const Scratch<T> padded(padded_pixels), transposed(places * widest), products(taps * widest);
-    std::fill_n(padded.data(), padded_pixels, T{0});
+  at::parallel_for(0, output_grad.size(0) * conv.groups * panels, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<T> padded(has_margin ? padded_pixels : 0), block(kPositions * widest), products(taps * widest);
+    if (has_margin) std::fill_n(padded.data(), padded_pixels, T{0});
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t group = item / panels, first = item % panels * kChannels;
+      const int64_t group = item / panels, first = item % panels * kChannels;  // a group of some sample
       const int64_t count = std::min(kChannels, channels - first), width = padded_columns(count);
+      const int64_t channel = group * channels + first;
       const T* image = images + group * pixels;
-      if (shifts.is_padded()) {
-        pad(shifts, image, padded.data());
+      if (has_margin) {
+        conv.pad(image, padded.data());
         image = padded.data();
       }
-      const int64_t channel = group * channels + first;
-      if (count < width) std::fill_n(transposed.data(), places * width, T{0});
-      row_kernels<T>().transpose(grads + channel * places, places, count, places, transposed.data(), width);
+      std::fill_n(block.data(), kPositions * width, T{0});
       std::fill_n(products.data(), taps * width, T{0});
-      for (int64_t t = 0; t < places; t += kPositions)
-        row_kernels<T>().tap_products(image, shifts.taps.data(), taps, shifts.positions.data() + t,
-                                      std::min(kPositions, places - t), transposed.data() + t * width, width,
-                                      products.data());
-      row_kernels<T>().transpose(products.data(), width, weights, count, results + channel * weights, weights);
+      for (int64_t t = 0; t < places; t += kPositions) {
+        const int64_t length = std::min(kPositions, places - t);
+        rows.transpose(grads + channel * places + t, places, count, length, block.data(), width);
+        rows.tap_products(image, conv.taps.data(), taps, conv.positions.data() + t, length, block.data(), width,
+                          products.data());
+      }
+      rows.transpose(products.data(), width, weights, count, results + channel * weights, weights);
     }
   });
+}
+
+void check_convolution(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_grads({output_grad, input});
+  const size_t space = input.dim() - 2;
+  TORCH_CHECK_VALUE(input.dim() >= 3 && input.dim() <= 5 && output_grad.dim() == input.dim(), "output_grad has shape ",
+                    output_grad.sizes(), " and input ", input.sizes(),
+                    ": pass (B, m, *output) and (B, n, *space) with one to three dimensions of space");
+  TORCH_CHECK_VALUE(
+      kernel.size() == space && stride.size() == space && padding.size() == space && dilation.size() == space,
+      "kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ", dilation,
+      ": pass one number of each for each of ", space, " dimensions of space");
+  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0 && output_grad.size(1) % groups == 0, "groups is ",
+                    groups, ": it must divide ", output_grad.size(1), " and ", input.size(1), " channels");
+  for (size_t dim = 0; dim < space; ++dim) {
+    const int64_t places = output_grad.size(dim + 2), size = input.size(dim + 2) + 2 * padding[dim];
+    TORCH_CHECK_VALUE(kernel[dim] > 0 && stride[dim] > 0 && padding[dim] >= 0 && dilation[dim] > 0 && places > 0 &&
+                          (places - 1) * stride[dim] + (kernel[dim] - 1) * dilation[dim] < size,
+                      "output_grad has ", places, " places along a dimension of ", input.size(dim + 2),
+                      ", too many or too few for kernel ", kernel[dim], ", stride ", stride[dim], ", padding ",
+                      padding[dim], " and dilation ", dilation[dim]);
+  }
 }
 
 at::Tensor conv_weight_grads(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                              int64_t groups) {
-  Shifts shifts{input.size(1) / groups,
-                three(input.sizes().slice(2), 1),
-                three(output_grad.sizes().slice(2), 1),
-                three(kernel, 1),
-                three(padding, 0),
-                {},
-                {},
-                {}};
-  const Sizes strides = three(stride, 1), dilations = three(dilation, 1);
-  for (int dim = 0; dim < 3; ++dim) shifts.padded[dim] = shifts.input[dim] + 2 * shifts.padding[dim];
-  const auto offsets = [&](int64_t channels, const Sizes& sizes, const Sizes& steps) {
-    std::vector<int64_t> result;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t z = 0; z < sizes[0]; ++z)
-        for (int64_t y = 0; y < sizes[1]; ++y)
-          for (int64_t x = 0; x < sizes[2]; ++x)
-            result.push_back(((c * shifts.padded[0] + z * steps[0]) * shifts.padded[1] + y * steps[1]) *
-                                 shifts.padded[2] + x * steps[2]);
-    return result;
-  };
-  shifts.taps = offsets(shifts.channels, shifts.kernel, dilations);
-  shifts.positions = offsets(1, shifts.output, strides);
-  shifts.taps.resize((shifts.taps.size() + kTapBlock - 1) / kTapBlock * kTapBlock, 0);
-  std::vector<int64_t> sizes{output_grad.size(0), output_grad.size(1), shifts.channels};
+  check_convolution(output_grad, input, kernel, stride, padding, dilation, groups);
+  const Convolution conv(output_grad, input, kernel, stride, padding, dilation, groups);
+  const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
+  const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();
+  std::vector<int64_t> sizes{output_grad.size(0), output_grad.size(1), conv.channels};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
-  at::Tensor result = at::empty(sizes, input.options());
-  const at::Tensor grads = output_grad.contiguous(), images = input.contiguous();
-  AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "conv_weight_grads", [&] {
-    conv_weight_grads_kernel<scalar_t>(shifts, grads, images, groups, result);
-  });
-  return result;
+  at::Tensor result = at::empty(sizes, images.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "conv_weight_grads",
+                             [&] { conv_weight_grads_kernel<scalar_t>(conv, grads, images, result); });
+  return result.to(input.scalar_type());
 }
 
 }  // namespace

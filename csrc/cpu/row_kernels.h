@@ -328,8 +328,7 @@ void tap_products_from(int64_t c, const T* image, const int64_t* taps, int64_t t
   for (; c + V * kLanes<T> <= channels; c += V * kLanes<T>)
     for (int64_t r = 0; r < tap_count; r += R)
       tap_block<R, V>(image, taps + r, positions, count, grads + c, channels, products + r * channels + c);
-  if constexpr (V > 1)
-    tap_products_from<V / 2>(c, image, taps, tap_count, positions, count, grads, channels, products);
+  if constexpr (V > 1) tap_products_from<V / 2>(c, image, taps, tap_count, positions, count, grads, channels, products);
 }
 
 template <typename T>
@@ -356,6 +355,7 @@ inline void exchange_all(Vector<T>* vectors) {
   if constexpr (S > 1) exchange_all<S / 2, T>(vectors);
 }
 
+// Along the rows of `to`, of which there may be so many apart that writing across them would miss the TLB.
 template <typename T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
   constexpr int64_t L = kLanes<T>;
@@ -386,6 +386,6 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, cross_gram<T>, sum<T>, centred_sums<T>, tap_products<T>,
-          transpose<T>, convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>,   products<S, T>, gram<T>,       cross_gram<T>, sum<T>,
+          centred_sums<T>,    tap_products<T>, transpose<T>,   convert<S, T>, convert<T, S>};
 }

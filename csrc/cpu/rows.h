@@ -21,8 +21,10 @@ struct Tile {
 };
 
 // Arrays that a kernel writes over columns (sums, mean) need room for padded_columns(columns) elements.
-constexpr int64_t kTapBlock = 12;
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+// The taps of a convolution are handled in blocks of this many.
+constexpr int64_t kTapBlock = 12;
 
 // Over x - c and e, for a centre c: sum (x - c), sum (x - c)^2, sum e, sum (x - c) e.
 struct CentredSums {
@@ -49,6 +51,7 @@ struct RowKernels {
   // products[i * b.rows + j] += <a_i, b_j>, for tiles of the same columns.
   void (*cross_gram)(const Tile<T>& a, const Tile<T>& b, double* products);
 
+  // sum_c values[c].
   double (*sum)(const T* values, int64_t size);
 
   CentredSums (*centred_sums)(const T* x, const T* grads, int64_t size, T centre);
