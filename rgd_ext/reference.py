@@ -112,6 +112,11 @@ def conv_weight_grads(
 ) -> Tensor:
     """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
     batch_size, channels = output_grad.shape[:2]
+    sizes = zip(x.shape[2:], output_grad.shape[2:], kernel, stride, padding, dilation, strict=True)
+    # A transposed convolution may leave places without gradient.
+    unused = [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
+    if any(unused):
+        output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
     shape = (batch_size * channels, x.shape[1] // groups, *kernel)
     images, grads = (y.reshape(1, -1, *y.shape[2:]) for y in (x, output_grad))
     weight, none = x.new_empty(1).expand(shape), [0] * len(kernel)

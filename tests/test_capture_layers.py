@@ -116,8 +116,17 @@ LAYERS = {
     "Conv2d replicate": (lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="replicate"), (4, 6, 7)),
     "Conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 3, 4, 3)),
     "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (4, 5)),
+    "ConvTranspose1d padded, dilated": (lambda: nn.ConvTranspose1d(4, 6, 3, dilation=3, output_padding=2), (4, 5)),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, dilation=2), (4, 5, 4)),
     "ConvTranspose2d of few places": (lambda: nn.ConvTranspose2d(16, 8, 3), (16, 1, 2)),
+    "ConvTranspose2d depthwise, padded, dilated": (
+        lambda: nn.ConvTranspose2d(4, 4, 3, groups=4, dilation=2, output_padding=1),
+        (4, 5, 4),
+    ),
+    "ConvTranspose2d of few places, padded": (
+        lambda: nn.ConvTranspose2d(16, 8, 3, dilation=3, output_padding=2),
+        (16, 1, 2),
+    ),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 3, 2, bias=False), (2, 3, 2, 3)),
     "LayerNorm": (lambda: nn.LayerNorm(4), (4,)),
     "LayerNorm over sequences": (lambda: nn.LayerNorm((6, 4)), (3, 6, 4)),

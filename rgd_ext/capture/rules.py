@@ -149,13 +149,14 @@ def transposed_convolution(
 
 
 def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding: tuple[int, ...]) -> Tensor | Outer:
-    """Of the three ways the cheapest, as measured."""
     channels, kernel = module.weight.shape[0], module.weight.shape[2:]
     length, n = output_grad.shape[2:].numel(), module.weight.shape[1:].numel()
-    if module.groups == 1 and len(kernel) == 2 and Outer.gram_is_cheaper(x.shape[0], length, n, channels):
+    # Where few places meet many channels, as in the last stages of networks, the weights are not worth forming.
+    unfolds = module.groups == 1 and len(kernel) == 2 and not any(module.output_padding)
+    if unfolds and Outer.gram_is_cheaper(x.shape[0], length, n, channels):
         columns = F.unfold(x, kernel, module.dilation, padding, module.stride).mT
         return Outer(columns, output_grad.flatten(2).mT, module.weight.shape)
-    # The native kernel fills its vectors with the output channels of a group.
+    # Measured: the native kernel is the faster one but for one output channel per group, as that fills no vector.
     grads = reference.conv_weight_grads if channels == module.groups else torch.ops.rgd_ext.conv_weight_grads
     return grads(output_grad, x, kernel, module.stride, padding, module.dilation, module.groups)
 
