@@ -110,6 +110,7 @@ LAYERS = {
     "Conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (4, 6, 7)),
     "Conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (4, 6, 7)),
     "Conv2d of few places": (lambda: nn.Conv2d(8, 16, 3), (8, 3, 4)),
+    "Conv2d of few places, circular": (lambda: nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), (8, 2, 2)),
     "Conv2d of one place": (lambda: nn.Conv2d(4, 6, (3, 2), bias=False), (4, 3, 2)),
     "Conv2d circular": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 2), padding_mode="circular"), (4, 6, 7)),
     "Conv2d reflect": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 6, 7)),

@@ -143,11 +143,12 @@ CONVOLUTIONS = {
 
 
 def sample_convolution(name, dtype, device="cpu", layout="contiguous", fewer_places=0):
-    """The arguments of conv_weight_grads; output gradients for less of the output leave a part of the input unused."""
+    """The arguments of conv_weight_grads, without the last places along the first dimension."""
     batch_size, n, m, space, *geometry, groups = CONVOLUTIONS[name]
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     sizes = zip(space, *geometry, strict=True)
-    output = [max(1, (x + 2 * p - d * (k - 1) - 1) // s + 1 - fewer_places) for x, k, s, p, d in sizes]
+    output = [(x + 2 * p - d * (k - 1) - 1) // s + 1 for x, k, s, p, d in sizes]
+    output[0] -= fewer_places
     shapes = (batch_size, m, *output), (batch_size, n, *space)
     pair = laid_out([torch.randn(s, generator=generator).to(device, dtype) for s in shapes], layout)
     return *pair, *geometry, groups
