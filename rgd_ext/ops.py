@@ -398,3 +398,102 @@ def precondition(grads: Tensors, epsilon: float | Tensor) -> list[Tensor]:
             f"epsilon has shape {tuple(epsilon.shape)} on {epsilon.device}: pass a number or a scalar on {first.device}"
         )
     return torch.ops.rgd_ext.precondition(tensors, epsilon.reshape(()).to(dtype))
+
+
+_library.define(
+    "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " int groups) -> Tensor"
+)
+
+
+@torch.library.register_fake("rgd_ext::conv_weight_grads", lib=_library)
+def _(output_grad, x, kernel, stride, padding, dilation, groups):
+    return x.new_empty(*output_grad.shape[:2], x.shape[1] // groups, *kernel)
+
+
+torch.library.impl(_library, "conv_weight_grads", "CompositeExplicitAutograd")(reference.conv_weight_grads)
+
+
+def conv_weight_grads(
+    output_grad: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Per-sample gradients of a convolution's weight: for each sample, what backward would sum over all of them.
+
+    For one dimension and group: h_i[o, c, k] = sum_t output_grad[i, o, t] x[i, c, stride t + dilation k - padding].
+
+    Args:
+        output_grad: shape (B, m, *output), with one, two or three dimensions of space.
+        x: shape (B, n, *space), of the same dtype and device.
+        kernel, stride, padding, dilation: one number per dimension of space; padding is with zeros, on both sides.
+        groups: divides m and n.
+
+    Returns:
+        (B, m, n / groups, *kernel), contiguous. For a transposed convolution, `output_grad` and `x` change places.
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if the shapes are not those of a convolution.
+    """
+    checked_grads([output_grad, x])
+    space = x.ndim - 2
+    geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    if not 1 <= space <= 3 or output_grad.ndim != x.ndim:
+        raise ValueError(
+            f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass (B, m, *output) and"
+            " (B, n, *space) with one to three dimensions of space"
+        )
+    for name, numbers in geometry.items():
+        least = 0 if name == "padding" else 1
+        if len(numbers) != space or any(number < least for number in numbers):
+            raise ValueError(f"{name} is {tuple(numbers)}: pass one number for each of {space} dimensions of space")
+    if groups < 1 or output_grad.shape[1] % groups or x.shape[1] % groups:
+        raise ValueError(f"groups is {groups}: it must divide {output_grad.shape[1]} and {x.shape[1]} channels")
+    for size, places, k, s, p, d in zip(x.shape[2:], output_grad.shape[2:], *geometry.values(), strict=True):
+        if places < 1 or (places - 1) * s + (k - 1) * d >= size + 2 * p:
+            raise ValueError(
+                f"output_grad has {places} places along a dimension of {size} with kernel {k}, stride {s}, padding {p}"
+                f" and dilation {d}: pass at least 1 and at most {(size + 2 * p - (k - 1) * d - 1) // s + 1}"
+            )
+    return torch.ops.rgd_ext.conv_weight_grads(output_grad, x, kernel, stride, padding, dilation, groups)
+
+
+_library.define("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::group_norm_grads", lib=_library)
+def _(output_grad, x, groups, eps):
+    return x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+
+
+torch.library.impl(_library, "group_norm_grads", "CompositeExplicitAutograd")(reference.group_norm_grads)
+
+
+def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients of the weight and bias of a group normalisation, in one read of its input.
+
+    With x^ the normalised input: sum_t output_grad[i, c, t] x^[i, c, t] and sum_t output_grad[i, c, t].
+
+    Args:
+        output_grad, x: shape (B, n, *space), of one dtype and device.
+        groups: divides n; each has one mean and variance per sample.
+        eps: added to the variance.
+
+    Returns:
+        Two tensors of shape (B, n).
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if the shapes disagree or `groups` does not divide n.
+    """
+    checked_grads([output_grad, x])
+    if x.ndim < 2 or output_grad.shape != x.shape:
+        raise ValueError(
+            f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass two of shape (B, n, *space)"
+        )
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups is {groups}: it must divide {x.shape[1]} channels")
+    return torch.ops.rgd_ext.group_norm_grads(output_grad, x, groups, eps)

@@ -8,6 +8,7 @@ Sums over weights and samples are accumulated in `accumulate_dtype`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -107,3 +108,34 @@ def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
     """(I - eps D) g = sum_i w_i g_i with w_i = (1 - eps <g_i - g, g>) / B, eq. (10)."""
     _, alignments, _ = moments(grads)
     return combine(grads, (1 - epsilon * alignments) / alignments.shape[0])
+
+
+def conv_weight_grads(
+    output_grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
+    batch_size, channels = output_grad.shape[:2]
+    sizes = zip(x.shape[2:], output_grad.shape[2:], kernel, stride, padding, dilation, strict=True)
+    # A transposed convolution may leave places without gradient.
+    unused = [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
+    if any(unused):
+        output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
+    shape = (batch_size * channels, x.shape[1] // groups, *kernel)
+    images, grads = (y.reshape(1, -1, *y.shape[2:]) for y in (x, output_grad))
+    weight, none = x.new_empty(1).expand(shape), [0] * len(kernel)
+    options = stride, padding, dilation, False, none, batch_size * groups, (False, True, False)
+    gradient = torch.ops.aten.convolution_backward(grads, images, weight, None, *options)[1]
+    return gradient.contiguous().view(batch_size, channels, *shape[1:])
+
+
+def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """sum_t e_t x^_t and sum_t e_t per sample and channel, both (B, n), with x^ the normalised input."""
+    normalised = F.group_norm(x, groups, eps=eps)
+    weight, bias = (y.reshape(*y.shape[:2], -1).sum(2) for y in (normalised * output_grad, output_grad))
+    return weight, bias

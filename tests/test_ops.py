@@ -172,6 +172,164 @@ def test_sample_weights_are_those_of_eq_10_or_equal(dtype, device):
     assert ops.sample_weights(scalar(3.0), alignments, norms, scalar(0.25), ulp)[0] == 0.25
 
 
+# B, n, m, space, kernel, stride, padding, dilation, groups.
+CONVOLUTIONS = {
+    "1-d": (3, 5, 7, (11,), (3,), (2,), (1,), (1,), 1),
+    "1-d, many places": (2, 3, 70, (200,), (5,), (1,), (2,), (2,), 1),
+    "2-d": (3, 5, 17, (7, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2-d, 1 x 1": (4, 33, 20, (5, 3), (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "2-d, uneven": (2, 4, 6, (8, 7), (3, 2), (2, 3), (1, 2), (2, 1), 1),
+    "2-d, several panels": (2, 8, 130, (9, 9), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "2-d, groups": (3, 6, 9, (6, 7), (3, 3), (1, 2), (1, 0), (1, 1), 3),
+    "2-d, depthwise": (2, 4, 4, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1), 4),
+    "2-d, one sample": (1, 3, 48, (5, 5), (2, 2), (1, 1), (0, 0), (1, 1), 1),
+    "2-d, one place": (2, 3, 4, (3, 2), (3, 2), (1, 1), (0, 0), (1, 1), 1),
+    "3-d": (2, 3, 5, (4, 5, 3), (2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), 1),
+}
+
+
+def sample_convolution(name, dtype, device="cpu", layout="contiguous", fewer_places=0):
+    """The arguments of conv_weight_grads, without the last places along the first dimension."""
+    batch_size, n, m, space, *geometry, groups = CONVOLUTIONS[name]
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    sizes = zip(space, *geometry, strict=True)
+    output = [(x + 2 * p - d * (k - 1) - 1) // s + 1 for x, k, s, p, d in sizes]
+    output[0] -= fewer_places
+    shapes = (batch_size, m, *output), (batch_size, n, *space)
+    pair = laid_out([torch.randn(s, generator=generator).to(device, dtype) for s in shapes], layout)
+    return *pair, *geometry, groups
+
+
+def weight_grads_by_autograd(output_grad, x, kernel, stride, padding, dilation, groups):
+    """Sample by sample in float64, on the CPU."""
+    function = [torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d][len(kernel) - 1]
+    rows = []
+    for e, a in zip(output_grad.double().cpu(), x.double().cpu(), strict=True):
+        weight = torch.zeros(len(e), len(a) // groups, *kernel, dtype=torch.float64, requires_grad=True)
+        output = function(a[None], weight, None, stride, padding, dilation, groups)[0]
+        rows.append(torch.autograd.grad(output[tuple(slice(size) for size in e.shape)], weight, e)[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv_weight_grads_are_those_of_each_sample_alone(name, dtype, device):
+    arguments = sample_convolution(name, dtype, device)
+    result = ops.conv_weight_grads(*arguments)
+    assert result.dtype == dtype
+    assert result.is_contiguous()
+    assert_close(result.cpu(), weight_grads_by_autograd(*arguments), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["1-d", "2-d", "3-d"])
+def test_conv_weight_grads_of_any_layout(name, layout):
+    arguments = sample_convolution(name, torch.float32, layout=layout)
+    assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
+
+
+@pytest.mark.parametrize("name", ["1-d", "2-d, uneven", "2-d, groups", "3-d"])
+def test_conv_weight_grads_of_output_that_leaves_input_unused(name):
+    # As transposed convolutions with output padding have it.
+    arguments = sample_convolution(name, torch.float64, fewer_places=1)
+    assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
+
+
+def group_norm_grads_by_autograd(output_grad, x, groups, eps):
+    """From a weight and a bias per sample, in float64 on the CPU."""
+    x, output_grad = x.double().cpu(), output_grad.double().cpu()
+    shape = (*x.shape[:2], *[1] * (x.ndim - 2))
+    weight, bias = (torch.ones(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grouped = x.reshape(len(x), groups, -1)
+    normalised = (grouped - grouped.mean(2, True)) / (grouped.var(2, correction=0, keepdim=True) + eps).sqrt()
+    grads = torch.autograd.grad(normalised.view_as(x) * weight + bias, (weight, bias), output_grad)
+    return [grad.flatten(1) for grad in grads]
+
+
+NORM_SHAPES = {"space": (3, 6, 5, 7), "long": (2, 4, 1_003), "vectors": (3, 6), "one sample": (1, 8, 33)}
+
+
+def sample_norm(name, dtype, device="cpu", layout="contiguous", offset=0.3):
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    pair = [torch.randn(NORM_SHAPES[name], generator=generator).add_(shift) for shift in (0, offset)]
+    return *laid_out([x.to(device, dtype) for x in pair], layout), 2, 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NORM_SHAPES)
+def test_group_norm_grads_are_those_of_each_sample_alone(name, dtype, device):
+    arguments = sample_norm(name, dtype, device)
+    for result, wanted in zip(ops.group_norm_grads(*arguments), group_norm_grads_by_autograd(*arguments), strict=True):
+        assert result.dtype == dtype
+        assert_close(result.cpu(), wanted, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_norm_grads_of_any_layout(layout):
+    arguments = sample_norm("space", torch.float32, layout=layout)
+    for result, wanted in zip(ops.group_norm_grads(*arguments), group_norm_grads_by_autograd(*arguments), strict=True):
+        assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("name", NORM_SHAPES)
+def test_group_norm_grads_of_a_large_mean_keep_their_digits(name):
+    arguments = sample_norm(name, torch.float32, offset=300.0)
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's normalised input has fewer digits")
+    assert_close(ops.group_norm_grads(*arguments)[0], group_norm_grads_by_autograd(*arguments)[0])
+
+
+def test_group_norm_grads_of_a_constant_group_are_finite():
+    weight, bias = ops.group_norm_grads(torch.ones(2, 4, 3), torch.full((2, 4, 3), 7.7), 2, 1e-5)
+    assert torch.allclose(weight, torch.zeros(2, 4), atol=1e-3)
+    assert torch.equal(bias, torch.full((2, 4), 3.0))
+
+
+# Operators on layers, by what they are called with.
+LAYER_CALLS = {f"conv_weight_grads, {name}": ("conv_weight_grads", sample_convolution, name) for name in CONVOLUTIONS}
+LAYER_CALLS |= {f"group_norm_grads, {name}": ("group_norm_grads", sample_norm, name) for name in NORM_SHAPES}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", LAYER_CALLS)
+def test_gradients_of_layers_are_the_same_bits_for_any_threads_and_layout(call, dtype):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's own sums depend on the number of threads")
+    operator, sample, name = LAYER_CALLS[call]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, layout in ((1, "contiguous"), (2, "permuted"), (3, "row slices"), (5, "contiguous")):
+            torch.set_num_threads(threads)
+            results.append(leaves(getattr(ops, operator)(*sample(name, dtype, layout=layout))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@pytest.mark.parametrize("call", LAYER_CALLS)
+def test_gradients_of_layers_pass_opcheck(call, layout, device):
+    operator, sample, name = LAYER_CALLS[call]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = sample(name, dtype, device, layout)
+        torch.library.opcheck(getattr(torch.ops.rgd_ext, operator).default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("call", ["conv_weight_grads, 2-d, groups", "group_norm_grads, space"])
+def test_gradients_of_layers_compile_without_graph_breaks(call, device):
+    operator, sample, name = LAYER_CALLS[call]
+    function, arguments = getattr(ops, operator), sample(name, torch.float32, device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for result, wanted in zip(leaves(compiled(*arguments)), leaves(function(*arguments)), strict=True):
+        assert torch.equal(result, wanted)
+
+
 def spectra(size):
     """Eigenvalues that are hard to find, by name."""
     generator = torch.Generator().manual_seed(size)
@@ -385,6 +543,7 @@ def test_values_that_are_not_finite_flow_through(name, value, device):
 
 
 G, S = torch.ones(3, 4), torch.ones(())
+E, X = torch.ones(2, 6, 5), torch.ones(2, 4, 7)
 BAD = {
     "no tensors": (lambda: ops.moments([]), ValueError, "empty"),
     "empty batch": (lambda: ops.gram(torch.ones(0, 4)), ValueError, r"empty batch.*\(0, 4\)"),
@@ -417,6 +576,15 @@ BAD = {
     "statistics in half": (lambda: ops.sample_weights(*[t.half() for t in (S, G[0], G[0], S)], 1e-7), TypeError, "16"),
     "empty matrix": (lambda: ops.largest_eigenvalue(G[:0, :0]), ValueError, r"\(0, 0\)"),
     "dtype of a matrix": (lambda: ops.largest_eigenvalue(torch.eye(2).half()), TypeError, "torch.float16"),
+    "matrices": (lambda: ops.conv_weight_grads(G, G, [], [], [], [], 1), ValueError, r"\(3, 4\).*one to three"),
+    "samples": (lambda: ops.conv_weight_grads(E[:1], X, [3], [1], [0], [1], 1), ValueError, "1 samples.* has 2"),
+    "kernel": (lambda: ops.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1), ValueError, r"kernel is \(3, 3\)"),
+    "stride": (lambda: ops.conv_weight_grads(E, X, [3], [0], [0], [1], 1), ValueError, r"stride is \(0,\)"),
+    "padding": (lambda: ops.conv_weight_grads(E, X, [3], [1], [-1], [1], 1), ValueError, r"padding is \(-1,\)"),
+    "groups": (lambda: ops.conv_weight_grads(E, X, [3], [1], [0], [1], 4), ValueError, "groups is 4.*6 and 4"),
+    "places": (lambda: ops.conv_weight_grads(E, X, [4], [1], [0], [1], 1), ValueError, "5 places.*at most 4"),
+    "groups of a norm": (lambda: ops.group_norm_grads(X, X, 3, 1e-5), ValueError, "groups is 3.*4 channels"),
+    "shape of a norm": (lambda: ops.group_norm_grads(E, X, 1, 1e-5), ValueError, r"\(2, 6, 5\).*\(2, 4, 7\)"),
     "epsilon": (lambda: ops.precondition(G, float("nan")), ValueError, "epsilon is nan"),
     "epsilon of two": (lambda: ops.precondition(G, torch.ones(2)), ValueError, r"shape \(2,\)"),
 }
@@ -450,6 +618,12 @@ RAW_BAD = {
     "epsilon for each sample": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], G[0], 1e-7),
     "epsilon of other dtype": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], S.double(), 1e-7),
     "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
+    "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1),
+    "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1),
+    "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4),
+    "places": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [4], [1], [0], [1], 1),
+    "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
+    "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
 }
 
 

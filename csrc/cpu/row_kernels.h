@@ -256,6 +256,126 @@ void cross_gram(const Tile<T>& a, const Tile<T>& b, double* products) {
   cross_gram_from<kGramRows>(a, 0, b, products);
 }
 
+template <typename T>
+double sum(const T* values, int64_t size) {
+  constexpr int64_t L = kLanes<T>;
+  // Two sums hide the latency of an addition.
+  Vector<T> sums[2] = {};
+  int64_t c = 0;
+  for (; c + 2 * L <= size; c += 2 * L)
+    for (int s = 0; s < 2; ++s) sums[s] += load(values + c + s * L);
+  double total = sum_lanes<T>(sums[0] + sums[1]);
+  for (; c < size; ++c) total += values[c];
+  return total;
+}
+
+template <typename T>
+CentredSums centred_sums(const T* x, const T* grads, int64_t size, T centre) {
+  constexpr int64_t L = kLanes<T>;
+  Vector<T> values{}, squares{}, all{}, products{};
+  int64_t c = 0;
+  for (; c + L <= size; c += L) {
+    const Vector<T> centred = load(x + c) - centre, grad = load(grads + c);
+    values += centred;
+    squares = fma(centred, centred, squares);
+    all += grad;
+    products = fma(centred, grad, products);
+  }
+  CentredSums sums{sum_lanes<T>(values), sum_lanes<T>(squares), sum_lanes<T>(all), sum_lanes<T>(products)};
+  for (; c < size; ++c) {
+    const double centred = x[c] - centre, grad = grads[c];
+    sums.values += centred;
+    sums.squares += centred * centred;
+    sums.grads += grad;
+    sums.products += centred * grad;
+  }
+  return sums;
+}
+
+// R taps by V vectors of channels in registers. The zero that is subtracted makes a vector of a number, at no cost.
+template <int R, int V, typename T>
+void tap_block(const T* image, const int64_t* taps, const int64_t* positions, int64_t count, const T* grads,
+               int64_t channels, T* products) {
+  constexpr int64_t L = kLanes<T>;
+  const T* shifted[R];
+  Vector<T> sums[R][V];
+  for (int r = 0; r < R; ++r) {
+    shifted[r] = image + taps[r];
+    for (int v = 0; v < V; ++v) sums[r][v] = load(products + r * channels + v * L);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t position = positions[t];
+    Vector<T> grad[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) grad[v] = load(grads + t * channels + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> pixel = shifted[r][position] - Vector<T>{};
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(pixel, grad[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(sums[r][v], products + r * channels + v * L);
+}
+
+// The channels from c on, V vectors of them at a time.
+template <int V, typename T>
+void tap_products_from(int64_t c, const T* image, const int64_t* taps, int64_t tap_count, const int64_t* positions,
+                       int64_t count, const T* grads, int64_t channels, T* products) {
+  constexpr int R = 6 * kTapVectors / V < kTapBlock ? 6 * kTapVectors / V : kTapBlock;
+  static_assert(kTapBlock % R == 0);
+  for (; c + V * kLanes<T> <= channels; c += V * kLanes<T>)
+    for (int64_t r = 0; r < tap_count; r += R)
+      tap_block<R, V>(image, taps + r, positions, count, grads + c, channels, products + r * channels + c);
+  if constexpr (V > 1) tap_products_from<V / 2>(c, image, taps, tap_count, positions, count, grads, channels, products);
+}
+
+template <typename T>
+void tap_products(const T* image, const int64_t* taps, int64_t tap_count, const int64_t* positions, int64_t count,
+                  const T* grads, int64_t channels, T* products) {
+  tap_products_from<kTapVectors>(0, image, taps, tap_count, positions, count, grads, channels, products);
+}
+
+// Exchanges bit S of the number of a vector with that of a lane, for two vectors whose numbers differ in it.
+template <int64_t S, typename T, int64_t... lane>
+inline void exchange(Vector<T>& even, Vector<T>& odd, std::integer_sequence<int64_t, lane...>) {
+  constexpr int64_t L = kLanes<T>;
+  const Vector<T> low = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane - S : lane)...);
+  odd = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane : lane + S)...);
+  even = low;
+}
+
+template <int64_t S, typename T>
+inline void exchange_all(Vector<T>* vectors) {
+  constexpr int64_t L = kLanes<T>;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < L; ++i)
+    if (!(i & S)) exchange<S, T>(vectors[i], vectors[i + S], std::make_integer_sequence<int64_t, L>{});
+  if constexpr (S > 1) exchange_all<S / 2, T>(vectors);
+}
+
+// Along the rows of `to`, of which there may be so many apart that writing across them would miss the TLB.
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t j = 0; j < columns; j += L) {
+    for (int64_t i = 0; i < rows; i += L) {
+      if (i + L <= rows && j + L <= columns) {
+        Vector<T> vectors[L];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < L; ++r) vectors[r] = load(from + (i + r) * from_stride + j);
+        exchange_all<L / 2, T>(vectors);
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < L; ++c) store(vectors[c], to + (j + c) * to_stride + i);
+      } else {
+        for (int64_t c = j; c < j + L && c < columns; ++c)
+          for (int64_t r = i; r < i + L && r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+      }
+    }
+  }
+}
+
 template <typename From, typename To>
 void convert(const From* from, int64_t size, To* to) {
   constexpr int64_t L = kLanes<accumulate_t<From>>;
@@ -266,5 +386,6 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>, products<S, T>, gram<T>, cross_gram<T>, convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>,   products<S, T>, gram<T>,       cross_gram<T>, sum<T>,
+          centred_sums<T>,    tap_products<T>, transpose<T>,   convert<S, T>, convert<T, S>};
 }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,10 +26,20 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(bytes)));
 };
 
+// The lanes of two vectors by number, those of b after those of a.
+#if defined(__clang__)
+#define RGD_EXT_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+template <typename T>
+using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+#define RGD_EXT_SHUFFLE(T, a, b, ...) \
+  __builtin_shuffle(a, b, typename VectorOf<Index<T>, kVectorBytes>::type{__VA_ARGS__})
+#endif
+
 namespace plain {
 
 constexpr int kVectorBytes = 16;
-constexpr int kDotRows = 4, kGramRows = 2, kGramColumns = 4;
+constexpr int kDotRows = 4, kGramRows = 2, kGramColumns = 4, kTapVectors = 2;
 using Float = VectorOf<float, kVectorBytes>::type;
 
 template <typename V>
@@ -64,7 +75,7 @@ namespace avx2 {
 
 constexpr int kVectorBytes = 32;
 // Sixteen registers: 4 rows x (weight + 2 sums) + sum + centre + difference; 3 x 3 products + 3 + 1.
-constexpr int kDotRows = 4, kGramRows = 3, kGramColumns = 3;
+constexpr int kDotRows = 4, kGramRows = 3, kGramColumns = 3, kTapVectors = 2;
 
 inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 inline __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
@@ -105,7 +116,7 @@ namespace avx512 {
 
 constexpr int kVectorBytes = 64;
 // Thirty-two registers: 8 rows x (weight + 2 sums) + sum + centre + difference; 6 x 4 products + 4 + 1.
-constexpr int kDotRows = 8, kGramRows = 6, kGramColumns = 4;
+constexpr int kDotRows = 8, kGramRows = 6, kGramColumns = 4, kTapVectors = 4;
 
 inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 inline __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }

@@ -23,6 +23,14 @@ struct Tile {
 // Arrays that a kernel writes over columns (sums, mean) need room for padded_columns(columns) elements.
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
 
+// The taps of a convolution are handled in blocks of this many.
+constexpr int64_t kTapBlock = 12;
+
+// Over x - c and e, for a centre c: sum (x - c), sum (x - c)^2, sum e, sum (x - c) e.
+struct CentredSums {
+  double values, squares, grads, products;
+};
+
 template <typename S, typename T = accumulate_t<S>>
 struct RowKernels {
   // sums[c] = sum_i weights[i] g_i[c], added in the order of the rows: the same bits for any tile that holds c.
@@ -42,6 +50,19 @@ struct RowKernels {
 
   // products[i * b.rows + j] += <a_i, b_j>, for tiles of the same columns.
   void (*cross_gram)(const Tile<T>& a, const Tile<T>& b, double* products);
+
+  // sum_c values[c].
+  double (*sum)(const T* values, int64_t size);
+
+  CentredSums (*centred_sums)(const T* x, const T* grads, int64_t size, T centre);
+
+  // products[r * channels + c] += sum_t image[taps[r] + positions[t]] grads[t * channels + c], for `tap_count` taps, a
+  // multiple of kTapBlock, and `channels`, a multiple of 16.
+  void (*tap_products)(const T* image, const int64_t* taps, int64_t tap_count, const int64_t* positions, int64_t count,
+                       const T* grads, int64_t channels, T* products);
+
+  // to[c * to_stride + r] = from[r * from_stride + c].
+  void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
 
   // Conversions between the two types, rounding to nearest even.
   void (*widen)(const S* from, int64_t size, T* to);

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
 from .factors import Bias, Factor, Outer, Rows
 
 Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
@@ -121,19 +122,17 @@ def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Ten
     return {"weight": Rows(indices, output_grad, module.weight.shape)}
 
 
-_WEIGHT_GRADIENTS = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight, 3: torch.nn.grad.conv3d_weight}
-
-
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
-    """The weight gradient of a convolution whose groups are the samples: one call for the whole batch."""
+    """dW_i is the weight gradient of sample i's own convolution."""
     x, padding = inputs[0], module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), 0
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0,) * (x.ndim - 2)
     contributions = {}
     if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
         contributions["weight"] = _per_sample_weight(module, x, output_grad, padding)
-    contributions["bias"] = output_grad.flatten(2).sum(2)
+    if module.bias is not None:
+        contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
 
 
@@ -144,23 +143,22 @@ def transposed_convolution(
     contributions = {}
     if module.weight.requires_grad:
         contributions["weight"] = _per_sample_weight(module, output_grad, inputs[0], module.padding)
-    contributions["bias"] = output_grad.flatten(2).sum(2)
+    if module.bias is not None:
+        contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
 
 
-def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding) -> Tensor:
-    batch_size, shape = x.shape[0], module.weight.shape
-    weight_gradient = _WEIGHT_GRADIENTS[len(shape) - 2]
-    gradient = weight_gradient(
-        x.reshape(1, -1, *x.shape[2:]),
-        (batch_size * shape[0], *shape[1:]),
-        output_grad.reshape(1, -1, *output_grad.shape[2:]),
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        groups=batch_size * module.groups,
-    )
-    return gradient.view(batch_size, *shape)
+def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding: tuple[int, ...]) -> Tensor | Outer:
+    channels, kernel = module.weight.shape[0], module.weight.shape[2:]
+    length, n = output_grad.shape[2:].numel(), module.weight.shape[1:].numel()
+    # Where few places meet many channels, as in the last stages of networks, the weights are not worth forming.
+    unfolds = module.groups == 1 and len(kernel) == 2 and not any(module.output_padding)
+    if unfolds and Outer.gram_is_cheaper(x.shape[0], length, n, channels):
+        columns = F.unfold(x, kernel, module.dilation, padding, module.stride).mT
+        return Outer(columns, output_grad.flatten(2).mT, module.weight.shape)
+    # Measured: the native kernel is the faster one but for one output channel per group, as that fills no vector.
+    grads = reference.conv_weight_grads if channels == module.groups else torch.ops.rgd_ext.conv_weight_grads
+    return grads(output_grad, x, kernel, module.stride, padding, module.dilation, module.groups)
 
 
 def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
@@ -184,16 +182,19 @@ def _affine(normalised: Tensor, output_grad: Tensor, trailing: int) -> dict[str,
 
 def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b per channel."""
-    return _per_channel(F.group_norm(inputs[0], module.num_groups, eps=module.eps), output_grad)
+    return _group_norm(inputs[0], output_grad, module.num_groups, module.eps)
+
+
+def _group_norm(x: Tensor, output_grad: Tensor, groups: int, eps: float) -> dict[str, Tensor | Factor]:
+    return dict(zip(("weight", "bias"), torch.ops.rgd_ext.group_norm_grads(output_grad, x, groups, eps), strict=True))
 
 
 def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b per channel, x^ by the sample's own or by the running statistics."""
     if module.training or not module.track_running_stats:
-        normalised = F.instance_norm(inputs[0], eps=module.eps)
-    else:
-        statistics = module.running_mean, module.running_var
-        normalised = F.instance_norm(inputs[0], *statistics, use_input_stats=False, eps=module.eps)
+        return _group_norm(inputs[0], output_grad, module.num_features, module.eps)
+    statistics = module.running_mean, module.running_var
+    normalised = F.instance_norm(inputs[0], *statistics, use_input_stats=False, eps=module.eps)
     return _per_channel(normalised, output_grad)
 
 

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cstdlib>
 #include <vector>
 
@@ -22,6 +23,10 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def(
       "sample_weights(Tensor squared_grad_norm, Tensor alignments, Tensor squared_norms, Tensor epsilon, float ulp) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+      " int groups) -> Tensor");
+  m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
 }
 
 namespace {
@@ -63,6 +68,19 @@ std::tuple<Tensor, Tensor> sample_weights(const Tensor& squared_grad_norm, const
                                           const Tensor& squared_norms, const Tensor& epsilon) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
   return find<Signature>("rgd_ext::sample_weights").call(squared_grad_norm, alignments, squared_norms, epsilon, 1e-7);
+}
+Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::vector<int64_t>& geometry,
+                         int64_t groups) {
+  const std::vector<int64_t> of_two[] = {
+      {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
+  using Signature =
+      Tensor(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
+  return find<Signature>("rgd_ext::conv_weight_grads")
+      .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups);
+}
+std::tuple<Tensor, Tensor> group_norm_grads(const Tensor& output_grad, const Tensor& x, int64_t groups, double eps) {
+  return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>("rgd_ext::group_norm_grads")
+      .call(output_grad, x, groups, eps);
 }
 
 // All columns of all tensors, (leading, d) in double.
@@ -195,6 +213,50 @@ void test_ghost_gram(at::ScalarType dtype) {
   }
 }
 
+// By unfolding the images in double.
+void test_conv_weight_grads(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-13 : dtype == at::kFloat ? 5e-6 : 1e-2;
+  for (const int64_t channels : {1, 8, 16, 33, 48, 64, 130}) {
+    for (const std::vector<int64_t>& geometry :
+         std::vector<std::vector<int64_t>>{{1, 1, 0, 1}, {3, 1, 1, 1}, {3, 2, 1, 2}, {2, 3, 0, 1}}) {
+      for (const int64_t groups : {1, 2}) {
+        const auto [kernel, stride, padding, dilation] =
+            std::array<int64_t, 4>{geometry[0], geometry[1], geometry[2], geometry[3]};
+        const std::string name = std::string(c10::toString(dtype)) + " convolution to " + std::to_string(channels);
+        const int64_t places = (11 + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+        const Tensor x = at::randn({3, groups * 5, 11, 11}).to(dtype);
+        const Tensor grad = at::randn({3, groups * channels, places, places}).to(dtype);
+        const Tensor columns =
+            at::im2col(x.to(at::kDouble), {kernel, kernel}, {dilation, dilation}, {padding, padding}, {stride, stride});
+        const Tensor want = grad.to(at::kDouble)
+                                .reshape({3, groups, channels, -1})
+                                .matmul(columns.reshape({3, groups, 5 * kernel * kernel, -1}).transpose(2, 3))
+                                .reshape({3, groups * channels, 5, kernel, kernel});
+        at::set_num_threads(1);
+        const Tensor got = conv_weight_grads(grad, x, geometry, groups);
+        expect(got.sizes() == want.sizes() && close(got, want, want, tolerance), name);
+        at::set_num_threads(3);
+        expect(got.equal(conv_weight_grads(grad, x, geometry, groups)), name + " on three threads");
+      }
+    }
+  }
+}
+
+void test_group_norm_grads(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 5e-6 : 1e-2;
+  for (const int64_t places : {1, 5, 16, 1003}) {
+    const std::string name = std::string(c10::toString(dtype)) + " normalisation of " + std::to_string(places);
+    const Tensor x = at::randn({3, 6, places}).add_(2).to(dtype), grad = at::randn({3, 6, places}).to(dtype);
+    const Tensor exact = x.to(at::kDouble).reshape({3, 2, -1});
+    const Tensor centred = exact - exact.mean(2, true), variance = centred.square().mean(2, true);
+    const Tensor normalised = (centred / (variance + 1e-5).sqrt()).reshape({3, 6, places});
+    const auto [weight, bias] = group_norm_grads(grad, x, 2, 1e-5);
+    const Tensor products = normalised * grad.to(at::kDouble);
+    expect(close(weight, products.sum(2), products.abs().sum(2), tolerance), name + " weight");
+    expect(close(bias, grad.to(at::kDouble).sum(2), grad.to(at::kDouble).abs().sum(2), tolerance), name + " bias");
+  }
+}
+
 void test_largest_eigenvalue() {
   for (int64_t size : {1, 2, 24, 130, 600}) {
     const std::string name = "largest eigenvalue of " + std::to_string(size);
@@ -268,6 +330,13 @@ void test_errors() {
   expect_error([&] { ghost_gram({at::ones({2, 2})}, {g}, {true}); }, "B = 3");
   expect_error([&] { ghost_gram({at::ones({3, 2, 1})}, {g}, {true}); }, "(B, n)");
   expect_error([&] { ghost_gram({g.to(at::kDouble)}, {g}, {true}); }, "inputs[0]");
+  const Tensor x = at::ones({3, 4, 5, 5}), e = at::ones({3, 6, 3, 3});
+  expect_error([&] { conv_weight_grads(e, x, {4, 1, 0, 1}, 1); }, "too many or too few");
+  expect_error([&] { conv_weight_grads(e, x, {3, 0, 0, 1}, 1); }, "stride 0");
+  expect_error([&] { conv_weight_grads(e, x, {3, 1, 0, 1}, 4); }, "groups is 4");
+  expect_error([&] { conv_weight_grads(e[0], x[0], {3, 1, 0, 1}, 1); }, "batch sizes disagree");
+  expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
+  expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
   expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
   expect_error([&] { gram_moments(g); }, "symmetric");
@@ -296,6 +365,8 @@ int main() {
   for (at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     test_layouts(dtype);
     test_ghost_gram(dtype);
+    test_conv_weight_grads(dtype);
+    test_group_norm_grads(dtype);
   }
   test_largest_eigenvalue();
   test_statistics_of_a_gramian();

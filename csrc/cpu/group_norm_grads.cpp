@@ -1,0 +1,68 @@
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../grads.h"
+#include "rows.h"
+
+namespace rgd_ext::cpu {
+namespace {
+
+// A group is read from memory for its mean, and again from cache.
+template <typename T>
+void group_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& input, int64_t groups, double eps,
+                             at::Tensor& weight, at::Tensor& bias) {
+  const RowKernels<T>& rows = row_kernels<T>();
+  const int64_t all = input.size(0) * groups, channels = input.size(1) / groups;
+  const int64_t positions = input.numel() / std::max<int64_t>(1, all * channels);
+  const double size = std::max<int64_t>(1, channels * positions);
+  const T *inputs = input.const_data_ptr<T>(), *grads = output_grad.const_data_ptr<T>();
+  T *weights = weight.mutable_data_ptr<T>(), *biases = bias.mutable_data_ptr<T>();
+  at::parallel_for(0, all, 1, [&](int64_t begin, int64_t end) {
+    std::vector<CentredSums> sums(channels);
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * channels;
+      const T mean = static_cast<T>(rows.sum(inputs + first * positions, channels * positions) / size);
+      double rest = 0, squares = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t offset = (first + c) * positions;
+        sums[c] = rows.centred_sums(inputs + offset, grads + offset, positions, mean);
+        rest += sums[c].values;
+        squares += sums[c].squares;
+      }
+      rest /= size;  // of the mean, which was rounded
+      const double deviation = std::sqrt(squares / size - rest * rest + eps);
+      for (int64_t c = 0; c < channels; ++c) {
+        weights[first + c] = static_cast<T>((sums[c].products - rest * sums[c].grads) / deviation);
+        biases[first + c] = static_cast<T>(sums[c].grads);
+      }
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> group_norm_grads(const at::Tensor& output_grad, const at::Tensor& input,
+                                                    int64_t groups, double eps) {
+  check_grads({output_grad, input});
+  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
+                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, n, ...)");
+  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "groups is ", groups, ": it must divide ", input.size(1),
+                    " channels");
+  const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
+  const at::Tensor grads = output_grad.to(dtype).contiguous(), inputs = input.to(dtype).contiguous();
+  at::Tensor weight = at::empty({input.size(0), input.size(1)}, inputs.options());
+  at::Tensor bias = at::empty({input.size(0), input.size(1)}, inputs.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "group_norm_grads",
+                             [&] { group_norm_grads_kernel<scalar_t>(grads, inputs, groups, eps, weight, bias); });
+  return {weight.to(input.scalar_type()), bias.to(input.scalar_type())};
+}
+
+}  // namespace
+}  // namespace rgd_ext::cpu
+
+TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) { m.impl("group_norm_grads", rgd_ext::cpu::group_norm_grads); }
