@@ -94,10 +94,10 @@ RGD_EXT_SHARED RitzPair largest_ritz_pair(const double* diagonal, const double* 
   }
 }
 
-// Of a matrix (size, size) with multiply(x, y): y = A x. NaN if A is not finite. `workspace` holds
-// workspace_size(size).
-template <typename Multiply>
-double largest_eigenvalue(int64_t size, Multiply multiply, double* workspace) {
+// Of a matrix (size, size) with multiply(x, y): y = A x; remove(basis, n, x) takes from x its parts along the n
+// orthonormal rows of `basis`. NaN if A is not finite. `workspace` holds workspace_size(size).
+template <typename Multiply, typename Remove>
+double largest_eigenvalue(int64_t size, Multiply multiply, Remove remove, double* workspace) {
   double *diagonal = workspace, *beside = diagonal + size, *product = beside + size, *basis = product + size;
   for (int64_t i = 0; i < size; ++i) product[i] = start_entry(i);
   double norm = std::sqrt(dot(size, product, product)), value = 0, top = 0;
@@ -107,12 +107,7 @@ double largest_eigenvalue(int64_t size, Multiply multiply, double* workspace) {
     multiply(last, product);
     diagonal[n - 1] = dot(size, last, product);
     if (!std::isfinite(diagonal[n - 1])) return std::numeric_limits<double>::quiet_NaN();
-    for (int repeat = 0; repeat < 2; ++repeat) {  // twice is enough
-      for (const double* q = last; q >= basis; q -= size) {
-        const double part = dot(size, q, product);
-        for (int64_t i = 0; i < size; ++i) product[i] -= part * q[i];
-      }
-    }
+    for (int repeat = 0; repeat < 2; ++repeat) remove(basis, n, product);  // twice is enough
     norm = std::sqrt(dot(size, product, product));
     beside[n - 1] = norm;
     top = std::fmax(top, diagonal[n - 1]);

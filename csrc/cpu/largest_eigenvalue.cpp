@@ -31,8 +31,15 @@ at::Tensor largest_eigenvalue(const at::Tensor& matrix) {
       for (int64_t i = begin; i < end; ++i) y[i] /= scale;
     });
   };
-  const Scratch<double> workspace(lanczos::workspace_size(size));
-  const double value = scale * lanczos::largest_eigenvalue(size, multiply, workspace.data());
+  const Scratch<double> workspace(lanczos::workspace_size(size)), parts(size), sum(padded_columns(size));
+  const auto remove = [&](const double* basis, int64_t n, double* x) {
+    const Tile<double> tile{basis, size, n, size};
+    std::fill_n(parts.data(), n, 0.0);
+    rows.products(tile, x, parts.data());
+    rows.weighted_sum(tile, parts.data(), sum.data());
+    for (int64_t i = 0; i < size; ++i) x[i] -= sum.data()[i];
+  };
+  const double value = scale * lanczos::largest_eigenvalue(size, multiply, remove, workspace.data());
   return at::full({}, value < 0 ? 0 : value, matrix.options());
 }
 
