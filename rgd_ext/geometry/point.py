@@ -31,7 +31,7 @@ _LIMIT = 4 << 30  # bytes of one dense object
 def _load_forward_mode() -> None:
     # Its first use makes torch script something, and warn about that.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit", Warning)  # of whatever category the release of torch chose
         jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
