@@ -20,7 +20,7 @@ namespace rgd_ext::lanczos {
 constexpr double kTolerance = 1e-13;
 
 // Whether step n looks at the Ritz value, which costs as much as the step: not always, but where the next step would
-// divide by 0. `top` is the largest diagonal entry so far.
+// divide by 0. `top` is the largest |diagonal entry| so far.
 RGD_EXT_SHARED bool is_checked(int64_t n, int64_t size, double norm, double top) {
   constexpr int64_t kStepsPerCheck = 4;
   return n % kStepsPerCheck == 0 || n == size || norm <= kTolerance * top;
@@ -110,7 +110,7 @@ double largest_eigenvalue(int64_t size, Multiply multiply, Remove remove, double
     for (int repeat = 0; repeat < 2; ++repeat) remove(basis, n, product);  // twice is enough
     norm = std::sqrt(dot(size, product, product));
     beside[n - 1] = norm;
-    top = std::fmax(top, diagonal[n - 1]);
+    top = std::fmax(top, std::fabs(diagonal[n - 1]));
     if (!is_checked(n, size, norm, top)) continue;
     const RitzPair pair = largest_ritz_pair(diagonal, beside, n, value);
     value = pair.value;

@@ -98,7 +98,7 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
       });
     }
     norm = sqrt(team.dot(size, product, product));
-    top = fmax(top, alpha);
+    top = fmax(top, fabs(alpha));
     const bool done = team.first([&] {  // the others wait; `value` is thread 0's alone
       diagonal[n - 1] = alpha;
       beside[n - 1] = norm;
