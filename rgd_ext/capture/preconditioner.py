@@ -213,7 +213,7 @@ class Preconditioner:
         for name in wanted:
             if name in factors:
                 parameter = record.parameters[name]
-                self._factors.setdefault(parameter, []).append(_checked(factors[name], name, record))
+                self._factors.setdefault(parameter, []).append(_checked(factors[name], name, record).settled())
 
     def refuse_second_derivative(self, nodes: Sequence) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
