@@ -402,13 +402,13 @@ def precondition(grads: Tensors, epsilon: float | Tensor) -> list[Tensor]:
 
 _library.define(
     "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-    " int groups) -> Tensor"
+    " int groups, Tensor(a!) out) -> ()"
 )
 
 
 @torch.library.register_fake("rgd_ext::conv_weight_grads", lib=_library)
-def _(output_grad, x, kernel, stride, padding, dilation, groups):
-    return x.new_empty(*output_grad.shape[:2], x.shape[1] // groups, *kernel)
+def _(output_grad, x, kernel, stride, padding, dilation, groups, out):
+    return None
 
 
 torch.library.impl(_library, "conv_weight_grads", "CompositeExplicitAutograd")(reference.conv_weight_grads)
@@ -459,7 +459,9 @@ def conv_weight_grads(
                 f"output_grad has {places} places along a dimension of {size} with kernel {k}, stride {s}, padding {p}"
                 f" and dilation {d}: pass at least 1 and at most {(size + 2 * p - (k - 1) * d - 1) // s + 1}"
             )
-    return torch.ops.rgd_ext.conv_weight_grads(output_grad, x, kernel, stride, padding, dilation, groups)
+    out = x.new_empty(*output_grad.shape[:2], x.shape[1] // groups, *kernel)
+    torch.ops.rgd_ext.conv_weight_grads(output_grad, x, kernel, stride, padding, dilation, groups, out)
+    return out
 
 
 _library.define("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)")

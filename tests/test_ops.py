@@ -317,6 +317,8 @@ def test_gradients_of_layers_pass_opcheck(call, layout, device):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for dtype in (torch.float32, torch.bfloat16):
         arguments = sample(name, dtype, device, layout)
+        if operator == "conv_weight_grads":
+            arguments += (torch.empty_like(ops.conv_weight_grads(*arguments)),)
         torch.library.opcheck(getattr(torch.ops.rgd_ext, operator).default, arguments, test_utils=tests)
 
 
@@ -543,7 +545,7 @@ def test_values_that_are_not_finite_flow_through(name, value, device):
 
 
 G, S = torch.ones(3, 4), torch.ones(())
-E, X = torch.ones(2, 6, 5), torch.ones(2, 4, 7)
+E, X, W = torch.ones(2, 6, 5), torch.ones(2, 4, 7), torch.ones(2, 6, 4, 3)
 BAD = {
     "no tensors": (lambda: ops.moments([]), ValueError, "empty"),
     "empty batch": (lambda: ops.gram(torch.ones(0, 4)), ValueError, r"empty batch.*\(0, 4\)"),
@@ -618,10 +620,14 @@ RAW_BAD = {
     "epsilon for each sample": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], G[0], 1e-7),
     "epsilon of other dtype": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], S.double(), 1e-7),
     "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
-    "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1),
-    "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1),
-    "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4),
-    "places": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [4], [1], [0], [1], 1),
+    "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1, G),
+    "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1, W),
+    "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4, W),
+    "places": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [4], [1], [0], [1], 1, W),
+    "shape of a result": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 1, W[:, :5]),
+    "strides of a result": lambda: torch.ops.rgd_ext.conv_weight_grads(
+        E, X, [3], [1], [0], [1], 1, W.mT.contiguous().mT
+    ),
     "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
 }

@@ -25,7 +25,7 @@ TORCH_LIBRARY(rgd_ext, m) {
       "(Tensor, Tensor)");
   m.def(
       "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-      " int groups) -> Tensor");
+      " int groups, Tensor(a!) out) -> ()");
   m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
 }
 
@@ -73,10 +73,13 @@ Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::
                          int64_t groups) {
   const std::vector<int64_t> of_two[] = {
       {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
-  using Signature =
-      Tensor(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
-  return find<Signature>("rgd_ext::conv_weight_grads")
-      .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups);
+  using Signature = void(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                         at::IntArrayRef, int64_t, Tensor&);
+  Tensor out =
+      at::empty({output_grad.size(0), output_grad.size(1), x.size(1) / groups, geometry[0], geometry[0]}, x.options());
+  find<Signature>("rgd_ext::conv_weight_grads")
+      .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups, out);
+  return out;
 }
 std::tuple<Tensor, Tensor> group_norm_grads(const Tensor& output_grad, const Tensor& x, int64_t groups, double eps) {
   return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>("rgd_ext::group_norm_grads")
@@ -334,7 +337,7 @@ void test_errors() {
   expect_error([&] { conv_weight_grads(e, x, {4, 1, 0, 1}, 1); }, "too many or too few");
   expect_error([&] { conv_weight_grads(e, x, {3, 0, 0, 1}, 1); }, "stride 0");
   expect_error([&] { conv_weight_grads(e, x, {3, 1, 0, 1}, 4); }, "groups is 4");
-  expect_error([&] { conv_weight_grads(e[0], x[0], {3, 1, 0, 1}, 1); }, "batch sizes disagree");
+  expect_error([&] { conv_weight_grads(e[0], x, {3, 1, 0, 1}, 1); }, "batch sizes disagree");
   expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
