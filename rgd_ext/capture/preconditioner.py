@@ -15,7 +15,7 @@ from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checke
 from .batch import Batch, modules_in, tensors_in
 from .captured import CapturedGradients
 from .dry_run import dry_run
-from .factors import Dense, Factor, add, join
+from .factors import Dense, Factor, Outer, Rows, add, join
 from .install import check_model, taps_for
 from .nodes import Record
 from .plan import Plan, plan_of
@@ -262,10 +262,12 @@ class Preconditioner:
                     self._factors.setdefault(parameter, []).append(factor)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        name = self._names.get(parameter, "?")
         if self._is_dry:
+            self._planner.note(name, factor, self._needs_gram())
             return factor
         empty = fresh if self._union is not None else self._workspace.empty
-        return self._planner.settle(self._names.get(parameter, "?"), factor, self._needs_gram(), empty)
+        return self._planner.settle(name, factor, self._needs_gram(), empty)
 
     def _needs_gram(self) -> bool:
         # What is only collected may be asked for anything.
@@ -304,10 +306,9 @@ class Preconditioner:
         factors, self._factors, self._task = self._factors, {}, -1
         if not factors:  # a module's output was used, but none of its parameters had a part in it
             return
+        if self._is_dry:  # what forms gradients forms them for each use
+            factors = {p: parts for p, parts in factors.items() if all(isinstance(f, (Outer, Rows)) for f in parts)}
         summed = {p: parts[0] if len(parts) == 1 else self._settled(p, add(parts)) for p, parts in factors.items()}
-        if self._is_dry:
-            for parameter, factor in summed.items():
-                self._planner.note(self._names.get(parameter, "?"), factor, self._needs_gram())
         self._choices = self._planner.finish()
         if self._is_dry:
             return
