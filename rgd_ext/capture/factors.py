@@ -153,7 +153,10 @@ class Blockwise:
         return self.output_grads
 
     def blocks(self) -> Iterator[Tensor]:
-        """Columns of the (B, d) matrix of the h_i as (B, ...) tensors, in the accumulation dtype; others are zero."""
+        """Columns of the (B, d) matrix of the h_i as (B, ...) tensors, in the accumulation dtype; others are zero.
+
+        A block is valid until the next is asked for.
+        """
         raise NotImplementedError
 
     def gram(self) -> Tensor:
@@ -244,8 +247,10 @@ class Outer(Blockwise):
     def blocks(self) -> Iterator[Tensor]:
         inputs, output_grads = self._operands()
         rows = max(1, self._BLOCK // (self.batch_size * inputs.shape[2]))
+        memory = inputs.new_empty(self.batch_size * min(rows, output_grads.shape[2]) * inputs.shape[2])
         for some in output_grads.split(rows, 2):
-            yield torch.bmm(some.mT, inputs)
+            shape = self.batch_size, some.shape[2], inputs.shape[2]
+            yield torch.bmm(some.mT, inputs, out=memory[: torch.Size(shape).numel()].view(shape))
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()
@@ -379,9 +384,9 @@ class Rows(Blockwise):
         grads = grads.to(accumulate_dtype(grads.dtype))
         starts = torch.arange(0, used.numel() + rows, rows, device=order.device)
         bounds = torch.searchsorted(position, starts).tolist()
+        block = grads.new_empty(batch_size * rows, width)
         for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
-            block = grads.new_zeros(batch_size * rows, width)
-            block.index_add_(0, sample[first:last] * rows + position[first:last] - start, grads[first:last])
+            block.zero_().index_add_(0, sample[first:last] * rows + position[first:last] - start, grads[first:last])
             yield block.view(batch_size, rows, width)
 
     def align(self, vector: Tensor) -> Tensor:
