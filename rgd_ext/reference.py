@@ -73,6 +73,19 @@ def ghost_gram(inputs: list[Tensor], output_grads: list[Tensor], biases: list[bo
     return (product + product.T) / 2
 
 
+def ghost_combine(
+    inputs: list[Tensor], output_grads: list[Tensor], biases: list[bool], weights: Tensor
+) -> list[Tensor]:
+    """For each layer sum_i w_i e_i if it has a bias, and sum_i w_i e_i a_i^T if it has inputs."""
+    results = []
+    for a, e, bias in zip(inputs, output_grads, biases, strict=True):
+        weighted = e * weights[:, None]
+        # The bias first: the product drives from the caches what the two share.
+        results += [weighted.sum(0)] if bias else []
+        results += [weighted.T @ a] if a.shape[1] else []
+    return results
+
+
 def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """|g|^2, the alignments <g_i - g, g>, |g_i - g|^2 and the Gramian of g_i - g, in float64, from K = G G^T."""
     rows = gram.mean(1, dtype=torch.float64)

@@ -111,6 +111,24 @@ def test_ghost_gram_is_the_gramian_of_explicit_gradients(name, dtype, device):
     assert_close(gram, ops.gram(grads))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ghost_combine_is_the_combination_of_explicit_gradients(name, dtype, device):
+    inputs, output_grads, biases = sample_layers(name, dtype, device)
+    weights = torch.randn(len(inputs[0]), generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    found = iter(ops.ghost_combine(inputs, output_grads, biases, weights))
+    for a, e, bias in zip(inputs, output_grads, biases, strict=True):
+        weighted = weights.double()[:, None] * e.double()
+        for wanted in [weighted.sum(0)] * bias + [torch.einsum("bm,bn->mn", weighted, a.double())] * (a.numel() > 0):
+            result = next(found)
+            assert result.dtype == dtype
+            assert result.shape == wanted.shape
+            # A product in half precision is rounded before it is summed.
+            assert_close(result, wanted, dtype)
+    assert next(found, None) is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ghost_gram_gives_the_same_bits_for_any_threads_and_layout(name, dtype):
@@ -403,6 +421,8 @@ def test_operators_on_gramians_work_under_compile_and_opcheck(device):
     for dtype in DTYPES:
         layers = sample_layers("few", dtype, device)
         torch.library.opcheck(torch.ops.rgd_ext.ghost_gram.default, layers, test_utils=tests)
+        weighted = (*layers, torch.ones(7, dtype=dtype, device=device))
+        torch.library.opcheck(torch.ops.rgd_ext.ghost_combine.default, weighted, test_utils=tests)
     for dtype in (torch.float32, torch.float64):
         gram = ops.gram(torch.randn(5, 7, dtype=dtype, device=device))
         torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram,), test_utils=tests)
@@ -567,6 +587,9 @@ BAD = {
     ),
     "layers": (lambda: ops.ghost_gram([G], [G, G], [True]), ValueError, "1 inputs, 2 output gradients and 1 biases"),
     "biases": (lambda: ops.ghost_gram([G], [G], []), ValueError, "0 biases"),
+    "weights of layers": (lambda: ops.ghost_combine([G], [G], [True], S), ValueError, r"weights has shape \(\).* 3 "),
+    "dtype of weights": (lambda: ops.ghost_combine([G], [G], [True], G[:, 0].double()), ValueError, "torch.float64"),
+    "combined layers": (lambda: ops.ghost_combine([G], [G, G], [True], G[:, 0]), ValueError, "1 inputs, 2 output"),
     "layer of sequences": (lambda: ops.ghost_gram([G[None]], [G[None]], [True]), ValueError, r"\(1, 3, 4\)"),
     "layer of other dtype": (lambda: ops.ghost_gram([G.double()], [G], [True]), TypeError, "disagree"),
     "not square": (lambda: ops.largest_eigenvalue(G), ValueError, r"\(3, 4\)"),
@@ -610,6 +633,7 @@ RAW_BAD = {
     "epsilon": lambda: torch.ops.rgd_ext.precondition([G], torch.ones(2)),
     "biases": lambda: torch.ops.rgd_ext.ghost_gram([G], [G], []),
     "layers": lambda: torch.ops.rgd_ext.ghost_gram([G], [G, G], [True, True]),
+    "weights of layers": lambda: torch.ops.rgd_ext.ghost_combine([G], [G], [True], S),
     "layer of sequences": lambda: torch.ops.rgd_ext.ghost_gram([G[None]], [G[None]], [True]),
     "rows of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G[:2]], [G], [True]),
     "dtype of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G.double()], [G], [True]),

@@ -29,16 +29,6 @@ class _Single:
     weight: int | None = None
     bias: int | None = None
 
-    def combine(self, weights: Tensor) -> dict[int, Tensor]:
-        weighted = self.output_grads * weights[:, None]
-        result = {}
-        # The bias first: the product drives from the caches what the two share.
-        if self.bias is not None:
-            result[self.bias] = weighted.sum(0)
-        if self.weight is not None:
-            result[self.weight] = torch.mm(weighted.T, self.inputs).view(self.shape)
-        return result
-
 
 class CapturedGradients:
     """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
@@ -95,11 +85,7 @@ class CapturedGradients:
         return self.batch_size**2 * _sum([ops.gram(group) for group in self._groups()] + self._single_grams() + others)
 
     def _single_grams(self) -> list[Tensor]:
-        grams = []
-        for layers in self._singles.values():
-            inputs, output_grads = [s.inputs for s in layers], [s.output_grads for s in layers]
-            grams.append(torch.ops.rgd_ext.ghost_gram(inputs, output_grads, [s.bias is not None for s in layers]))
-        return grams
+        return [torch.ops.rgd_ext.ghost_gram(*_arguments(layers)) for layers in self._singles.values()]
 
     def scalars(self) -> Moments | None:
         """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
@@ -120,12 +106,21 @@ class CapturedGradients:
             result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
         for layers in self._singles.values():
             converted = weights.to(layers[0].output_grads)
+            combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), converted))
             for layer in layers:
-                result |= layer.combine(converted)
+                if layer.bias is not None:
+                    result[layer.bias] = next(combined)
+                if layer.weight is not None:
+                    result[layer.weight] = next(combined).view(layer.shape)
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
         return [result[index] for index in range(len(self._factors))]
+
+
+def _arguments(layers: list[_Single]) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Of ghost_gram and ghost_combine."""
+    return [s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers]
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

@@ -59,6 +59,7 @@ class Preconditioner:
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
         self._size: int | None = None
+        self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
@@ -262,16 +263,11 @@ class Preconditioner:
                     self._factors.setdefault(parameter, []).append(factor)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
-        name = self._names.get(parameter, "?")
+        name, is_collected = self._names.get(parameter, "?"), self._union is not None
         if self._is_dry:
-            self._planner.note(name, factor, self._needs_gram())
+            self._planner.note(name, factor, self._with_gram)
             return factor
-        empty = fresh if self._union is not None else self._workspace.empty
-        return self._planner.settle(name, factor, self._needs_gram(), empty)
-
-    def _needs_gram(self) -> bool:
-        # What is only collected may be asked for anything.
-        return self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
+        return self._planner.settle(name, factor, self._with_gram, fresh if is_collected else self._workspace.empty)
 
     def refuse_second_derivative(self, nodes: Sequence) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
@@ -292,6 +288,8 @@ class Preconditioner:
         task = torch._C._current_graph_task_id()
         if task != self._task:  # an earlier backward may have ended in an exception
             self._task, self._size, self._factors = task, record.batch_size, {}
+            # What is only collected may be asked for anything.
+            self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
             self._planner.begin()
             self._workspace.restart()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)

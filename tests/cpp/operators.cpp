@@ -18,6 +18,7 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("gram(Tensor[] grads) -> Tensor");
   m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
   m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
+  m.def("ghost_combine(Tensor[] inputs, Tensor[] output_grads, bool[] biases, Tensor weights) -> Tensor[]");
   m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
   m.def("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -57,6 +58,13 @@ Tensor ghost_gram(const Tensors& inputs, const Tensors& output_grads, const std:
   for (const bool bias : biases) list.push_back(bias);
   return find<Tensor(at::TensorList, at::TensorList, const c10::List<bool>&)>("rgd_ext::ghost_gram")
       .call(inputs, output_grads, list);
+}
+Tensors ghost_combine(const Tensors& inputs, const Tensors& output_grads, const std::vector<bool>& biases,
+                      const Tensor& weights) {
+  c10::List<bool> list;
+  for (const bool bias : biases) list.push_back(bias);
+  using Signature = Tensors(at::TensorList, at::TensorList, const c10::List<bool>&, const Tensor&);
+  return find<Signature>("rgd_ext::ghost_combine").call(inputs, output_grads, list, weights);
 }
 Tensor largest_eigenvalue(const Tensor& matrix) {
   return find<Tensor(const Tensor&)>("rgd_ext::largest_eigenvalue").call(matrix);
@@ -205,6 +213,17 @@ void test_ghost_gram(at::ScalarType dtype) {
       const Tensor a = inputs[layer].to(at::kDouble), e = output_grads[layer].to(at::kDouble);
       want += (a.matmul(a.t()) + (biases[layer] ? 1 : 0)) * e.matmul(e.t());
     }
+    const Tensor weights = at::randn({batch_size}).to(dtype);
+    const Tensors combined = ghost_combine(inputs, output_grads, biases, weights);
+    size_t next = 0;
+    for (size_t layer = 0; layer < inputs.size(); ++layer) {
+      const Tensor weighted = output_grads[layer].to(at::kDouble) * weights.to(at::kDouble).unsqueeze(1);
+      const Tensor of_bias = weighted.sum(0), of_weight = weighted.t().matmul(inputs[layer].to(at::kDouble));
+      const double rounding = dtype == at::kBFloat16 || dtype == at::kHalf ? 3e-2 : tolerance;
+      if (biases[layer]) expect(close(combined[next++], of_bias, of_bias, rounding), name + " combined bias");
+      if (of_weight.numel()) expect(close(combined[next++], of_weight, of_weight, rounding), name + " combined weight");
+    }
+    expect(next == combined.size(), name + " number of combined gradients");
     at::set_num_threads(1);
     const Tensor k = ghost_gram(inputs, output_grads, biases);
     expect(close(k, want, want, tolerance), name);
@@ -330,6 +349,8 @@ void test_errors() {
   expect_error([&] { diffusion_mv({g}, {at::ones({2}, at::kDouble)}); }, "convert one");
   expect_error([&] { ghost_gram({g}, {g}, {}); }, "0 biases");
   expect_error([&] { ghost_gram({g}, {g, g}, {true, true}); }, "1 inputs");
+  expect_error([&] { ghost_combine({g}, {g, g}, {true, true}, at::ones({3})); }, "1 inputs");
+  expect_error([&] { ghost_combine({g}, {g}, {true}, at::ones({2})); }, "weights has shape [2]");
   expect_error([&] { ghost_gram({at::ones({2, 2})}, {g}, {true}); }, "B = 3");
   expect_error([&] { ghost_gram({at::ones({3, 2, 1})}, {g}, {true}); }, "(B, n)");
   expect_error([&] { ghost_gram({g.to(at::kDouble)}, {g}, {true}); }, "inputs[0]");
