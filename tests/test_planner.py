@@ -14,6 +14,7 @@ import rgd_ext
 from rgd_ext.__main__ import main
 from rgd_ext.capture import cost
 from rgd_ext.capture.cost import Cost, Rates
+from rgd_ext.capture.factors import Rows
 from rgd_ext.capture.planner import Choice, Planner, fit
 from rgd_ext.capture.workspace import Workspace
 
@@ -288,6 +289,16 @@ def test_an_embedding_of_128k_words_makes_nothing_larger_than_its_table():
     with rgd_ext.precondition(model), Largest() as largest:
         model(x).square().mean().backward()
     assert largest.elements <= max(model.weight.numel(), rgd_ext.capture.factors.Blockwise._BLOCK)
+
+
+@pytest.mark.parametrize("products", [1, 50, 1 << 20])
+def test_gramian_of_an_embedding_whose_rows_are_shared_by_few_or_all(products, monkeypatch):
+    monkeypatch.setattr(Rows, "_PRODUCTS", products)
+    indices = torch.randint(40, (7, 12)).clamp(min=25)
+    indices[:, 0], indices[2] = 3, 4
+    factor = Rows(indices, torch.randn(7, 12, 5), torch.Size((40, 5)))
+    explicit = factor.dense().flatten(1)
+    assert_close(factor.gram(), explicit @ explicit.T)
 
 
 def test_a_tied_table_is_formed_in_blocks(only, monkeypatch):

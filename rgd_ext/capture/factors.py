@@ -337,7 +337,7 @@ class Bias:
         return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
 
 
-class Rows(Blockwise):
+class Rows:
     """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
 
     Args:
@@ -346,10 +346,17 @@ class Rows(Blockwise):
         shape: of the parameter, (rows, n).
     """
 
-    why = "only the rows in use"
+    why = "products of the rows that samples share"
+
+    # Elements of the products formed at a time.
+    _PRODUCTS = 1 << 20
 
     def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
         self.indices, self.output_grads, self.shape = indices, output_grads, shape
+
+    @property
+    def example(self) -> Tensor:
+        return self.output_grads
 
     @property
     def batch_size(self) -> int:
@@ -360,12 +367,13 @@ class Rows(Blockwise):
         return (self.output_grads.shape,)
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        nbytes = self.output_grads.nbytes
-        # At worst no two samples share a row, and each block of rows has those of one sample.
-        gradients = self.batch_size * self.output_grads.numel()
-        stream = 4 * nbytes + gradients * self.output_grads.dtype.itemsize
-        held = nbytes + self.indices.nbytes
-        return {"recompute": Cost(stream=stream, held=held) + self._on_blocks(gradients, needs_gram)}
+        nbytes, elements = self.output_grads.nbytes, self.output_grads.numel()
+        # How many samples share a row depends on the values; here, all that have one.
+        return {
+            "ghost": Cost(
+                product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=nbytes + self.indices.nbytes
+            )
+        }
 
     def plain(self) -> Cost:
         return Cost(stream=3 * self.output_grads.nbytes, calls=1)
@@ -373,21 +381,29 @@ class Rows(Blockwise):
     def settled(self, way: str, empty: Empty) -> Factor:
         return self
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Rows in use, so many at a time that nothing larger than E or a block is held."""
-        batch_size, length, width = self.output_grads.shape
-        rows = max(length, self._BLOCK // (batch_size * width))
-        used, position = self.indices.unique(return_inverse=True)
-        order = position.flatten().argsort(stable=True)
-        sample = torch.arange(batch_size, device=order.device).repeat_interleave(length)[order]
-        position, grads = position.flatten()[order], self.output_grads.flatten(0, 1)[order]
-        grads = grads.to(accumulate_dtype(grads.dtype))
-        starts = torch.arange(0, used.numel() + rows, rows, device=order.device)
-        bounds = torch.searchsorted(position, starts).tolist()
-        block = grads.new_empty(batch_size * rows, width)
-        for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
-            block.zero_().index_add_(0, sample[first:last] * rows + position[first:last] - start, grads[first:last])
-            yield block.view(batch_size, rows, width)
+    def gram(self) -> Tensor:
+        """K_ij = sum over rows r of <h_i, h_j> there, row by row for those that equally many samples use."""
+        batch_size, _, width = self.output_grads.shape
+        samples = torch.arange(batch_size, device=self.indices.device)
+        used, place = (self.indices * batch_size + samples[:, None]).unique(return_inverse=True)
+        _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
+        order = sharers[row].argsort(stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        sample = (used % batch_size)[order]
+        grads = self.output_grads.new_zeros(used.numel(), width, dtype=accumulate_dtype(self.output_grads.dtype))
+        grads.index_add_(0, rank[place.flatten()], self.output_grads.flatten(0, 1).to(grads))
+        gram, start = grads.new_zeros(batch_size**2), 0
+        for number, rows in torch.stack(sharers.unique(return_counts=True), 1).tolist():
+            stop = start + number * rows
+            chunk = number * max(1, self._PRODUCTS // number**2)
+            for x, i in zip(grads[start:stop].split(chunk), sample[start:stop].split(chunk), strict=True):
+                x, i = x.view(-1, number, width), i.view(-1, number)
+                gram.index_add_(0, (i[:, :, None] * batch_size + i[:, None]).flatten(), (x @ x.mT).flatten())
+            start = stop
+        return gram.view(batch_size, batch_size)
+
+    def moments(self) -> Moments:
+        return of_gram(self.gram())
 
     def align(self, vector: Tensor) -> Tensor:
         return (vector[self.indices] * self.output_grads).sum((1, 2))
@@ -428,7 +444,7 @@ class Tied(Blockwise):
         return *self.outer.signature, *self.rows.signature
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(False).values()
+        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(needs_gram).values()
         return {way: of_outer[way] + of_rows for way in ("materialise", "recompute")}
 
     def plain(self) -> Cost:
