@@ -133,10 +133,23 @@ def conv_weight_grads(
     groups: int,
     out: Tensor,
 ) -> None:
-    """Into out, (B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
+    """Each sample's own weight gradient, into `out`, (B, m, n / groups, *kernel)."""
+    out.copy_(conv_weight_grads_as_groups(output_grad, x, kernel, stride, padding, dilation, groups))
+
+
+def conv_weight_grads_as_groups(
+    output_grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
     grads, images = (y.reshape(1, -1, *y.shape[2:]) for y in (output_grad, x))
     gradient = conv_weight_grad(grads, images, kernel, stride, padding, dilation, groups * x.shape[0])
-    out.copy_(gradient.view(out.shape))
+    return gradient.view(*output_grad.shape[:2], *gradient.shape[1:])
 
 
 def conv_weight_grad(
