@@ -94,6 +94,23 @@ int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
   return count;
 }
 
+void check_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
+  check_grads(output_grads);
+  TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && biases.size() == inputs.size(), "got ", inputs.size(),
+                    " inputs, ", output_grads.size(), " output gradients and ", biases.size(),
+                    " biases: pass one of each per layer");
+  const at::Tensor& first = output_grads[0];
+  for (size_t layer = 0; layer < inputs.size(); ++layer) {
+    const at::Tensor &input = inputs[layer], &grad = output_grads[layer];
+    TORCH_CHECK_VALUE(input.dim() == 2 && grad.dim() == 2 && input.size(0) == first.size(0), "layer ", layer,
+                      " has inputs of shape ", input.sizes(), " and output gradients of shape ", grad.sizes(),
+                      ": expected (B, n) and (B, m) with B = ", first.size(0));
+    TORCH_CHECK_VALUE(input.scalar_type() == first.scalar_type() && input.device() == first.device(), "inputs[", layer,
+                      "] is ", input.scalar_type(), " on ", input.device(), " but output_grads[0] is ",
+                      first.scalar_type(), " on ", first.device(), ": convert one to the other");
+  }
+}
+
 void check_symmetric(const at::Tensor& matrix) {
   TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) > 0, "matrix has shape ",
                     matrix.sizes(), ": pass a symmetric (B, B) matrix");

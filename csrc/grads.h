@@ -3,6 +3,7 @@
 // What the operators of every device check of their arguments and allocate for their results. Per-sample gradients are
 // a list of (B, *shape) tensors.
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <vector>
@@ -32,6 +33,9 @@ at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon);
 
 // Raises where vectors are not of shape (*shape), or (k, *shape) with one k. Returns how many they are: one, or k.
 int64_t check_vectors(at::TensorList grads, at::TensorList vectors);
+
+// Raises where linear layers don't have inputs (B, n) and output gradients (B, m) of one dtype and device.
+void check_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases);
 
 // Raises where `matrix` is not (B, B) of float64 or float32; symmetry itself is taken on trust.
 void check_symmetric(const at::Tensor& matrix);

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rgd_ext", description="Relativistic gradient descent for PyTorch.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_plot, _add_spectrum, _add_gallery, _add_info):
+    for add in (_add_demo, _add_plan, _add_plot, _add_spectrum, _add_gallery, _add_info):
         add(commands)
     options = parser.parse_args(arguments)
     try:
@@ -45,6 +45,41 @@ def _demo(options: argparse.Namespace) -> int:
 
     run(options.seeds or (1 if options.quick else 3), 2 if options.quick else 20, options.output)
     return 0
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="how the capture would treat each layer of a model, and what a step costs: a table",
+        epilog="MODULE:FACTORY names a function without arguments in a module that can be imported, also from the"
+        " current directory.",
+    )
+    parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, or a tuple (model, x) with a batch")
+    parser.add_argument(
+        "--data", metavar="MODULE:FACTORY", help="returns a batch (x, y), or a loader, whose first batch is taken"
+    )
+    parser.add_argument(
+        "--policy",
+        choices=["spectral", "trace", "rayleigh"],
+        default="spectral",
+        help="for epsilon (default: %(default)s)",
+    )
+    parser.add_argument("--inverse", choices=["weak-field", "exact"], default="weak-field", help="default: %(default)s")
+    parser.add_argument("--batch-norm", choices=["error", "contribution"], default="error", help="default: %(default)s")
+    parser.add_argument("--memory-budget", type=_positive, metavar="BYTES", help="default: no limit")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from . import Rayleigh, Spectral, Trace, plan_command
+
+    policy = {"spectral": Spectral, "trace": Trace, "rayleigh": Rayleigh}[options.policy]()
+
+    def run() -> None:
+        choices = policy, options.inverse, options.batch_norm, options.memory_budget
+        print(plan_command.plan(options.model, options.data, *choices))
+
+    return _reporting(run)
 
 
 def _add_plot(commands) -> None:
@@ -103,12 +138,20 @@ def _spectrum(options: argparse.Namespace) -> int:
 
     from . import resolve, spectrum
 
-    try:
+    def run() -> None:
         model = resolve.make(options.model, nn.Module, "a torch.nn.Module")
         data = resolve.make(options.data, Iterable, "a loader, which gives pairs (x, y), or a tuple (x, y)")
         loss = resolve.make(options.loss, Callable, "a criterion, (output, y) -> loss")
         matrix = spectrum.build(model, loss, data, options.checkpoint, progress=not options.quiet)
         spectrum.run(matrix, options.k, options.out, options.quiet)
+
+    return _reporting(run)
+
+
+def _reporting(run: Callable[[], None]) -> int:
+    """The exit code of a command that works on a user's code: errors of ours are a line, others have a traceback."""
+    try:
+        run()
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         if not _is_ours(error):
             raise

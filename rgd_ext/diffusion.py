@@ -373,7 +373,7 @@ class DiffusionMatrix:
             values = reference.eigenvalues(self.to_dense())
         else:
             with torch.no_grad():
-                values = statistics(self._held, needs_gram=True).eigenvalues * (self.num_samples / self._denominator)
+                values = statistics(self._held, with_gram=True).eigenvalues * (self.num_samples / self._denominator)
         return values.flip(0)[:bound]
 
     def _iterate(self, k: int) -> Tensor:
@@ -438,7 +438,7 @@ class DiffusionMatrix:
 
 def _merge(state: State, grads: PerSampleGradients) -> None:
     """Moments of the union of two sets of samples (Chan, Golub and LeVeque, 1983)."""
-    stats = statistics(grads, needs_gram=False)
+    stats = statistics(grads, with_gram=False)
     total = state["count"] + grads.batch_size
     delta = _flat(grads.mean()) - state["mean"]
     state["scatter"] += stats.squared_norms.sum(dtype=torch.float64)

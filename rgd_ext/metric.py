@@ -261,9 +261,9 @@ def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
     return epsilon
 
 
-def statistics(grads: PerSampleGradients, needs_gram: bool) -> Stats:
+def statistics(grads: PerSampleGradients, with_gram: bool) -> Stats:
     """Statistics of the centred gradients: from K = G G^T, or without it where the source can and K is not needed."""
-    scalars = None if needs_gram or not hasattr(grads, "scalars") else grads.scalars()
+    scalars = None if with_gram or not hasattr(grads, "scalars") else grads.scalars()
     if scalars is not None:
         return Stats(grads.batch_size, *scalars, None, torch.finfo(scalars[1].dtype).eps)
     gram = grads.gram()
@@ -311,12 +311,17 @@ class LargestEigenvalue:
         self._batches += 1
 
 
+def needs_gram(policy: Policy, inverse: Inverse, largest: LargestEigenvalue | None) -> bool:
+    """Whether the next batch needs K = G G^T."""
+    is_due = largest is None or largest.is_due
+    return inverse == "exact" or (is_due and getattr(policy, "needs_gram", True))
+
+
 def solve(
     grads: PerSampleGradients, policy: Policy, inverse: Inverse, largest: LargestEigenvalue | None = None
 ) -> tuple[list[Tensor], Stats]:
     """Statistics -> epsilon -> weights -> combination, for a policy from `checked_policy`."""
-    is_due = largest is None or largest.is_due
-    stats = statistics(grads, needs_gram=inverse == "exact" or (is_due and getattr(policy, "needs_gram", True)))
+    stats = statistics(grads, needs_gram(policy, inverse, largest))
     if largest is not None:
         largest.supply(stats)
     epsilon = _chosen_epsilon(policy, stats)

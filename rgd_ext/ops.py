@@ -230,6 +230,10 @@ def ghost_gram(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]) -
     Raises:
         ValueError, TypeError: as `moments`; ValueError if the three disagree in number or a tensor is not a matrix.
     """
+    return torch.ops.rgd_ext.ghost_gram(*_checked_layers(inputs, output_grads, biases), biases)
+
+
+def _checked_layers(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]) -> tuple[list[Tensor], ...]:
     tensors = checked_grads(as_list(inputs) + as_list(output_grads))
     number = len(tensors) // 2
     if len(as_list(inputs)) != number or len(biases) != number or len(tensors) % 2:
@@ -240,7 +244,46 @@ def ghost_gram(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]) -
     for tensor in tensors:
         if tensor.ndim != 2:
             raise ValueError(f"a layer has a tensor of shape {tuple(tensor.shape)}: pass matrices (B, n) and (B, m)")
-    return torch.ops.rgd_ext.ghost_gram(tensors[:number], tensors[number:], biases)
+    return tensors[:number], tensors[number:]
+
+
+_library.define("ghost_combine(Tensor[] inputs, Tensor[] output_grads, bool[] biases, Tensor weights) -> Tensor[]")
+
+
+@torch.library.register_fake("rgd_ext::ghost_combine", lib=_library)
+def _(inputs, output_grads, biases, weights):
+    results = []
+    for a, e, bias in zip(inputs, output_grads, biases, strict=True):
+        results += [e.new_empty(e.shape[1])] * bias + [e.new_empty(e.shape[1], a.shape[1])] * (a.shape[1] > 0)
+    return results
+
+
+torch.library.impl(_library, "ghost_combine", "CompositeExplicitAutograd")(reference.ghost_combine)
+
+
+def ghost_combine(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool], weights: Tensor) -> list[Tensor]:
+    """Weighted sums over samples of the gradients of linear layers y = W x + b, which are never formed.
+
+    Args:
+        inputs, output_grads, biases: of each layer, as `ghost_gram` takes them.
+        weights: w, shape (B,), of their dtype and device.
+
+    Returns:
+        For each layer sum_i w_i e_i, (m_l,), where it has a bias, and then sum_i w_i e_i a_i^T, (m_l, n_l), where n_l
+        is not 0.
+
+    Raises:
+        ValueError, TypeError: as `ghost_gram`; ValueError if `weights` is not of shape (B,), of another dtype or on
+            another device.
+    """
+    layers = _checked_layers(inputs, output_grads, biases)
+    grad = layers[1][0]
+    if weights.shape != grad.shape[:1] or weights.dtype != grad.dtype or weights.device != grad.device:
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)} and is {weights.dtype} on {weights.device}: pass"
+            f" {grad.shape[0]} weights in {grad.dtype} on {grad.device}"
+        )
+    return torch.ops.rgd_ext.ghost_combine(*layers, biases, weights)
 
 
 _library.define("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -402,13 +445,13 @@ def precondition(grads: Tensors, epsilon: float | Tensor) -> list[Tensor]:
 
 _library.define(
     "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-    " int groups) -> Tensor"
+    " int groups, Tensor(a!) out) -> ()"
 )
 
 
 @torch.library.register_fake("rgd_ext::conv_weight_grads", lib=_library)
-def _(output_grad, x, kernel, stride, padding, dilation, groups):
-    return x.new_empty(*output_grad.shape[:2], x.shape[1] // groups, *kernel)
+def _(output_grad, x, kernel, stride, padding, dilation, groups, out):
+    return None
 
 
 torch.library.impl(_library, "conv_weight_grads", "CompositeExplicitAutograd")(reference.conv_weight_grads)
@@ -459,7 +502,9 @@ def conv_weight_grads(
                 f"output_grad has {places} places along a dimension of {size} with kernel {k}, stride {s}, padding {p}"
                 f" and dilation {d}: pass at least 1 and at most {(size + 2 * p - (k - 1) * d - 1) // s + 1}"
             )
-    return torch.ops.rgd_ext.conv_weight_grads(output_grad, x, kernel, stride, padding, dilation, groups)
+    out = x.new_empty(*output_grad.shape[:2], x.shape[1] // groups, *kernel)
+    torch.ops.rgd_ext.conv_weight_grads(output_grad, x, kernel, stride, padding, dilation, groups, out)
+    return out
 
 
 _library.define("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)")

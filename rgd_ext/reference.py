@@ -73,6 +73,19 @@ def ghost_gram(inputs: list[Tensor], output_grads: list[Tensor], biases: list[bo
     return (product + product.T) / 2
 
 
+def ghost_combine(
+    inputs: list[Tensor], output_grads: list[Tensor], biases: list[bool], weights: Tensor
+) -> list[Tensor]:
+    """For each layer sum_i w_i e_i if it has a bias, and sum_i w_i e_i a_i^T if it has inputs."""
+    results = []
+    for a, e, bias in zip(inputs, output_grads, biases, strict=True):
+        weighted = e * weights[:, None]
+        # The bias first: the product drives from the caches what the two share.
+        results += [weighted.sum(0)] if bias else []
+        results += [weighted.T @ a] if a.shape[1] else []
+    return results
+
+
 def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """|g|^2, the alignments <g_i - g, g>, |g_i - g|^2 and the Gramian of g_i - g, in float64, from K = G G^T."""
     rows = gram.mean(1, dtype=torch.float64)
@@ -118,20 +131,32 @@ def conv_weight_grads(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    out: Tensor,
+) -> None:
+    """Into out, (B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
+    grads, images = (y.reshape(1, -1, *y.shape[2:]) for y in (output_grad, x))
+    gradient = conv_weight_grad(grads, images, kernel, stride, padding, dilation, groups * x.shape[0])
+    out.copy_(gradient.view(out.shape))
+
+
+def conv_weight_grad(
+    output_grad: Tensor,
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
 ) -> Tensor:
-    """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
-    batch_size, channels = output_grad.shape[:2]
+    """(m, n / groups, *kernel): the weight gradient of a convolution."""
     sizes = zip(x.shape[2:], output_grad.shape[2:], kernel, stride, padding, dilation, strict=True)
     # A transposed convolution may leave places without gradient.
     unused = [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
     if any(unused):
         output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
-    shape = (batch_size * channels, x.shape[1] // groups, *kernel)
-    images, grads = (y.reshape(1, -1, *y.shape[2:]) for y in (x, output_grad))
-    weight, none = x.new_empty(1).expand(shape), [0] * len(kernel)
-    options = stride, padding, dilation, False, none, batch_size * groups, (False, True, False)
-    gradient = torch.ops.aten.convolution_backward(grads, images, weight, None, *options)[1]
-    return gradient.contiguous().view(batch_size, channels, *shape[1:])
+    weight, none = x.new_empty(1).expand(output_grad.shape[1], x.shape[1] // groups, *kernel), [0] * len(kernel)
+    options = stride, padding, dilation, False, none, groups, (False, True, False)
+    return torch.ops.aten.convolution_backward(output_grad, x, weight, None, *options)[1]
 
 
 def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:

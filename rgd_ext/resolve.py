@@ -15,7 +15,7 @@ from torch import nn
 Kind = TypeVar("Kind")
 
 
-def make(name: str, kind: type[Kind], description: str) -> Kind:
+def make(name: str, kind: type[Kind] | tuple[type, ...], description: str) -> Kind:
     """What the factory that `name` stands for returns.
 
     Args:

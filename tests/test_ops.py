@@ -111,6 +111,24 @@ def test_ghost_gram_is_the_gramian_of_explicit_gradients(name, dtype, device):
     assert_close(gram, ops.gram(grads))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_ghost_combine_is_the_combination_of_explicit_gradients(name, dtype, device):
+    inputs, output_grads, biases = sample_layers(name, dtype, device)
+    weights = torch.randn(len(inputs[0]), generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    found = iter(ops.ghost_combine(inputs, output_grads, biases, weights))
+    for a, e, bias in zip(inputs, output_grads, biases, strict=True):
+        weighted = weights.double()[:, None] * e.double()
+        for wanted in [weighted.sum(0)] * bias + [torch.einsum("bm,bn->mn", weighted, a.double())] * (a.numel() > 0):
+            result = next(found)
+            assert result.dtype == dtype
+            assert result.shape == wanted.shape
+            # A product in half precision is rounded before it is summed.
+            assert_close(result, wanted, dtype)
+    assert next(found, None) is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_ghost_gram_gives_the_same_bits_for_any_threads_and_layout(name, dtype):
@@ -317,6 +335,8 @@ def test_gradients_of_layers_pass_opcheck(call, layout, device):
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     for dtype in (torch.float32, torch.bfloat16):
         arguments = sample(name, dtype, device, layout)
+        if operator == "conv_weight_grads":
+            arguments += (torch.empty_like(ops.conv_weight_grads(*arguments)),)
         torch.library.opcheck(getattr(torch.ops.rgd_ext, operator).default, arguments, test_utils=tests)
 
 
@@ -401,6 +421,8 @@ def test_operators_on_gramians_work_under_compile_and_opcheck(device):
     for dtype in DTYPES:
         layers = sample_layers("few", dtype, device)
         torch.library.opcheck(torch.ops.rgd_ext.ghost_gram.default, layers, test_utils=tests)
+        weighted = (*layers, torch.ones(7, dtype=dtype, device=device))
+        torch.library.opcheck(torch.ops.rgd_ext.ghost_combine.default, weighted, test_utils=tests)
     for dtype in (torch.float32, torch.float64):
         gram = ops.gram(torch.randn(5, 7, dtype=dtype, device=device))
         torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram,), test_utils=tests)
@@ -543,7 +565,7 @@ def test_values_that_are_not_finite_flow_through(name, value, device):
 
 
 G, S = torch.ones(3, 4), torch.ones(())
-E, X = torch.ones(2, 6, 5), torch.ones(2, 4, 7)
+E, X, W = torch.ones(2, 6, 5), torch.ones(2, 4, 7), torch.ones(2, 6, 4, 3)
 BAD = {
     "no tensors": (lambda: ops.moments([]), ValueError, "empty"),
     "empty batch": (lambda: ops.gram(torch.ones(0, 4)), ValueError, r"empty batch.*\(0, 4\)"),
@@ -565,6 +587,9 @@ BAD = {
     ),
     "layers": (lambda: ops.ghost_gram([G], [G, G], [True]), ValueError, "1 inputs, 2 output gradients and 1 biases"),
     "biases": (lambda: ops.ghost_gram([G], [G], []), ValueError, "0 biases"),
+    "weights of layers": (lambda: ops.ghost_combine([G], [G], [True], S), ValueError, r"weights has shape \(\).* 3 "),
+    "dtype of weights": (lambda: ops.ghost_combine([G], [G], [True], G[:, 0].double()), ValueError, "torch.float64"),
+    "combined layers": (lambda: ops.ghost_combine([G], [G, G], [True], G[:, 0]), ValueError, "1 inputs, 2 output"),
     "layer of sequences": (lambda: ops.ghost_gram([G[None]], [G[None]], [True]), ValueError, r"\(1, 3, 4\)"),
     "layer of other dtype": (lambda: ops.ghost_gram([G.double()], [G], [True]), TypeError, "disagree"),
     "not square": (lambda: ops.largest_eigenvalue(G), ValueError, r"\(3, 4\)"),
@@ -608,6 +633,7 @@ RAW_BAD = {
     "epsilon": lambda: torch.ops.rgd_ext.precondition([G], torch.ones(2)),
     "biases": lambda: torch.ops.rgd_ext.ghost_gram([G], [G], []),
     "layers": lambda: torch.ops.rgd_ext.ghost_gram([G], [G, G], [True, True]),
+    "weights of layers": lambda: torch.ops.rgd_ext.ghost_combine([G], [G], [True], S),
     "layer of sequences": lambda: torch.ops.rgd_ext.ghost_gram([G[None]], [G[None]], [True]),
     "rows of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G[:2]], [G], [True]),
     "dtype of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G.double()], [G], [True]),
@@ -618,10 +644,14 @@ RAW_BAD = {
     "epsilon for each sample": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], G[0], 1e-7),
     "epsilon of other dtype": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], S.double(), 1e-7),
     "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
-    "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1),
-    "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1),
-    "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4),
-    "places": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [4], [1], [0], [1], 1),
+    "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1, G),
+    "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1, W),
+    "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4, W),
+    "places": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [4], [1], [0], [1], 1, W),
+    "shape of a result": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 1, W[:, :5]),
+    "strides of a result": lambda: torch.ops.rgd_ext.conv_weight_grads(
+        E, X, [3], [1], [0], [1], 1, W.mT.contiguous().mT
+    ),
     "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
 }

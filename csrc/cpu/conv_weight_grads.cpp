@@ -109,8 +109,9 @@ void conv_weight_grads_kernel(const Convolution& conv, const at::Tensor& output_
 }
 
 void check_convolution(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_grads({output_grad, input});
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                       const at::Tensor& out) {
+  check_grads({output_grad, input, out});
   const size_t space = input.dim() - 2;
   TORCH_CHECK_VALUE(input.dim() >= 3 && input.dim() <= 5 && output_grad.dim() == input.dim(), "output_grad has shape ",
                     output_grad.sizes(), " and input ", input.sizes(),
@@ -129,21 +130,23 @@ void check_convolution(const at::Tensor& output_grad, const at::Tensor& input, a
                       ", too many or too few for kernel ", kernel[dim], ", stride ", stride[dim], ", padding ",
                       padding[dim], " and dilation ", dilation[dim]);
   }
+  std::vector<int64_t> sizes{output_grad.size(0), output_grad.size(1), input.size(1) / groups};
+  sizes.insert(sizes.end(), kernel.begin(), kernel.end());
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(sizes) && out.is_contiguous(), "out has shape ", out.sizes(),
+                    ": pass a contiguous tensor of shape ", at::IntArrayRef(sizes));
 }
 
-at::Tensor conv_weight_grads(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                             int64_t groups) {
-  check_convolution(output_grad, input, kernel, stride, padding, dilation, groups);
+void conv_weight_grads(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                       at::Tensor& out) {
+  check_convolution(output_grad, input, kernel, stride, padding, dilation, groups, out);
   const Convolution conv(output_grad, input, kernel, stride, padding, dilation, groups);
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();
-  std::vector<int64_t> sizes{output_grad.size(0), output_grad.size(1), conv.channels};
-  sizes.insert(sizes.end(), kernel.begin(), kernel.end());
-  at::Tensor result = at::empty(sizes, images.options());
+  at::Tensor result = out.scalar_type() == dtype ? out : at::empty(out.sizes(), images.options());
   AT_DISPATCH_FLOATING_TYPES(dtype, "conv_weight_grads",
                              [&] { conv_weight_grads_kernel<scalar_t>(conv, grads, images, result); });
-  return result.to(input.scalar_type());
+  if (!result.is_same(out)) out.copy_(result);
 }
 
 }  // namespace

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .factors import CapturedGradients, Dense
+from .captured import CapturedGradients
+from .dry_run import unchanged_buffers
+from .factors import Dense
 from .preconditioner import live_handle, precondition
 
 
@@ -26,7 +28,6 @@ def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGra
     existing = live_handle(model)
     handle = existing or precondition(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    buffers = [(b, b.clone()) for b in model.buffers()]
 
     def gradients(loss: Tensor, batch_size: int) -> CapturedGradients:
         loss.backward(inputs=parameters)
@@ -41,12 +42,8 @@ def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGra
                 "the model's capture records nothing here: leave the `with handle.paused():` block, or the torch.func"
                 " transform, first"
             )
-        with handle.collect() as parts:
+        with unchanged_buffers(model), handle.collect() as parts:
             yield gradients
     finally:
         if existing is None:
             handle.remove()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)

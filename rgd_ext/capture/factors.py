@@ -1,13 +1,14 @@
-"""One parameter's per-sample contributions in the form its layer gives them, and a model's worth of them.
+"""One parameter's per-sample contributions in the form its layer gives them.
 
 A backward of a loss L gives contributions h_i with sum_i h_i = grad L. The per-sample gradients are g_i = B h_i, so
-that their mean is grad L whatever the reduction of the loss.
+that their mean is grad L whatever the reduction of the loss. `ways` and `settled` are for the planner; the rest is
+asked of what `settled` gives.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,18 +16,64 @@ from torch import Tensor
 from .. import ops
 from ..gradients import squared_norm
 from ..reference import accumulate_dtype
+from .cost import Cost, of_gradients
+from .workspace import Empty
+
+# |h|^2 of the mean h, and <h_i - h, h> and |h_i - h|^2, (B,).
+Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def of_dense(contributions: ops.Tensors) -> Moments:
+    """Moments of contributions in memory."""
+    mean, alignments, squared_norms = ops.moments(contributions)
+    return squared_norm(mean), alignments, squared_norms
+
+
+def of_gram(gram: Tensor) -> Moments:
+    """Moments of contributions with the Gramian `gram`, in its dtype."""
+    squared, alignments, squared_norms, _ = torch.ops.rgd_ext.gram_moments(gram)
+    return squared.to(gram.dtype), alignments.to(gram.dtype), squared_norms.to(gram.dtype)
 
 
 class Factor(Protocol):
     """Contributions h_i of one parameter, (B, *shape) in effect."""
+
+    # Why there is but one way, for the user; empty where there are several.
+    why: str
 
     @property
     def batch_size(self) -> int:
         """B."""
         ...
 
+    @property
+    def example(self) -> Tensor:
+        """A tensor of their dtype and device."""
+        ...
+
+    @property
+    def signature(self) -> tuple:
+        """What the costs depend on."""
+        ...
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        """What each way to the statistics and the combination costs, by its name."""
+        ...
+
+    def plain(self) -> Cost:
+        """What the parameter's ordinary gradient costs."""
+        ...
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        """These contributions as `way` has them, in memory from `empty`."""
+        ...
+
     def gram(self) -> Tensor:
         """<h_i, h_j>, (B, B), in the accumulation dtype."""
+        ...
+
+    def moments(self) -> Moments:
+        """Of all that the statistics but the Gramian need."""
         ...
 
     def align(self, vector: Tensor) -> Tensor:
@@ -41,23 +88,46 @@ class Factor(Protocol):
         """(B, *shape)."""
         ...
 
-    def settled(self) -> Factor:
-        """This factor in the form that is cheapest from here on."""
-        ...
-
 
 class Dense:
-    """Contributions as a tensor (B, *shape)."""
+    """Contributions as a tensor (B, *shape).
 
-    def __init__(self, contributions: Tensor) -> None:
-        self.contributions = contributions
+    Args:
+        contributions: the tensor.
+        is_own: whether it may be overwritten.
+    """
+
+    why = "formed by the layer's rule"
+
+    def __init__(self, contributions: Tensor, is_own: bool = False) -> None:
+        self.contributions, self.is_own = contributions, is_own
 
     @property
     def batch_size(self) -> int:
         return self.contributions.shape[0]
 
+    @property
+    def example(self) -> Tensor:
+        return self.contributions
+
+    @property
+    def signature(self) -> tuple:
+        return (self.contributions.shape,)
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        return {"materialise": of_gradients(self.contributions.shape, self.contributions.dtype, needs_gram)}
+
+    def plain(self) -> Cost:
+        return Cost(stream=self.contributions.nbytes, calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        return self
+
     def gram(self) -> Tensor:
         return ops.gram(self.contributions)
+
+    def moments(self) -> Moments:
+        return of_dense(self.contributions)
 
     def align(self, vector: Tensor) -> Tensor:
         return (self.contributions * vector).flatten().view(self.batch_size, -1).sum(1)
@@ -68,11 +138,48 @@ class Dense:
     def dense(self) -> Tensor:
         return self.contributions
 
-    def settled(self) -> Factor:
-        return self
+
+class Blockwise:
+    """Statistics from gradients that are formed a block at a time, and dropped."""
+
+    # Elements of a block, which is to stay in the caches.
+    _BLOCK = 1 << 20
+
+    batch_size: int
+    output_grads: Tensor
+
+    @property
+    def example(self) -> Tensor:
+        return self.output_grads
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Columns of the (B, d) matrix of the h_i as (B, ...) tensors, in the accumulation dtype; others are zero.
+
+        A block is valid until the next is asked for.
+        """
+        raise NotImplementedError
+
+    def gram(self) -> Tensor:
+        total = None
+        for block in self.blocks():
+            gram = ops.gram(block)
+            total = gram if total is None else total.add_(gram)
+        return total
+
+    def moments(self) -> Moments:
+        total = None
+        for block in self.blocks():
+            part = of_dense(block)
+            total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
+        return total
+
+    def _on_blocks(self, number: int, needs_gram: bool) -> Cost:
+        """Statistics of gradients of `number` elements, and how often blocks are asked for."""
+        batch_size = self.batch_size
+        return Cost(gram=batch_size * number * needs_gram, calls=3 * (1 + number // self._BLOCK))
 
 
-class Outer:
+class Outer(Blockwise):
     """h_i = sum_t e_it a_it^T viewed as `shape`: every weight that multiplies T vectors of each sample.
 
     Args:
@@ -81,31 +188,69 @@ class Outer:
         shape: of the parameter, m n elements.
     """
 
-    # Temporaries of a chunked Gramian, in elements.
-    _CHUNK = 1 << 24
-
     def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
         self.inputs, self.output_grads, self.shape = inputs, output_grads, shape
+
+    @property
+    def why(self) -> str:
+        return "one vector per sample" if self.is_single else ""
 
     @property
     def batch_size(self) -> int:
         return self.inputs.shape[0]
 
+    @property
+    def is_single(self) -> bool:
+        """Whether T = 1."""
+        return self.inputs.shape[1] == 1
+
+    @property
+    def signature(self) -> tuple:
+        return self.inputs.shape, self.output_grads.shape
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        batch_size, length, n = self.inputs.shape
+        m, size = self.output_grads.shape[2], self.output_grads.dtype.itemsize
+        product = 2 * batch_size * length * n * m
+        held = self.inputs.nbytes + self.output_grads.nbytes
+        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
+        # Products between all places of all samples, which are then multiplied and summed.
+        pairs = (batch_size * length) ** 2
+        ghost = combination + Cost(product=2 * pairs * (n + m), stream=2 * pairs * size, calls=4)
+        if self.is_single:
+            return {"ghost": ghost}
+        shape, dtype = torch.Size((batch_size, m, n)), self.output_grads.dtype
+        formed = Cost(product=product, stream=shape.numel() * size, calls=1)
+        return {
+            "materialise": formed + of_gradients(shape, dtype, needs_gram),
+            "recompute": Cost(product=product) + self._on_blocks(shape.numel(), needs_gram) + combination,
+            "ghost": ghost,
+        }
+
+    def plain(self) -> Cost:
+        return Cost(product=2 * self.inputs.numel() * self.output_grads.shape[2], calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        if self.is_single or way == "recompute":
+            return self
+        if way == "ghost":
+            return Ghost(self.inputs, self.output_grads, self.shape)
+        out = empty((self.batch_size, *self.shape), self.output_grads)
+        matrices = out.view(self.batch_size, self.output_grads.shape[2], self.inputs.shape[2])
+        torch.bmm(self.output_grads.mT, self.inputs, out=matrices)
+        return Dense(out, is_own=True)
+
     def _operands(self) -> tuple[Tensor, Tensor]:
         dtype = accumulate_dtype(self.output_grads.dtype)
         return self.inputs.to(dtype), self.output_grads.to(dtype)
 
-    def gram(self) -> Tensor:
-        """K_ij = sum_ts <a_it, a_js> <e_it, e_js>: the weight gradient is never formed."""
+    def blocks(self) -> Iterator[Tensor]:
         inputs, output_grads = self._operands()
-        batch_size, length, _ = inputs.shape
-        inputs, output_grads = inputs.flatten(0, 1), output_grads.flatten(0, 1)
-        samples = max(1, self._CHUNK // (length * length * batch_size))
-        rows = []
-        for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
-            products = (a @ inputs.T).mul_(e @ output_grads.T)
-            rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
-        return torch.cat(rows)
+        rows = max(1, self._BLOCK // (self.batch_size * inputs.shape[2]))
+        memory = inputs.new_empty(self.batch_size * min(rows, output_grads.shape[2]) * inputs.shape[2])
+        for some in output_grads.split(rows, 2):
+            shape = self.batch_size, some.shape[2], inputs.shape[2]
+            yield torch.bmm(some.mT, inputs, out=memory[: torch.Size(shape).numel()].view(shape))
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()
@@ -120,31 +265,67 @@ class Outer:
     def dense(self) -> Tensor:
         return (self.output_grads.mT @ self.inputs).view(self.batch_size, *self.shape)
 
-    def settled(self) -> Factor:
-        batch_size, length, n = self.inputs.shape
-        m = self.output_grads.shape[-1]
-        fits = batch_size * n * m <= 4 * (self.inputs.numel() + self.output_grads.numel())
-        return Dense(self.dense()) if fits and not self.gram_is_cheaper(batch_size, length, n, m) else self
 
-    @staticmethod
-    def gram_is_cheaper(batch_size: int, length: int, n: int, m: int) -> bool:
-        """Whether `gram` of (B, T, n) and (B, T, m) is faster than forming the gradients and their Gramian."""
-        # Operations. Measured: those on gradients in memory take twice as long.
-        return batch_size * length**2 * (n + m) <= 2 * (length * n * m + batch_size * n * m / 2)
+class Ghost(Outer):
+    """An `Outer` whose gradients are never formed."""
+
+    # Temporaries of a chunked Gramian, in elements.
+    _CHUNK = 1 << 24
+
+    def gram(self) -> Tensor:
+        """K_ij = sum_ts <a_it, a_js> <e_it, e_js>."""
+        inputs, output_grads = self._operands()
+        batch_size, length, _ = inputs.shape
+        inputs, output_grads = inputs.flatten(0, 1), output_grads.flatten(0, 1)
+        samples = max(1, self._CHUNK // (length * length * batch_size))
+        rows = []
+        for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
+            products = (a @ inputs.T).mul_(e @ output_grads.T)
+            rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
+        return torch.cat(rows)
+
+    def moments(self) -> Moments:
+        return of_gram(self.gram())
 
 
 class Bias:
     """h_i = sum_t e_it: the bias beside an `Outer` weight."""
 
+    why = "with its weight"
+
     def __init__(self, weight: Outer) -> None:
         self.weight, self.output_grads = weight, weight.output_grads
+
+    @property
+    def example(self) -> Tensor:
+        return self.output_grads
 
     @property
     def batch_size(self) -> int:
         return self.output_grads.shape[0]
 
+    @property
+    def signature(self) -> tuple:
+        return (self.output_grads.shape,)
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        batch_size, length, m = self.output_grads.shape
+        if length == 1:
+            return {"ghost": Cost(stream=2 * self.output_grads.nbytes, calls=1)}
+        summed = Cost(stream=self.output_grads.nbytes, calls=1)
+        return {"materialise": summed + of_gradients(torch.Size((batch_size, m)), self.output_grads.dtype, needs_gram)}
+
+    def plain(self) -> Cost:
+        return Cost(stream=self.output_grads.nbytes, calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        return self if way == "ghost" else Dense(self.dense(), is_own=True)
+
     def gram(self) -> Tensor:
         return ops.gram(self.dense())
+
+    def moments(self) -> Moments:
+        return of_dense(self.dense())
 
     def align(self, vector: Tensor) -> Tensor:
         return self.dense() @ vector
@@ -155,11 +336,8 @@ class Bias:
     def dense(self) -> Tensor:
         return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
 
-    def settled(self) -> Factor:
-        return self if self.output_grads.shape[1] == 1 else Dense(self.dense())
 
-
-class Rows:
+class Rows(Blockwise):
     """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
 
     Args:
@@ -168,6 +346,8 @@ class Rows:
         shape: of the parameter, (rows, n).
     """
 
+    why = "only the rows in use"
+
     def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
         self.indices, self.output_grads, self.shape = indices, output_grads, shape
 
@@ -175,20 +355,39 @@ class Rows:
     def batch_size(self) -> int:
         return self.indices.shape[0]
 
-    def gram(self) -> Tensor:
-        """K in blocks of the rows in use, so that nothing larger than E is held."""
+    @property
+    def signature(self) -> tuple:
+        return (self.output_grads.shape,)
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        nbytes = self.output_grads.nbytes
+        # At worst no two samples share a row, and each block of rows has those of one sample.
+        gradients = self.batch_size * self.output_grads.numel()
+        stream = 4 * nbytes + gradients * self.output_grads.dtype.itemsize
+        held = nbytes + self.indices.nbytes
+        return {"recompute": Cost(stream=stream, held=held) + self._on_blocks(gradients, needs_gram)}
+
+    def plain(self) -> Cost:
+        return Cost(stream=3 * self.output_grads.nbytes, calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        return self
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Rows in use, so many at a time that nothing larger than E or a block is held."""
         batch_size, length, width = self.output_grads.shape
+        rows = max(length, self._BLOCK // (batch_size * width))
         used, position = self.indices.unique(return_inverse=True)
         order = position.flatten().argsort(stable=True)
         sample = torch.arange(batch_size, device=order.device).repeat_interleave(length)[order]
         position, grads = position.flatten()[order], self.output_grads.flatten(0, 1)[order]
-        gram = 0
-        for start in range(0, used.numel(), length):
-            first, last = torch.searchsorted(position, torch.tensor([start, start + length], device=order.device))
-            block = grads.new_zeros(batch_size * length, width)
-            block.index_add_(0, sample[first:last] * length + position[first:last] - start, grads[first:last])
-            gram = gram + ops.gram(block.view(batch_size, length, width))
-        return gram
+        grads = grads.to(accumulate_dtype(grads.dtype))
+        starts = torch.arange(0, used.numel() + rows, rows, device=order.device)
+        bounds = torch.searchsorted(position, starts).tolist()
+        block = grads.new_empty(batch_size * rows, width)
+        for start, first, last in zip(starts.tolist(), bounds, bounds[1:], strict=False):
+            block.zero_().index_add_(0, sample[first:last] * rows + position[first:last] - start, grads[first:last])
+            yield block.view(batch_size, rows, width)
 
     def align(self, vector: Tensor) -> Tensor:
         return (vector[self.indices] * self.output_grads).sum((1, 2))
@@ -198,27 +397,98 @@ class Rows:
         return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
 
     def dense(self) -> Tensor:
-        batch_size, rows = self.batch_size, self.shape[0]
-        offsets = torch.arange(batch_size, device=self.indices.device)[:, None] * rows
-        result = self.output_grads.new_zeros(batch_size * rows, *self.shape[1:])
-        result.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
-        return result.view(batch_size, *self.shape)
+        return self.add_to(self.output_grads.new_zeros(self.batch_size, *self.shape))
 
-    def settled(self) -> Factor:
-        return self
+    def add_to(self, contributions: Tensor) -> Tensor:
+        """`contributions`, (B, *shape), with these added in place."""
+        offsets = torch.arange(self.batch_size, device=self.indices.device)[:, None] * self.shape[0]
+        rows = contributions.view(-1, *self.shape[1:])
+        rows.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
+        return contributions
+
+
+class Tied(Blockwise):
+    """The sum of `Outer` and `Rows`: an embedding whose table is the weight of the head."""
+
+    why = ""
+
+    def __init__(self, outer: Outer, rows: Rows) -> None:
+        self.outer, self.rows = outer, rows
+
+    @property
+    def example(self) -> Tensor:
+        return self.outer.output_grads
+
+    @property
+    def batch_size(self) -> int:
+        return self.outer.batch_size
+
+    @property
+    def signature(self) -> tuple:
+        return *self.outer.signature, *self.rows.signature
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(False).values()
+        return {way: of_outer[way] + of_rows for way in ("materialise", "recompute")}
+
+    def plain(self) -> Cost:
+        return self.outer.plain() + self.rows.plain()
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        if way == "recompute":
+            return self
+        return Dense(self.rows.add_to(self.outer.settled(way, empty).dense()), is_own=True)
+
+    def blocks(self) -> Iterator[Tensor]:
+        order = self.rows.indices.flatten().argsort(stable=True)
+        row, sample = self.rows.indices.flatten()[order], order // self.rows.indices.shape[1]
+        grads, start = self.rows.output_grads.flatten(0, 1)[order], 0
+        for block in self.outer.blocks():
+            batch_size, number, width = block.shape
+            limits = torch.tensor([start, start + number], device=row.device)
+            first, last = torch.searchsorted(row, limits).tolist()
+            places = sample[first:last] * number + row[first:last] - start
+            block.view(batch_size * number, width).index_add_(0, places, grads[first:last].to(block))
+            yield block
+            start += number
+
+    def align(self, vector: Tensor) -> Tensor:
+        return self.outer.align(vector) + self.rows.align(vector)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.outer.combine(weights) + self.rows.combine(weights)
+
+    def dense(self) -> Tensor:
+        return self.rows.add_to(self.outer.dense())
 
 
 def add(factors: list[Factor]) -> Factor:
     """The sum of one parameter's contributions from several uses: tied weights, a module called twice."""
     if len(factors) == 1:
         return factors[0]
-    if all(isinstance(f, Outer) for f in factors):
-        inputs = torch.cat([f.inputs for f in factors], 1)
-        return Outer(inputs, torch.cat([f.output_grads for f in factors], 1), factors[0].shape)
-    if all(isinstance(f, Rows) for f in factors):
-        indices = torch.cat([f.indices for f in factors], 1)
-        return Rows(indices, torch.cat([f.output_grads for f in factors], 1), factors[0].shape)
-    return Dense(torch.stack([f.dense() for f in factors]).sum(0))
+    outers, rows = [f for f in factors if isinstance(f, Outer)], [f for f in factors if isinstance(f, Rows)]
+    if len(outers) + len(rows) < len(factors):
+        return _added(factors)
+    if outers:
+        inputs = torch.cat([f.inputs for f in outers], 1)
+        outer = Outer(inputs, torch.cat([f.output_grads for f in outers], 1), outers[0].shape)
+    if rows:
+        indices = torch.cat([f.indices for f in rows], 1)
+        row = Rows(indices, torch.cat([f.output_grads for f in rows], 1), rows[0].shape)
+    return Tied(outer, row) if outers and rows else outer if outers else row
+
+
+def _added(factors: list[Factor]) -> Factor:
+    own = [f for f in factors if isinstance(f, Dense) and f.is_own]
+    total = own[0] if own else Dense(factors[0].dense().clone(), is_own=True)
+    for factor in factors:
+        if factor is total or (not own and factor is factors[0]):
+            continue
+        if isinstance(factor, Rows):
+            factor.add_to(total.contributions)
+        else:
+            total.contributions.add_(factor.dense())
+    return total
 
 
 def join(factors: list[Factor]) -> Factor:
@@ -238,142 +508,3 @@ def _stacked(sequences: list[Tensor]) -> Tensor:
     length = max(x.shape[1] for x in sequences)
     padding = [x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:]) for x in sequences]
     return torch.cat([torch.cat([x, zeros], 1) for x, zeros in zip(sequences, padding, strict=True)])
-
-
-@dataclass
-class _Single:
-    """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
-
-    Attributes:
-        output_grads: E, (B, m).
-        inputs: A, (B, n), with n = 0 if the weight is frozen.
-        shape: of the weight.
-        weight, bias: their places among a model's parameters, or None for one that is frozen.
-    """
-
-    output_grads: Tensor
-    inputs: Tensor
-    shape: torch.Size
-    weight: int | None = None
-    bias: int | None = None
-
-    def combine(self, weights: Tensor) -> dict[int, Tensor]:
-        weighted = self.output_grads * weights[:, None]
-        result = {}
-        # The bias first: the product drives from the caches what the two share.
-        if self.bias is not None:
-            result[self.bias] = weighted.sum(0)
-        if self.weight is not None:
-            result[self.weight] = torch.mm(weighted.T, self.inputs).view(self.shape)
-        return result
-
-
-class CapturedGradients:
-    """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
-
-    def __init__(self, factors: list[Factor]) -> None:
-        self._factors = [f.settled() for f in factors]
-        # By dtype and device.
-        self._dense: dict[tuple, list[int]] = {}
-        self._singles: dict[tuple, list[_Single]] = {}
-        self._others: list[int] = []
-        weights: dict[Factor, _Single] = {}
-        for index, factor in enumerate(self._factors):
-            if isinstance(factor, Dense):
-                self._dense.setdefault(_kind(factor.contributions), []).append(index)
-            elif isinstance(factor, Outer) and factor.output_grads.shape[1] == 1:
-                weights[factor] = _Single(factor.output_grads[:, 0], factor.inputs[:, 0], factor.shape, weight=index)
-                self._singles.setdefault(_kind(factor.output_grads), []).append(weights[factor])
-            elif isinstance(factor, Bias) and factor.weight in weights:
-                weights[factor.weight].bias = index
-            elif isinstance(factor, Bias):
-                grads = factor.dense()
-                lone = _Single(grads, grads[:, :0], torch.Size(), bias=index)
-                self._singles.setdefault(_kind(grads), []).append(lone)
-            else:
-                self._others.append(index)
-
-    @property
-    def batch_size(self) -> int:
-        """B, the number of samples."""
-        return self._factors[0].batch_size
-
-    def _groups(self) -> list[list[Tensor]]:
-        return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
-
-    def mean(self) -> list[Tensor]:
-        """g = mean_i g_i, which is the gradient of the loss."""
-        return self.combine(self._equal_weights())
-
-    def dense(self) -> list[Tensor]:
-        """G as (B, *shape) tensors."""
-        return [self.batch_size * f.dense() for f in self._factors]
-
-    def _equal_weights(self) -> Tensor:
-        first = self._factors[0]
-        reference = first.contributions if isinstance(first, Dense) else first.output_grads
-        return reference.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(reference.dtype))
-
-    def align(self, vector: list[Tensor]) -> Tensor:
-        """G v = <g_i, v>, shape (B,), not centred."""
-        return self.batch_size * _sum([f.align(v) for f, v in zip(self._factors, vector, strict=True)])
-
-    def gram(self) -> Tensor:
-        """K = G G^T, shape (B, B), not centred."""
-        return self.batch_size**2 * _sum([ops.gram(group) for group in self._groups()] + self._grams())
-
-    def _grams(self) -> list[Tensor]:
-        """Parts of K / B^2 from what is not dense."""
-        grams = [self._factors[index].gram() for index in self._others]
-        for layers in self._singles.values():
-            inputs, output_grads = [s.inputs for s in layers], [s.output_grads for s in layers]
-            grams.append(torch.ops.rgd_ext.ghost_gram(inputs, output_grads, [s.bias is not None for s in layers]))
-        return grams
-
-    def scalars(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
-        if not self._dense:
-            return None
-        squared, alignments, squared_norms = [], [], []
-        for group in self._groups():
-            mean, a, n = ops.moments(group)
-            squared.append(squared_norm(mean))
-            alignments.append(a)
-            squared_norms.append(n)
-        for gram in self._grams():
-            norm, a, n, _ = torch.ops.rgd_ext.gram_moments(gram)
-            squared.append(norm.to(gram.dtype))
-            alignments.append(a.to(gram.dtype))
-            squared_norms.append(n.to(gram.dtype))
-        scale = self.batch_size**2
-        return scale * _sum(squared), scale * _sum(alignments), scale * _sum(squared_norms)
-
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """w^T G = sum_i w_i g_i."""
-        weights = weights * self.batch_size
-        result: dict[int, Tensor] = {}
-        for indices, group in zip(self._dense.values(), self._groups(), strict=True):
-            result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
-        for layers in self._singles.values():
-            converted = weights.to(layers[0].output_grads)
-            for layer in layers:
-                result |= layer.combine(converted)
-        for index in self._others:
-            factor = self._factors[index]
-            result[index] = factor.combine(weights.to(factor.output_grads))
-        return [result[index] for index in range(len(self._factors))]
-
-
-def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    """The sum of statistics that may come from several devices and accumulation dtypes."""
-    if len(parts) == 1:
-        return parts[0]
-    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
-    total = parts[0].to(dtype, copy=True)
-    for part in parts[1:]:
-        total += part.to(total.device)
-    return total

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch, _is_any_autocast_enabled, _will_engine_execute_node
 
-from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, solve
+from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
-from .factors import CapturedGradients, Dense, Factor, add, join
+from .captured import CapturedGradients
+from .dry_run import dry_run
+from .factors import Dense, Factor, Outer, Rows, add, join
 from .install import check_model, taps_for
 from .nodes import Edges, Record
+from .plan import Plan, plan_of
+from .planner import Choice, Planner
 from .shared import Shared
+from .workspace import Workspace, fresh
 
 SECOND_DERIVATIVE = (
     "create_graph=True through a captured model: directions have no derivative, and the gradient of a gradient does not"
@@ -38,7 +43,12 @@ class Preconditioner:
     """
 
     def __init__(
-        self, model: nn.Module, policy: Policy, inverse: Inverse, batch_norm: Literal["error", "contribution"]
+        self,
+        model: nn.Module,
+        policy: Policy,
+        inverse: Inverse,
+        batch_norm: Literal["error", "contribution"],
+        memory_budget: int | None = None,
     ) -> None:
         self.model, self.batch_norm = model, batch_norm
         self.stats: Stats | None = None
@@ -53,8 +63,13 @@ class Preconditioner:
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
         self._size: int | None = None
+        self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
         self._union: list[dict[nn.Parameter, Factor]] | None = None
+        self._planner = Planner(memory_budget)
+        self._choices: list[Choice] = []
+        self._workspace = Workspace()
+        self._is_dry = False
         self._taps = taps_for(self, model)
         for tap in self._taps:
             tap.module.forward = tap
@@ -83,6 +98,7 @@ class Preconditioner:
         for guard in self.guards.values():
             guard.remove()
         self._taps, self.guards, self._removed = [], {}, True
+        self._workspace = Workspace()
         _live.discard(self)
 
     @contextmanager
@@ -113,7 +129,8 @@ class Preconditioner:
             yield
         if parts:
             parameters = dict.fromkeys(p for part in parts for p in part)
-            self._write({p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters})
+            joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
+            self._write({p: self._settled(p, factor) for p, factor in joined.items()})
 
     @contextmanager
     def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
@@ -123,6 +140,35 @@ class Preconditioner:
             yield self._union
         finally:
             self._union = outer
+
+    def plan(self, *args, **kwargs) -> Plan:
+        """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.
+
+        Args:
+            args, kwargs: a batch as the model takes it. A forward and backward of it find the shapes, and one of
+                ordinary autograd the time of SGD; gradients, buffers and random numbers stay as they are. Without
+                arguments the plan is that of the last backward.
+
+        Raises:
+            RuntimeError: without arguments before the first backward, or while nothing is recorded.
+            ValueError: if `memory_budget` is too small for the batch, naming the smallest that works.
+        """
+        if not args and not kwargs:
+            if not self._choices:
+                raise RuntimeError("there was no backward yet: call plan(x) with a batch of inputs of the model")
+            return plan_of(self._choices)
+        if not self.recording():
+            raise RuntimeError(
+                "the capture records nothing here: leave no_grad, `with handle.paused():` or the torch.func transform;"
+                " a removed handle plans nothing"
+            )
+        self._is_dry = True
+        try:
+            dry_run(self.model, args, kwargs, times=1)
+        finally:
+            self._is_dry = False
+        with self.paused():
+            return plan_of(self._choices, dry_run(self.model, args, kwargs, times=3))
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
@@ -213,14 +259,24 @@ class Preconditioner:
             )
         if _is_any_autocast_enabled():
             with _full_precision(record.parameters[wanted[0]].device):
-                factors = contributions()
+                self._keep(record, wanted, contributions())
         else:
-            factors = contributions()
-        for name in wanted:
+            self._keep(record, wanted, contributions())
+
+    def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:
+        for name in names:
             if name in factors:
-                factor = factors[name]
-                factor = _checked(factor, name, record) if isinstance(factor, Tensor) else factor
-                self._factors.setdefault(record.parameters[name], []).append(factor)
+                parameter, factor = record.parameters[name], factors[name]
+                if isinstance(factor, Tensor):
+                    factor = _checked(factor, name, record)
+                self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+
+    def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        name, is_collected = self._names.get(parameter, "?"), self._union is not None
+        if self._is_dry:
+            self._planner.note(name, factor, self._with_gram)
+            return factor
+        return self._planner.settle(name, factor, self._with_gram, fresh if is_collected else self._workspace.empty)
 
     def refuse_second_derivative(self, edges: Edges) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
@@ -230,12 +286,21 @@ class Preconditioner:
     def _begin(self, task: int, batch_size: int) -> None:
         # Whatever is there is of a backward that ended in an exception.
         self._task, self._size, self._factors = task, batch_size, {}
+        # What is only collected may be asked for anything.
+        self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
+        self._planner.begin()
+        self._workspace.restart()
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
         factors, self._factors, self._task = self._factors, {}, -1
-        summed = {parameter: add(parts) for parameter, parts in factors.items()}
-        if not summed:  # a module's output was used, but none of its parameters had a part in it
+        if not factors:  # a module's output was used, but none of its parameters had a part in it
+            return
+        if self._is_dry:  # what forms gradients forms them for each use
+            factors = {p: parts for p, parts in factors.items() if all(isinstance(f, (Outer, Rows)) for f in parts)}
+        summed = {p: parts[0] if len(parts) == 1 else self._settled(p, add(parts)) for p, parts in factors.items()}
+        self._choices = self._planner.finish()
+        if self._is_dry:
             return
         if self._union is not None:
             self._union.append(summed)
@@ -306,6 +371,7 @@ def precondition(
     epsilon: Policy | float = Spectral(0.5),
     inverse: Inverse = "weak-field",
     batch_norm: Literal["error", "contribution"] = "error",
+    memory_budget: float | None = None,
 ) -> Preconditioner:
     """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
 
@@ -320,9 +386,12 @@ def precondition(
         inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
         batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
             the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
+        memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
+            at the end of a backward. None takes the fastest way for every layer. The first backward with new shapes
+            takes the smallest.
 
     Returns:
-        The handle: `.stats`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
+        The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
 
     Raises:
         TypeError: if `model` is not a module, or `epsilon` is not a policy.
@@ -343,5 +412,16 @@ def precondition(
     if batch_norm not in ("error", "contribution"):
         raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
     policy = checked_policy(epsilon, inverse)
+    budget = _checked_budget(memory_budget)
     check_model(model, batch_norm)
-    return Preconditioner(model, policy, inverse, batch_norm)
+    return Preconditioner(model, policy, inverse, batch_norm, budget)
+
+
+def _checked_budget(memory_budget: float | None) -> int | None:
+    if memory_budget is None:
+        return None
+    if not isinstance(memory_budget, (int, float)) or isinstance(memory_budget, bool):
+        raise TypeError(f"memory_budget is {memory_budget!r}: pass a number of bytes, or None")
+    if not 0 < memory_budget < float("inf"):
+        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes, or None for no limit")
+    return int(memory_budget)

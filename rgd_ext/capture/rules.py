@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from .convolution import Convolution, Geometry
 from .factors import Bias, Factor, Outer, Rows
 
 Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
@@ -130,7 +130,7 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tens
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=mode), (0,) * (x.ndim - 2)
     contributions = {}
     if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
-        contributions["weight"] = _per_sample_weight(module, x, output_grad, padding)
+        contributions["weight"] = _convolution(module, output_grad, x, padding)
     if module.bias is not None:
         contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
@@ -142,23 +142,15 @@ def transposed_convolution(
     """The adjoint of a convolution: input and output gradient change places."""
     contributions = {}
     if module.weight.requires_grad:
-        contributions["weight"] = _per_sample_weight(module, output_grad, inputs[0], module.padding)
+        contributions["weight"] = _convolution(module, inputs[0], output_grad, module.padding)
     if module.bias is not None:
         contributions["bias"] = output_grad.flatten(2).sum(2)
     return contributions
 
 
-def _per_sample_weight(module: nn.Module, x: Tensor, output_grad: Tensor, padding: tuple[int, ...]) -> Tensor | Outer:
-    channels, kernel = module.weight.shape[0], module.weight.shape[2:]
-    length, n = output_grad.shape[2:].numel(), module.weight.shape[1:].numel()
-    # Where few places meet many channels, as in the last stages of networks, the weights are not worth forming.
-    unfolds = module.groups == 1 and len(kernel) == 2 and not any(module.output_padding)
-    if unfolds and Outer.gram_is_cheaper(x.shape[0], length, n, channels):
-        columns = F.unfold(x, kernel, module.dilation, padding, module.stride).mT
-        return Outer(columns, output_grad.flatten(2).mT, module.weight.shape)
-    # Measured: the native kernel is the faster one but for one output channel per group, as that fills no vector.
-    grads = reference.conv_weight_grads if channels == module.groups else torch.ops.rgd_ext.conv_weight_grads
-    return grads(output_grad, x, kernel, module.stride, padding, module.dilation, module.groups)
+def _convolution(module: nn.Module, output_grad: Tensor, x: Tensor, padding: tuple[int, ...]) -> Convolution:
+    geometry = Geometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
+    return Convolution(output_grad, x, module.weight.shape, geometry)
 
 
 def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

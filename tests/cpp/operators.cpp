@@ -18,6 +18,7 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("gram(Tensor[] grads) -> Tensor");
   m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
   m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
+  m.def("ghost_combine(Tensor[] inputs, Tensor[] output_grads, bool[] biases, Tensor weights) -> Tensor[]");
   m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
   m.def("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -25,7 +26,7 @@ TORCH_LIBRARY(rgd_ext, m) {
       "(Tensor, Tensor)");
   m.def(
       "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-      " int groups) -> Tensor");
+      " int groups, Tensor(a!) out) -> ()");
   m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
 }
 
@@ -58,6 +59,13 @@ Tensor ghost_gram(const Tensors& inputs, const Tensors& output_grads, const std:
   return find<Tensor(at::TensorList, at::TensorList, const c10::List<bool>&)>("rgd_ext::ghost_gram")
       .call(inputs, output_grads, list);
 }
+Tensors ghost_combine(const Tensors& inputs, const Tensors& output_grads, const std::vector<bool>& biases,
+                      const Tensor& weights) {
+  c10::List<bool> list;
+  for (const bool bias : biases) list.push_back(bias);
+  using Signature = Tensors(at::TensorList, at::TensorList, const c10::List<bool>&, const Tensor&);
+  return find<Signature>("rgd_ext::ghost_combine").call(inputs, output_grads, list, weights);
+}
 Tensor largest_eigenvalue(const Tensor& matrix) {
   return find<Tensor(const Tensor&)>("rgd_ext::largest_eigenvalue").call(matrix);
 }
@@ -73,10 +81,13 @@ Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::
                          int64_t groups) {
   const std::vector<int64_t> of_two[] = {
       {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
-  using Signature =
-      Tensor(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
-  return find<Signature>("rgd_ext::conv_weight_grads")
-      .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups);
+  using Signature = void(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                         at::IntArrayRef, int64_t, Tensor&);
+  Tensor out =
+      at::empty({output_grad.size(0), output_grad.size(1), x.size(1) / groups, geometry[0], geometry[0]}, x.options());
+  find<Signature>("rgd_ext::conv_weight_grads")
+      .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups, out);
+  return out;
 }
 std::tuple<Tensor, Tensor> group_norm_grads(const Tensor& output_grad, const Tensor& x, int64_t groups, double eps) {
   return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>("rgd_ext::group_norm_grads")
@@ -202,6 +213,17 @@ void test_ghost_gram(at::ScalarType dtype) {
       const Tensor a = inputs[layer].to(at::kDouble), e = output_grads[layer].to(at::kDouble);
       want += (a.matmul(a.t()) + (biases[layer] ? 1 : 0)) * e.matmul(e.t());
     }
+    const Tensor weights = at::randn({batch_size}).to(dtype);
+    const Tensors combined = ghost_combine(inputs, output_grads, biases, weights);
+    size_t next = 0;
+    for (size_t layer = 0; layer < inputs.size(); ++layer) {
+      const Tensor weighted = output_grads[layer].to(at::kDouble) * weights.to(at::kDouble).unsqueeze(1);
+      const Tensor of_bias = weighted.sum(0), of_weight = weighted.t().matmul(inputs[layer].to(at::kDouble));
+      const double rounding = dtype == at::kBFloat16 || dtype == at::kHalf ? 3e-2 : tolerance;
+      if (biases[layer]) expect(close(combined[next++], of_bias, of_bias, rounding), name + " combined bias");
+      if (of_weight.numel()) expect(close(combined[next++], of_weight, of_weight, rounding), name + " combined weight");
+    }
+    expect(next == combined.size(), name + " number of combined gradients");
     at::set_num_threads(1);
     const Tensor k = ghost_gram(inputs, output_grads, biases);
     expect(close(k, want, want, tolerance), name);
@@ -327,6 +349,8 @@ void test_errors() {
   expect_error([&] { diffusion_mv({g}, {at::ones({2}, at::kDouble)}); }, "convert one");
   expect_error([&] { ghost_gram({g}, {g}, {}); }, "0 biases");
   expect_error([&] { ghost_gram({g}, {g, g}, {true, true}); }, "1 inputs");
+  expect_error([&] { ghost_combine({g}, {g, g}, {true, true}, at::ones({3})); }, "1 inputs");
+  expect_error([&] { ghost_combine({g}, {g}, {true}, at::ones({2})); }, "weights has shape [2]");
   expect_error([&] { ghost_gram({at::ones({2, 2})}, {g}, {true}); }, "B = 3");
   expect_error([&] { ghost_gram({at::ones({3, 2, 1})}, {g}, {true}); }, "(B, n)");
   expect_error([&] { ghost_gram({g.to(at::kDouble)}, {g}, {true}); }, "inputs[0]");
@@ -334,7 +358,7 @@ void test_errors() {
   expect_error([&] { conv_weight_grads(e, x, {4, 1, 0, 1}, 1); }, "too many or too few");
   expect_error([&] { conv_weight_grads(e, x, {3, 0, 0, 1}, 1); }, "stride 0");
   expect_error([&] { conv_weight_grads(e, x, {3, 1, 0, 1}, 4); }, "groups is 4");
-  expect_error([&] { conv_weight_grads(e[0], x[0], {3, 1, 0, 1}, 1); }, "batch sizes disagree");
+  expect_error([&] { conv_weight_grads(e[0], x, {3, 1, 0, 1}, 1); }, "batch sizes disagree");
   expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");

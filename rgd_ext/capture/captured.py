@@ -1,0 +1,138 @@
+"""Per-sample gradients of a model after its backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference import accumulate_dtype
+from .factors import Bias, Dense, Factor, Ghost, Moments, Outer, of_dense, of_gram
+
+
+@dataclass
+class _Single:
+    """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
+
+    Attributes:
+        output_grads: E, (B, m).
+        inputs: A, (B, n), with n = 0 if the weight is frozen.
+        shape: of the weight.
+        weight, bias: their places among a model's parameters, or None for one that is frozen.
+    """
+
+    output_grads: Tensor
+    inputs: Tensor
+    shape: torch.Size
+    weight: int | None = None
+    bias: int | None = None
+
+
+class CapturedGradients:
+    """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
+
+    def __init__(self, factors: list[Factor]) -> None:
+        self._factors = factors
+        # By dtype and device.
+        self._dense: dict[tuple, list[int]] = {}
+        self._singles: dict[tuple, list[_Single]] = {}
+        self._others: list[int] = []
+        weights: dict[Factor, _Single] = {}
+        for index, factor in enumerate(self._factors):
+            if isinstance(factor, Dense):
+                self._dense.setdefault(_kind(factor.contributions), []).append(index)
+            elif isinstance(factor, Outer) and factor.is_single:
+                weights[factor] = _Single(factor.output_grads[:, 0], factor.inputs[:, 0], factor.shape, weight=index)
+                self._singles.setdefault(_kind(factor.output_grads), []).append(weights[factor])
+            elif isinstance(factor, Bias) and factor.weight in weights:
+                weights[factor.weight].bias = index
+            elif isinstance(factor, Bias):
+                grads = factor.dense()
+                lone = _Single(grads, grads[:, :0], torch.Size(), bias=index)
+                self._singles.setdefault(_kind(grads), []).append(lone)
+            else:
+                self._others.append(index)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self._factors[0].batch_size
+
+    def _groups(self) -> list[list[Tensor]]:
+        return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
+
+    def mean(self) -> list[Tensor]:
+        """g = mean_i g_i, which is the gradient of the loss."""
+        return self.combine(self._equal_weights())
+
+    def dense(self) -> list[Tensor]:
+        """G as (B, *shape) tensors."""
+        return [self.batch_size * f.dense() for f in self._factors]
+
+    def _equal_weights(self) -> Tensor:
+        example = self._factors[0].example
+        return example.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(example.dtype))
+
+    def align(self, vector: list[Tensor]) -> Tensor:
+        """G v = <g_i, v>, shape (B,), not centred."""
+        return self.batch_size * _sum([f.align(v) for f, v in zip(self._factors, vector, strict=True)])
+
+    def gram(self) -> Tensor:
+        """K = G G^T, shape (B, B), not centred."""
+        others = [self._factors[index].gram() for index in self._others]
+        return self.batch_size**2 * _sum([ops.gram(group) for group in self._groups()] + self._single_grams() + others)
+
+    def _single_grams(self) -> list[Tensor]:
+        return [torch.ops.rgd_ext.ghost_gram(*_arguments(layers)) for layers in self._singles.values()]
+
+    def scalars(self) -> Moments | None:
+        """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
+        others = [self._factors[index] for index in self._others]
+        if not self._dense and all(isinstance(f, Ghost) for f in others):
+            return None
+        parts = [of_dense(group) for group in self._groups()] + [f.moments() for f in others]
+        parts += [of_gram(gram) for gram in self._single_grams()]
+        squared, alignments, squared_norms = map(_sum, zip(*parts, strict=True))
+        scale = self.batch_size**2
+        return scale * squared, scale * alignments, scale * squared_norms
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """w^T G = sum_i w_i g_i."""
+        weights = weights * self.batch_size
+        result: dict[int, Tensor] = {}
+        for indices, group in zip(self._dense.values(), self._groups(), strict=True):
+            result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
+        for layers in self._singles.values():
+            converted = weights.to(layers[0].output_grads)
+            combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), converted))
+            for layer in layers:
+                if layer.bias is not None:
+                    result[layer.bias] = next(combined)
+                if layer.weight is not None:
+                    result[layer.weight] = next(combined).view(layer.shape)
+        for index in self._others:
+            factor = self._factors[index]
+            result[index] = factor.combine(weights.to(factor.example))
+        return [result[index] for index in range(len(self._factors))]
+
+
+def _arguments(layers: list[_Single]) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Of ghost_gram and ghost_combine."""
+    return [s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """The sum of statistics that may come from several devices and accumulation dtypes."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+    total = parts[0].to(dtype, copy=True)
+    for part in parts[1:]:
+        total += part.to(total.device)
+    return total

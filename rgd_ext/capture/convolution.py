@@ -1,0 +1,124 @@
+"""The contributions of a convolution's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..reference import accumulate_dtype
+from .cost import Cost, of_gradients
+from .factors import Blockwise, Dense, Factor, Ghost, Outer
+from .workspace import Empty, fresh
+
+
+class Geometry(NamedTuple):
+    """Of a convolution with zero padding: one number per dimension of space, and the number of groups."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Convolution(Blockwise):
+    """h_i is the weight gradient of sample i's own convolution. In a transposed one E and X change places.
+
+    Args:
+        output_grads: E, (B, m, *output).
+        inputs: X, (B, n, *space).
+        shape: of the weight, (m, n / groups, *kernel).
+        geometry: of the convolution.
+    """
+
+    def __init__(self, output_grads: Tensor, inputs: Tensor, shape: torch.Size, geometry: Geometry) -> None:
+        self.output_grads, self.inputs, self.shape, self.geometry = output_grads, inputs, shape, geometry
+
+    @property
+    def why(self) -> str:
+        return "a convolution with groups" if self.geometry.groups > 1 else ""
+
+    @property
+    def batch_size(self) -> int:
+        return self.output_grads.shape[0]
+
+    @property
+    def signature(self) -> tuple:
+        return self.output_grads.shape, self.inputs.shape
+
+    @property
+    def _places(self) -> int:
+        return self.output_grads.shape[2:].numel()
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        shape, dtype = torch.Size((self.batch_size, *self.shape)), self.output_grads.dtype
+        product = self.plain().convolution
+        formed = Cost(convolution=product, stream=shape.numel() * dtype.itemsize, calls=1)
+        ways = {"materialise": formed + of_gradients(shape, dtype, needs_gram)}
+        if self.geometry.groups > 1:
+            return ways
+        held = self.output_grads.nbytes + self.inputs.nbytes
+        combination = Cost(convolution=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
+        ways["recompute"] = Cost(convolution=product) + self._on_blocks(shape.numel(), needs_gram) + combination
+        if self._unfolds():
+            with torch.device("meta"):
+                columns = torch.empty(self.batch_size, self._places, self.shape[1:].numel(), dtype=dtype)
+                outer = Outer(
+                    columns, torch.empty(self.batch_size, self._places, self.shape[0], dtype=dtype), self.shape
+                )
+            ways["ghost"] = Cost(stream=2 * columns.nbytes, calls=1) + outer.ways(needs_gram)["ghost"]
+        return ways
+
+    def _unfolds(self) -> bool:
+        """Whether `F.unfold` has a column for every place of E, and no more."""
+        if len(self.geometry.kernel) != 2:
+            return False
+        options = zip(*self.geometry[:4], strict=True)
+        sizes = zip(self.inputs.shape[2:], self.output_grads.shape[2:], options, strict=True)
+        return all((x + 2 * p - d * (k - 1) - 1) // s + 1 == places for x, places, (k, s, p, d) in sizes)
+
+    def plain(self) -> Cost:
+        operations = 2 * self.batch_size * self._places * self.shape.numel()
+        return Cost(convolution=operations, stream=self.inputs.nbytes + self.output_grads.nbytes, calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        if way == "recompute":
+            return self
+        if way == "ghost":
+            kernel, stride, padding, dilation, _ = self.geometry
+            columns = F.unfold(self.inputs, kernel, dilation, padding, stride)
+            return Ghost(columns.mT, self.output_grads.flatten(2).mT, self.shape)
+        return Dense(self._formed(self.output_grads, self.inputs, empty), is_own=True)
+
+    def _formed(self, output_grads: Tensor, inputs: Tensor, empty: Empty) -> Tensor:
+        channels = output_grads.shape[1]
+        out = empty((self.batch_size, channels, *self.shape[1:]), output_grads)
+        # Measured: the native kernel is the faster one but for one output channel per group, as that fills no vector.
+        grads = reference.conv_weight_grads if channels == self.geometry.groups else torch.ops.rgd_ext.conv_weight_grads
+        grads(output_grads, inputs, *self.geometry, out)
+        return out
+
+    def blocks(self) -> Iterator[Tensor]:
+        dtype = accumulate_dtype(self.output_grads.dtype)
+        output_grads, inputs = self.output_grads.to(dtype), self.inputs.to(dtype)
+        channels = max(1, self._BLOCK // (self.batch_size * self.shape[1:].numel()))
+        for some in output_grads.split(channels, 1):
+            yield self._formed(some, inputs, fresh)
+
+    def align(self, vector: Tensor) -> Tensor:
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel) - 1]
+        output = convolve(self.inputs, vector, None, *self.geometry[1:])
+        used = tuple(slice(places) for places in self.output_grads.shape[2:])
+        return (output[(..., *used)] * self.output_grads).flatten(1).sum(1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        weighted = self.output_grads * weights.view(-1, *[1] * (self.output_grads.ndim - 1))
+        return reference.conv_weight_grad(weighted, self.inputs, *self.geometry)
+
+    def dense(self) -> Tensor:
+        return self._formed(self.output_grads, self.inputs, fresh)

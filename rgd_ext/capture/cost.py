@@ -1,0 +1,112 @@
+"""What computations cost on a device: operations and bytes, and the measured rates that turn them into seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+from .. import ops
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second: floating-point operations of each kind, bytes to and from memory, and calls of operators."""
+
+    product: float
+    convolution: float
+    gram: float
+    stream: float
+    calls: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations by kind, bytes moved, calls of operators; and bytes held until a backward ends."""
+
+    product: float = 0
+    convolution: float = 0
+    gram: float = 0
+    stream: float = 0
+    calls: float = 0
+    held: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def seconds(self, rates: Rates) -> float:
+        """Estimated time."""
+        operations = self.product / rates.product + self.convolution / rates.convolution + self.gram / rates.gram
+        return operations + self.stream / rates.stream + self.calls / rates.calls
+
+
+def of_gradients(shape: torch.Size, dtype: torch.dtype, needs_gram: bool) -> Cost:
+    """Statistics and combination of (B, *) gradients in memory: a read each."""
+    nbytes = shape.numel() * dtype.itemsize
+    return Cost(gram=shape[0] * shape.numel() * needs_gram, stream=2 * nbytes, calls=2, held=nbytes)
+
+
+@cache
+def rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a device, measured once (some 50 ms) and kept in a file, so that later runs choose the same ways.
+
+    The file is rgd_ext/rates.json in the user's folder for caches, `$XDG_CACHE_HOME` or ~/.cache.
+    """
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rgd_ext" / "rates.json"
+    known = _read(path)
+    key = f"{_name(device)}, {dtype}, torch {torch.__version__}"
+    if key not in known:
+        known[key] = asdict(_measured(device, dtype))
+        with suppress(OSError):  # a read-only home: measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(known, indent=1))
+            part.replace(path)
+    return Rates(**known[key])
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        known = json.loads(path.read_text())
+        return {key: asdict(Rates(**values)) for key, values in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # missing, or not what this release writes
+        return {}
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{platform.machine()} {capability}, {threads} threads"
+
+
+@torch.no_grad()
+def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
+    def seconds(statement: str, **values) -> float:
+        timer = Timer(statement, globals={"torch": torch, "ops": ops, **values}, num_threads=torch.get_num_threads())
+        return min(timer.timeit(2).mean for _ in range(4))
+
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    size = dtype.itemsize
+    call = seconds("x.add_(0)", x=ones(1))
+    left, right = ones(256, 1024), ones(1024, 512)
+    product = 2 * 256 * 1024 * 512 / seconds("torch.mm(a, b, out=c)", a=left, b=right, c=ones(256, 512))
+    images, grads = ones(8, 32, 16, 16), ones(8, 32, 16, 16)
+    operations = 2 * grads.numel() * 32 * 9
+    geometry = [3, 3], [1, 1], [1, 1], [1, 1], 1
+    convolution = operations / seconds("ops.conv_weight_grads(e, x, *geometry)", e=grads, x=images, geometry=geometry)
+    grads = ones(16, 1 << 20)
+    stream = size * grads.numel() / seconds("ops.combine(grads, w)", grads=grads, w=ones(16))
+    grads = ones(64, 1 << 16)
+    reading = size * grads.numel() / stream
+    gram = 64 * grads.numel() / max(seconds("ops.gram(grads)", grads=grads) - reading, reading / 10)
+    return Rates(product, convolution, gram, stream, 1 / call)

@@ -1,0 +1,59 @@
+"""Forwards and backwards of a model that leave no trace in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .batch import tensors_in
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers have their values back afterwards."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def dry_run(model: nn.Module, args: tuple, kwargs: dict, times: int) -> float:
+    """Forwards and backwards, so many `times`, of the sum of the model's outputs; the seconds of the fastest.
+
+    `.grad`, buffers and the states of random number generators are as before afterwards.
+
+    Raises:
+        ValueError: if no output depends on trainable parameters.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    devices = {p.device for p in parameters if p.is_cuda}
+    saved = [p.grad for p in parameters]
+    with torch.random.fork_rng(devices), unchanged_buffers(model):
+        try:
+            return min(_seconds(model, args, kwargs, parameters, devices) for _ in range(times))
+        finally:
+            for parameter, grad in zip(parameters, saved, strict=True):
+                parameter.grad = grad
+
+
+def _seconds(model: nn.Module, args: tuple, kwargs: dict, parameters: list[nn.Parameter], devices: set) -> float:
+    for parameter in parameters:
+        parameter.grad = None
+    for device in devices:
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
+    if not outputs:
+        raise ValueError("no output of the model depends on its trainable parameters: there is nothing to plan")
+    torch.autograd.backward([output.sum() for output in outputs], inputs=parameters)
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

@@ -1,0 +1,92 @@
+"""What was chosen for a model, layer by layer, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .cost import Cost
+from .planner import Choice
+
+_HEADER = ("layer", "way", "ms", "MiB", "why")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How the per-sample gradients of one layer are treated.
+
+    Attributes:
+        name: of the layer.
+        way: "ghost": never formed, the Gramian is that of inputs and output gradients; "materialise": formed for every
+            sample and kept; "recompute": formed a block at a time for the statistics, and not kept.
+        why: of its largest parameter.
+        seconds: estimated time of statistics and combination.
+        plain_seconds: estimated time of the ordinary gradient in their place.
+        bytes: held until the backward ends.
+    """
+
+    name: str
+    way: str
+    why: str
+    seconds: float
+    plain_seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ways to the direction that were chosen for the layers of a model; printed, a table.
+
+    Attributes:
+        layers: in the order of the backward.
+        sgd_seconds: measured time of an ordinary forward and backward of the batch, or None.
+    """
+
+    layers: tuple[Layer, ...]
+    sgd_seconds: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Held for the layers until the backward ends."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time beyond that of the ordinary gradients."""
+        return sum(layer.seconds - layer.plain_seconds for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            (layer.name, layer.way, f"{1e3 * layer.seconds:.3f}", f"{layer.bytes / 2**20:.2f}", layer.why)
+            for layer in self.layers
+        ]
+        widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+        lines = ["  ".join(map(_aligned, row, widths, _HEADER)).rstrip() for row in (_HEADER, *rows)]
+        total = f"total: {self.bytes / 2**20:.2f} MiB, {1e3 * self.seconds:.3f} ms more than ordinary gradients"
+        if self.sgd_seconds is not None:
+            ratio = 1 + self.seconds / self.sgd_seconds
+            total += f": {ratio:.2f} times the {1e3 * self.sgd_seconds:.2f} ms of SGD's forward and backward"
+        return "\n".join([*lines, total])
+
+
+def _aligned(text: str, width: int, column: str) -> str:
+    return text.rjust(width) if column in ("ms", "MiB") else text.ljust(width)
+
+
+def plan_of(choices: Iterable[Choice], sgd_seconds: float | None = None) -> Plan:
+    """The plan that consists of `choices`, by layer."""
+    layers: dict[str, list[Choice]] = {}
+    for choice in choices:
+        layers.setdefault(choice.name.rpartition(".")[0], []).append(choice)
+    return Plan(tuple(_layer(name, parameters) for name, parameters in layers.items()), sgd_seconds)
+
+
+def _layer(name: str, choices: list[Choice]) -> Layer:
+    def cost(choice: Choice) -> Cost:
+        return choice.ways[choice.way]
+
+    largest = max(choices, key=lambda choice: choice.seconds(cost(choice)))
+    seconds = sum(choice.seconds(cost(choice)) for choice in choices)
+    plain = sum(choice.seconds(choice.plain) for choice in choices)
+    held = sum(cost(choice).held for choice in choices)
+    return Layer(name or "(model)", largest.way, largest.why, seconds, plain, held)

@@ -1,0 +1,144 @@
+"""The choice, for every parameter, of the cheapest exact way to its part of the statistics and the direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .cost import Cost, rates
+from .factors import Factor
+from .workspace import Empty
+
+# Shapes to remember: more come from sequences of any length, and are planned again.
+_MOST = 10_000
+
+
+@dataclass
+class Choice:
+    """How one parameter's contributions of given shapes are treated.
+
+    Attributes:
+        name: of the parameter.
+        ways: what each way costs.
+        plain: what the parameter's ordinary gradient costs.
+        device, dtype: what the rates are for.
+        way: the chosen one.
+        why: the reason, for the user.
+    """
+
+    name: str
+    ways: dict[str, Cost]
+    plain: Cost
+    device: torch.device
+    dtype: torch.dtype
+    way: str
+    why: str
+
+    def seconds(self, cost: Cost) -> float:
+        """Estimated time on the device."""
+        return cost.seconds(rates(self.device, self.dtype))
+
+    def choose(self, way: str, reason: str) -> None:
+        """Take `way`, which was chosen because it is `reason`."""
+        if len(self.ways) > 1:
+            times = {name: f"{1e3 * self.seconds(cost):.3g}" for name, cost in self.ways.items() if name != way}
+            others = ", ".join(f"{name} {time} ms" for name, time in times.items())
+            self.way, self.why = way, f"{reason} ({others})"
+
+
+class Planner:
+    """Ways of one captured model.
+
+    Args:
+        budget: bytes that the gradients, or the factors in their place, may take at the end of a backward; None for
+            as many as the fastest ways take.
+    """
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+        self._known: dict[tuple, Choice] = {}
+        self._current: dict[str, Choice] = {}
+        self._is_new = False
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self._current = {}
+
+    def settle(self, name: str, factor: Factor, needs_gram: bool, empty: Empty) -> Factor:
+        """`factor` in the way that was chosen for it; `needs_gram` says what the statistics need."""
+        return factor.settled(self.note(name, factor, needs_gram).way, empty)
+
+    def note(self, name: str, factor: Factor, needs_gram: bool) -> Choice:
+        """The choice for `factor`, made if its shapes are new."""
+        key = name, needs_gram, factor.signature
+        choice = self._known.get(key)
+        if choice is None:
+            choice = self._known[key] = self._chosen(name, factor, needs_gram)
+            self._is_new = True
+        self._current[name] = choice
+        return choice
+
+    def _chosen(self, name: str, factor: Factor, needs_gram: bool) -> Choice:
+        if len(self._known) > _MOST:
+            self._known.clear()
+        ways, example = factor.ways(needs_gram), factor.example
+        choice = Choice(name, ways, factor.plain(), example.device, example.dtype, next(iter(ways)), factor.why)
+        if len(ways) > 1 and self.budget is None:
+            choice.choose(min(ways, key=lambda way: choice.seconds(ways[way])), "fastest")
+        elif len(ways) > 1:
+            # What the others of this backward will take is not known yet.
+            choice.choose(min(ways, key=lambda way: ways[way].held), "smallest")
+        return choice
+
+    def finish(self) -> list[Choice]:
+        """A backward has ended: plan new shapes within the budget; returns the choices for its parameters.
+
+        Raises:
+            ValueError: if no choice of ways is within the budget.
+        """
+        choices = list(self._current.values())
+        if self._is_new and self.budget is not None:
+            fit(choices, self.budget)
+        self._is_new = False
+        return choices
+
+
+def fit(choices: Iterable[Choice], budget: int) -> None:
+    """The fastest ways, but where they exceed the budget the smaller ones that cost the least time per byte saved.
+
+    Raises:
+        ValueError: if all smallest ways together exceed the budget.
+    """
+    choices = list(choices)
+    least = sum(min(cost.held for cost in choice.ways.values()) for choice in choices)
+    if least > budget:
+        raise ValueError(
+            f"memory_budget is {budget} bytes, but the smallest ways of this model and batch take {least}: pass at"
+            f" least memory_budget={least}, or a smaller batch"
+        )
+    for choice in choices:
+        if len(choice.ways) > 1:
+            choice.choose(min(choice.ways, key=lambda way: choice.seconds(choice.ways[way])), "fastest")
+    held = sum(choice.ways[choice.way].held for choice in choices)
+    while held > budget:
+        _, _, choice, way = min((_price(*move), number, *move) for number, move in enumerate(_moves(choices)))
+        held -= choice.ways[choice.way].held - choice.ways[way].held
+        choice.choose(way, "within memory_budget")
+
+
+def _moves(choices: list[Choice]) -> list[tuple[Choice, str]]:
+    """Changes to ways that hold less."""
+    return [
+        (choice, way)
+        for choice in choices
+        for way, cost in choice.ways.items()
+        if cost.held < choice.ways[choice.way].held
+    ]
+
+
+def _price(choice: Choice, way: str) -> float:
+    """Seconds per byte saved."""
+    now, then = choice.ways[choice.way], choice.ways[way]
+    return (choice.seconds(then) - choice.seconds(now)) / (now.held - then.held)
