@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
 
 from .factors import Factor
 
@@ -16,23 +17,21 @@ if TYPE_CHECKING:
 
 # (inputs, output gradient), batch first and in the dtype of the parameters -> contributions by parameter name.
 BoundRule = Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
+# Of an autograd node, to the nodes that accumulate the gradients of its parameters.
+Edges: TypeAlias = tuple[tuple[torch.autograd.graph.Node, int], ...]
 
 
-@dataclass(eq=False)
 class Record:
-    """One use of some parameters in a forward: what the backward needs besides tensors."""
+    """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    capture: Preconditioner
-    name: str
-    parameters: dict[str, nn.Parameter]
-    batch_size: int
-    # The backward this forward ran in, if any: re-entrant checkpointing runs forwards inside backwards.
-    inside: int
+    __slots__ = ("batch_size", "capture", "inside", "name", "parameters")
 
-
-def record(capture: Preconditioner, name: str, parameters: dict[str, nn.Parameter], batch_size: int) -> Record:
-    """A record of a forward that runs now."""
-    return Record(capture, name, parameters, batch_size, torch._C._current_graph_task_id())
+    def __init__(
+        self, capture: Preconditioner, name: str, parameters: dict[str, nn.Parameter], batch_size: int
+    ) -> None:
+        self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
+        # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
+        self.inside = _current_graph_task_id()
 
 
 def spread(use: Record) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ def spread(use: Record) -> dict[str, Tensor]:
 
 def watch(use: Record, rule: BoundRule, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `rule`."""
-    return _apply_watch(use, rule, output, inputs, *use.parameters.values())
+    return _apply(use, rule, output, inputs, *use.parameters.values())
 
 
 class _Spread(torch.autograd.Function):
@@ -56,8 +55,8 @@ class _Spread(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         record = ctx.record
         contributions = dict(zip(record.parameters, grads, strict=True))
-        nodes = [node for node, _ in ctx.next_functions]
-        record.capture.receive(record, nodes, lambda: {k: g for k, g in contributions.items() if g is not None})
+        edges = ctx.next_functions
+        record.capture.receive(record, edges, lambda: {k: g for k, g in contributions.items() if g is not None})
         return None, *[None] * len(grads)
 
 
@@ -78,29 +77,33 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None):
         record = ctx.record
-        nodes = [node for node, _ in ctx.next_functions[-len(record.parameters) :]]
-        # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
-        dtype = next(iter(record.parameters.values())).dtype
-
-        def contributions() -> dict[str, Tensor | Factor]:
-            inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in ctx.saved_tensors)
-            found = ctx.rule(inputs, grad.to(dtype))
-            if not found.keys() >= record.parameters.keys():
-                raise RuntimeError(
-                    f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable"
-                    f" parameters are {sorted(record.parameters)}: return one (B, *shape) tensor for each"
-                )
-            return found
-
+        parameters = record.parameters
         if grad is not None:
-            record.capture.receive(record, nodes, contributions)
+            edges = ctx.next_functions[-len(parameters) :]
+            record.capture.receive(record, edges, partial(_contributions, record, ctx, grad))
             if torch.is_grad_enabled():
-                grad = _Differentiated.apply(record.capture, grad, *record.parameters.values())
-        return None, None, grad, None, *[None] * len(record.parameters)
+                grad = _Differentiated.apply(record.capture, grad, *parameters.values())
+        return None, None, grad, None, *[None] * len(parameters)
 
 
 # What torch.autograd.Function.apply adds to its base's, at a price, is for torch.func, under which nothing is recorded.
-_apply_watch = super(torch.autograd.Function, _Watch).apply
+_apply = super(torch.autograd.Function, _Watch).apply
+
+
+def _contributions(record: Record, ctx, grad: Tensor) -> dict[str, Tensor | Factor]:
+    # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
+    dtype = next(iter(record.parameters.values())).dtype
+    found = ctx.rule(tuple([_cast(x, dtype) for x in ctx.saved_tensors]), _cast(grad, dtype))
+    if not found.keys() >= record.parameters.keys():
+        raise RuntimeError(
+            f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable"
+            f" parameters are {sorted(record.parameters)}: return one (B, *shape) tensor for each"
+        )
+    return found
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
 
 
 class _Differentiated(torch.autograd.Function):
@@ -113,6 +116,6 @@ class _Differentiated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        nodes = [node for node, _ in ctx.next_functions[1:]]
-        ctx.capture.refuse_second_derivative(nodes)
-        return None, grad, *[None] * len(nodes)
+        edges = ctx.next_functions[1:]
+        ctx.capture.refuse_second_derivative(edges)
+        return None, grad, *[None] * len(edges)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import compress
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id, _functorch, _is_any_autocast_enabled, _will_engine_execute_node
 
 from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
@@ -17,7 +19,7 @@ from .captured import CapturedGradients
 from .dry_run import dry_run
 from .factors import Dense, Factor, Outer, Rows, add, join
 from .install import check_model, taps_for
-from .nodes import Record
+from .nodes import Edges, Record
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
 from .shared import Shared
@@ -36,6 +38,8 @@ class Preconditioner:
 
     Attributes:
         stats: `Stats` of the last backward, or None before the first.
+        batch: of the call of the model under way, or None.
+        guards: the trainable parameters, each with the hook that notices gradients past the taps.
     """
 
     def __init__(
@@ -53,8 +57,8 @@ class Preconditioner:
         self._largest = LargestEigenvalue(every) if every > 1 else None
         self._pauses = 0
         self._removed = False
-        self._batch: Batch | None = None
-        self._guards: dict[nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
+        self.batch: Batch | None = None
+        self.guards: dict[nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
@@ -91,9 +95,9 @@ class Preconditioner:
             del tap.module.forward
             if tap.previous is not None:
                 tap.module.forward = tap.previous
-        for guard in self._guards.values():
+        for guard in self.guards.values():
             guard.remove()
-        self._taps, self._guards, self._removed = [], {}, True
+        self._taps, self.guards, self._removed = [], {}, True
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -168,29 +172,20 @@ class Preconditioner:
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
-        ordinary = torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
-        return ordinary and not self._pauses and not self._removed
-
-    @property
-    def batch(self) -> Batch:
-        """The batch of the current call of the model."""
-        return self._batch or Batch(None)
-
-    @property
-    def in_call(self) -> bool:
-        """Whether a call of the model is under way."""
-        return self._batch is not None
+        if self._pauses or self._removed or not torch.is_grad_enabled():
+            return False
+        return _functorch.peek_interpreter_stack() is None
 
     def call(self, forward: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
         """A call of the model, or of a part of it."""
-        self._batch = Batch.of((args, kwargs), self.model)
+        self.batch = Batch.of((args, kwargs), self.model)
         try:
             output = forward(args, kwargs)
         finally:
-            self._batch = None
+            self.batch = None
         for module in modules_in(self.model):
             for parameter in module._parameters.values():
-                if parameter is not None and parameter.requires_grad and parameter not in self._guards:
+                if parameter not in self.guards and parameter is not None and parameter.requires_grad:
                     self._refuse_newcomer(parameter)
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             if isinstance(tensor, Shared):
@@ -213,9 +208,9 @@ class Preconditioner:
 
     def guard(self, parameter: nn.Parameter) -> None:
         """Notice gradients that reach `parameter` past the taps."""
-        if parameter not in self._guards:
+        if parameter not in self.guards:
             self._check_hooks(parameter, 0)
-            self._guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
+            self.guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
 
     def _check_hooks(self, parameter: nn.Parameter, own: int) -> None:
         if len(parameter._backward_hooks or ()) > own or parameter._post_accumulate_grad_hooks:
@@ -236,9 +231,9 @@ class Preconditioner:
             " backward of its own under `with handle.paused():`"
         )
 
-    def receive(self, record: Record, nodes: Sequence, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
-        """Called in a backward with one record's contributions; `nodes` accumulate its parameters' gradients."""
-        wanted = [name for name, node in zip(record.parameters, nodes, strict=True) if self._will_accumulate(node)]
+    def receive(self, record: Record, edges: Edges, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
+        """Called in a backward with one record's contributions; `edges` lead to its parameters' gradients."""
+        wanted = list(compress(record.parameters, _will_accumulate(edges)))
         if not wanted:
             return
         if torch.is_grad_enabled():
@@ -253,14 +248,28 @@ class Preconditioner:
                 f"the forward of '{record.name}' ran inside a backward: re-entrant checkpointing hides when a backward"
                 " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        self._begin(record)
-        with _full_precision(record.parameters[wanted[0]].device):
-            factors = contributions()
-            for name in wanted:
-                if name in factors:
-                    parameter = record.parameters[name]
-                    factor = self._settled(parameter, _checked(factors[name], name, record))
-                    self._factors.setdefault(parameter, []).append(factor)
+        task = _current_graph_task_id()
+        if task != self._task:
+            self._begin(task, record.batch_size)
+        if record.batch_size != self._size:
+            raise ValueError(
+                f"batch sizes disagree in one backward: '{record.name}' ran with {record.batch_size} samples, modules"
+                f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
+                " direction from all"
+            )
+        if _is_any_autocast_enabled():
+            with _full_precision(record.parameters[wanted[0]].device):
+                self._keep(record, wanted, contributions())
+        else:
+            self._keep(record, wanted, contributions())
+
+    def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:
+        for name in names:
+            if name in factors:
+                parameter, factor = record.parameters[name], factors[name]
+                if isinstance(factor, Tensor):
+                    factor = _checked(factor, name, record)
+                self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name, is_collected = self._names.get(parameter, "?"), self._union is not None
@@ -269,36 +278,19 @@ class Preconditioner:
             return factor
         return self._planner.settle(name, factor, self._with_gram, fresh if is_collected else self._workspace.empty)
 
-    def refuse_second_derivative(self, nodes: Sequence) -> None:
+    def refuse_second_derivative(self, edges: Edges) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
-        if any(self._will_accumulate(node) for node in nodes):
+        if any(_will_accumulate(edges)):
             raise RuntimeError(SECOND_DERIVATIVE)
 
-    def _will_accumulate(self, node) -> bool:
-        try:
-            return torch._C._will_engine_execute_node(node)
-        except RuntimeError:
-            # Raised for leaves whose gradient torch.autograd.grad was asked to return.
-            raise RuntimeError(
-                "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed."
-                " Run the forward and torch.autograd.grad under `with handle.paused():`"
-            ) from None
-
-    def _begin(self, record: Record) -> None:
-        task = torch._C._current_graph_task_id()
-        if task != self._task:  # an earlier backward may have ended in an exception
-            self._task, self._size, self._factors = task, record.batch_size, {}
-            # What is only collected may be asked for anything.
-            self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
-            self._planner.begin()
-            self._workspace.restart()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        if record.batch_size != self._size:
-            raise ValueError(
-                f"batch sizes disagree in one backward: '{record.name}' ran with {record.batch_size} samples, modules"
-                f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
-                " direction from all"
-            )
+    def _begin(self, task: int, batch_size: int) -> None:
+        # Whatever is there is of a backward that ended in an exception.
+        self._task, self._size, self._factors = task, batch_size, {}
+        # What is only collected may be asked for anything.
+        self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
+        self._planner.begin()
+        self._workspace.restart()
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
         factors, self._factors, self._task = self._factors, {}, -1
@@ -329,6 +321,18 @@ class Preconditioner:
                 parameter.grad += step
 
 
+def _will_accumulate(edges: Edges) -> list[bool]:
+    """Whether the backward under way accumulates gradients of the parameters that `edges` lead to."""
+    try:
+        return [_will_engine_execute_node(node) for node, _ in edges]
+    except RuntimeError:
+        # Raised for leaves whose gradient torch.autograd.grad was asked to return.
+        raise RuntimeError(
+            "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed."
+            " Run the forward and torch.autograd.grad under `with handle.paused():`"
+        ) from None
+
+
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
     is_on = torch.is_autocast_enabled(device.type)
@@ -340,16 +344,15 @@ def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor
     return Dense(parameter.new_zeros(size, *parameter.shape))
 
 
-def _checked(contributions: Tensor | Factor, name: str, record: Record) -> Factor:
-    if not isinstance(contributions, Tensor):
-        return contributions
-    expected = (record.batch_size, *record.parameters[name].shape)
+def _checked(contributions: Tensor, name: str, record: Record) -> Dense:
+    parameter = record.parameters[name]
+    expected = (record.batch_size, *parameter.shape)
     if contributions.shape != expected:
         raise ValueError(
             f"the rule for '{record.name}' returned contributions of shape {tuple(contributions.shape)} for '{name}':"
             f" expected (B, *shape) = {tuple(expected)}"
         )
-    return Dense(contributions.to(record.parameters[name].dtype))
+    return Dense(contributions if contributions.dtype == parameter.dtype else contributions.to(parameter.dtype))
 
 
 def live_handle(model: nn.Module) -> Preconditioner | None:

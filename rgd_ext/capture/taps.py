@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, tensors_in
 from .factors import Factor
-from .nodes import BoundRule, record, spread, watch
+from .nodes import BoundRule, Record, spread, watch
 from .rules import Registered
 from .shared import Shared, share
 
@@ -43,7 +44,7 @@ class Released:
     @property
     def original(self) -> Callable:
         """The forward the tap stands in front of."""
-        return self.previous or partial(type(self.module).forward, self.module)
+        return self.previous or MethodType(type(self.module).forward, self.module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -55,7 +56,11 @@ class Tap(Released):
     """A module's forward while its model is captured. Subclasses say how the forward is recorded.
 
     The outermost tap of a call, the model's as a rule, is where the batch comes in.
+
+    Small models wait for what runs here once per layer and step: it is written for few operations.
     """
+
+    batch_norms: Mapping[str, nn.Module] = MappingProxyType({})
 
     def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
         self.capture, self.module, self.slots = capture, module, slots
@@ -71,9 +76,9 @@ class Tap(Released):
         capture = self.capture
         if not capture.recording():
             return self.original(*args, **kwargs)
-        if capture.in_call:
-            return self._recorded(args, kwargs)
-        return capture.call(self._recorded, args, kwargs)
+        if capture.batch is None:
+            return capture.call(self._recorded, args, kwargs)
+        return self._recorded(args, kwargs)
 
     @torch.compiler.disable
     def _uncompiled(self, args: tuple, kwargs: dict):
@@ -84,7 +89,8 @@ class Tap(Released):
         """Raise ValueError if the module would couple the samples."""
 
     def _recorded(self, args: tuple, kwargs: dict):
-        self.check_batch_norm()
+        if self.batch_norms:
+            self.check_batch_norm()
         parameters = self._trainable()
         if not parameters:
             return self.original(*args, **kwargs)
@@ -95,13 +101,17 @@ class Tap(Released):
         return self.original(*args, **kwargs)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        parameters = {}
+        parameters, guards = {}, self.capture.guards
         for owner, key, name in self.slots:
             parameter = owner._parameters.get(key)
-            # A tensor that is no Parameter was put there by torch.func.functional_call, which differentiates it itself.
-            if parameter is not None and parameter.requires_grad and isinstance(parameter, nn.Parameter):
-                parameters[name] = parameter
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter not in guards:
+                # What is no Parameter was put there by torch.func.functional_call, which differentiates it itself.
+                if not isinstance(parameter, nn.Parameter):
+                    continue
                 self.capture.guard(parameter)
+            parameters[name] = parameter
         return parameters
 
     @contextmanager
@@ -117,7 +127,7 @@ class Tap(Released):
                 parameters[key] = parameter
 
     def _spread(self, parameters: dict[str, nn.Parameter], batch_size: int) -> dict[str, Tensor]:
-        return spread(record(self.capture, self.name, parameters, batch_size))
+        return spread(Record(self.capture, self.name, parameters, batch_size))
 
     def _watch(
         self,
@@ -132,7 +142,7 @@ class Tap(Released):
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(record(self.capture, self.name, parameters, batch_size), rule, output, inputs)
+        return watch(Record(self.capture, self.name, parameters, batch_size), rule, output, inputs)
 
 
 class Container(Tap):
@@ -156,7 +166,8 @@ class Layer(Tap):
 
     def __init__(self, capture, module, name, slots, registered: Registered) -> None:
         super().__init__(capture, module, name, slots)
-        self.rule, self.sample_ndim = registered.rule, registered.minimum(module)
+        self.sample_ndim = registered.minimum(module)
+        self._bound_rule = partial(registered.rule, module)
         self.batch_norms = batch_norms(module, name)
 
     def check_batch_norm(self):
@@ -164,12 +175,13 @@ class Layer(Tap):
             check_frozen(self.batch_norms)
 
     def record(self, batch, parameters, args, kwargs):
-        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        inputs = args if is_plain else tuple(tensors_in((args, kwargs)))
-        if not inputs:
-            raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
-        if any(isinstance(x, Shared) for x in inputs):
-            return self._of_shared(parameters, inputs, args, kwargs)
+        inputs = args
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+            inputs = tuple(tensors_in((args, kwargs)))
+            if not inputs:
+                raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
+            if any(isinstance(x, Shared) for x in inputs):
+                return self._of_shared(parameters, inputs, args, kwargs)
         first = inputs[0]
         dim = batch.dim(first, self.module, self.name, self.sample_ndim)
         output = self._output(parameters, args, kwargs)
@@ -229,11 +241,11 @@ class Layer(Tap):
 
     def _rule_as_of_now(self) -> BoundRule:
         """The rule for this forward: buffers and mode may change before the backward."""
-        module = self.module
-        if module._buffers:
-            module = copy.copy(module)
-            module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-        return partial(self.rule, module)
+        if not self.module._buffers:
+            return self._bound_rule
+        module = copy.copy(self.module)
+        module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        return partial(self._bound_rule.func, module)
 
 
 def _moved(rule: BoundRule, dim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
