@@ -9,9 +9,23 @@ from torch import Tensor, nn
 Example = tuple[nn.Module, Tensor, Tensor]
 
 
-def mlp() -> Example:
-    layers = nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-    return nn.Sequential(*layers), torch.randn(128, 784), torch.randint(10, (128,))
+def loss(output: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., classes) with labels (...)."""
+    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
+def on_images(model: nn.Module, batch_size: int) -> Example:
+    """With random images (B, 3, 32, 32) of ten classes."""
+    return model, torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+
+
+def mlp(batch_size: int = 128, layers: int = 3, width: int = 1024) -> Example:
+    """784-width-...-width-10."""
+    modules = [nn.Linear(784, width), nn.ReLU()]
+    for _ in range(layers - 2):
+        modules += nn.Linear(width, width), nn.ReLU()
+    model = nn.Sequential(*modules, nn.Linear(width, 10))
+    return model, torch.randn(batch_size, 784), torch.randint(10, (batch_size,))
 
 
 class Residual(nn.Module):
@@ -30,11 +44,10 @@ class Residual(nn.Module):
         return self.shortcut(x) + self.conv2(F.relu(self.norm2(out)))
 
 
-def resnet() -> Example:
+def resnet(batch_size: int = 64) -> Example:
     blocks = Residual(16, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2)
     stem, head = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.Linear(128, 10)
-    model = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    return model, torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    return on_images(nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head), batch_size)
 
 
 class Block(nn.Module):
@@ -64,7 +77,8 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        # A batch of positions, as the peers ask for one in every layer.
+        x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device).expand_as(x))
         return self.head(self.norm(self.blocks(x)))
 
 

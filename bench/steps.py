@@ -1,126 +1,196 @@
-"""A training step of RGD against one of SGD, zero_grad to step, on models of several kinds.
+"""A training step of RGD, and of other packages along its direction, against one of SGD: time and peak memory.
 
-Float32; on CUDA convolutions use TF32 as torch does by default, but for the comparison with float64. Times are those of
-the host, launches included, up to when the device is done.
+Float32; on CUDA convolutions use TF32 as torch does by default, but where directions are compared. Ours are compared
+with float64 on a few samples, those of the others with ours on the batch. Times are those of the host, launches
+included, up to when the device is done. Memory is counted in a step of its own, beside what is allocated before it.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rgd_ext
-
-from . import models
+from . import models, oracle
+from .architectures import group_norm, wide_resnet
 from .environment import clocks
-from .measure import Samples, host_clock, interleave, ratio_text
-from .report import Section, show, write_json
+from .measure import Clock, Samples, host_clock, interleave, ratio_text
+from .memory import extra_memory
+from .report import Section, reason, show, write_json
+from .table1 import ARCHITECTURES
+from .training_steps import FRACTION, OURS, PEERS, Training
 
-# A training makes one step after the other: what a change of arms does to caches and heap is not its price.
+HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
+NORMS = {"GN": group_norm, "BN": nn.BatchNorm2d}
+
+# A training makes one step after the other: what a change of arms does to caches and heap is not its price. It is
+# little where a step takes long.
 CONSECUTIVE = 4
+LONG = 500  # milliseconds
 
-# So small that all arms stay on about the same weights, with gradients of the same size.
-LR = 1e-6
+# Milliseconds of all of ours on a model, and of each peer; and the least and most rounds.
+OURS_TIME, PEER_TIME = 20_000, 10_000
+LEAST, MOST, QUICK = 3, 60, 5
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "SGD": lambda model: torch.optim.SGD(model.parameters(), LR),
-    "RGD Spectral": lambda model: rgd_ext.RGD(model, LR, epsilon=rgd_ext.Spectral(0.5)),
-    "RGD Rayleigh": lambda model: rgd_ext.RGD(model, LR, epsilon=rgd_ext.Rayleigh(0.5)),
-}
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    output = model(x)
-    F.cross_entropy(output.flatten(0, -2), y.flatten()).backward()
-    optimizer.step()
+# Convolutions on CUDA may round more (Winograd, FFT). Peers round their forward otherwise, which moves inputs of ReLUs
+# across the kink.
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+PEER_TOLERANCE = 1e-2
 
 
-def repeat(one: Callable[[], None]) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch, and how many samples of it the comparison with float64 takes."""
+
+    build: Callable[[], models.Example]
+    samples: int = 8
+
+
+@dataclass
+class Result:
+    """What was measured of one model, by arm."""
+
+    model: str
+    milliseconds: Samples = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    """All models by name."""
+    found = {"MLP 784-1024-1024-10, B = 128": Case(models.mlp)}
+    if quick:
+        return found
+    found["ResNet-GN 0.3M, B = 64"] = Case(models.resnet)
+    found["GPT 4 x 256, T = 128, B = 16"] = Case(models.gpt)
+    found["WRN-16-4, GN, B = 64"] = Case(lambda: models.on_images(wide_resnet(16, 4, norm=group_norm), 64), 4)
+    for name, architecture in ARCHITECTURES.items():
+        for kind, norm in NORMS.items():
+            build = partial(architecture.build, norm=norm)
+            found[f"{name}, {kind}, B = 32"] = Case(lambda build=build: models.on_images(build(), 32), 4)
+    return found
+
+
+def without_tf32() -> AbstractContextManager:
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result) -> None:
+    """The directions of ours against those from explicit gradients; AssertionError where one is not exact."""
+    for name in OURS:
+        policy = name.removeprefix("RGD ")
+        if policy == name:
+            continue
+        with without_tf32(), oracle.Sides() as sides:
+            training = Training(OURS[name], model, x, y)
+            training()
+        if not result.error:
+            grads = oracle.per_sample_grads(model, x, y, sides)
+        wanted = oracle.direction(grads, policy, FRACTION)
+        wrong = result.error[name] = oracle.relative_error(training.direction(), wanted)
+        if not wrong < TOLERANCE[x.device.type]:
+            raise AssertionError(f"{name}: the direction differs from float64 by {wrong:.1e}")
+
+
+def trainings(model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Result) -> Iterator[tuple[str, Training]]:
+    """The arms that run and agree; records errors and memory, and why peers are left out."""
+    directions = {}
+    for name, arm in (OURS if quick else OURS | PEERS).items():
+        try:
+            training = Training(arm, model, x, y)
+            if arm.same_as is None:
+                training()  # the first step of ours plans
+                training.optimizer.zero_grad()
+            with without_tf32():
+                result.peak_bytes[name] = extra_memory(training, x.device.type)
+            if arm.same_as is None:
+                directions[name] = [part.clone() for part in training.direction()]
+            else:
+                wrong = result.error[name] = oracle.relative_error(training.direction(), directions[arm.same_as])
+                if not wrong < PEER_TOLERANCE:
+                    raise AssertionError(f"its direction differs from that of {arm.same_as} by {wrong:.1e}")
+        except Exception as problem:
+            if arm.same_as is None:
+                raise
+            result.left_out[name] = reason(problem)
+            result.peak_bytes.pop(name, None)
+            continue
+        yield name, training
+
+
+def repeat(step: Callable[[], None]) -> None:
     for _ in range(CONSECUTIVE):
-        one()
+        step()
 
 
-def per_sample_grads(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """By torch.func, in the dtype of the model."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+def bench(name: str, case: Case, device: str, quick: bool) -> Result:
+    """Agreement, memory and times of all arms on one model."""
+    result = Result(name)
+    model, x, y = (part.to(device) for part in case.build())
+    compare_with_float64(model, x[: case.samples], y[: case.samples], result)
+    arms = dict(trainings(model, x, y, quick, result))
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        output = torch.func.functional_call(model, parameters, (x[None],))
-        return F.cross_entropy(output.flatten(0, -2), y.flatten())
-
-    return list(torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y).values())
-
-
-def assert_exact(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The direction of a small batch against the same from explicit gradients in float64 on the CPU."""
-    x, y = x[:8], y[:8]
-    model, reference = copy.deepcopy(model), copy.deepcopy(model).double().cpu()
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    step(model, rgd_ext.RGD(model, LR), x, y)
-    torch.backends.cudnn.allow_tf32 = tf32
-    grads = per_sample_grads(reference, x.double().cpu() if x.is_floating_point() else x.cpu(), y.cpu())
-    wanted = rgd_ext.direction(grads)[0]
-    difference = sum((p.grad.cpu() - want).square().sum() for p, want in zip(model.parameters(), wanted, strict=True))
-    error = float((difference / sum(want.square().sum() for want in wanted)).sqrt())
-    # Convolutions on CUDA may round more (Winograd, FFT).
-    if not error < (1e-4 if x.is_cuda else 1e-5):
-        raise AssertionError(f"{type(model).__name__}: the direction differs from float64 by {error:.1e}")
+    alone: dict[str, Clock] = {name: host_clock(arm, 1, synchronize) for name, arm in arms.items()}
+    price = {name: times[0] for name, times in interleave(alone, 1, warm_up=0).items()}
+    timed, steps = alone, 1
+    if price["SGD"] < LONG:
+        steps = 1 + CONSECUTIVE
+        timed = {
+            name: host_clock(partial(repeat, arm), CONSECUTIVE, synchronize, settle=arm) for name, arm in arms.items()
+        }
+    rounds = int(OURS_TIME / steps / sum(price[name] for name in OURS))
+    rounds = QUICK if quick else max(LEAST, min(rounds, MOST))
+    counts = {name: max(1, int(PEER_TIME / steps / price[name])) for name in arms if name not in OURS}
+    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts)
+    return result
 
 
-def bench(build: Callable[[], models.Example], device: str, rounds: int) -> Samples:
-    """Times of a step of each optimizer, as the mean of consecutive ones."""
-    model, x, y = (part.to(device) for part in build())
-    assert_exact(model, x, y)
-    timed = {}
-    for name, build_optimizer in OPTIMIZERS.items():
-        clone = copy.deepcopy(model)
-        one = partial(step, clone, build_optimizer(clone), x, y)
-        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-        timed[name] = host_clock(partial(repeat, one), CONSECUTIVE, synchronize, settle=one)
-    return interleave(timed, rounds)
+def section(result: Result) -> Section:
+    """Rows of a table; SGD is what the others are compared with."""
+    rows = []
+    for name, times in result.milliseconds.items():
+        peak, wrong = result.peak_bytes[name], result.error.get(name)
+        rows.append(
+            [
+                "" if rows else result.model,
+                name,
+                f"{statistics.median(times):.2f}",
+                f"{min(times):.2f}",
+                ratio_text(result.milliseconds, name, "SGD"),
+                f"{peak / 2**20:.1f}",
+                f"{peak / result.peak_bytes['SGD']:.2f}",
+                "" if wrong is None else f"{wrong:.0e}",
+            ]
+        )
+    return rows + [["", name, "left out", "", why, "", "", ""] for name, why in result.left_out.items()]
 
 
-def section(what: str, samples: Samples) -> Section:
-    """Rows of a table; the first arm is what the others are compared with."""
-    first = next(iter(samples))
-    return [
-        [
-            what if name == first else "",
-            name,
-            f"{statistics.median(times):.2f}",
-            f"{min(times):.2f}",
-            ratio_text(samples, name, first),
-        ]
-        for name, times in samples.items()
-    ]
-
-
-def run(device: str, quick: bool, json: str | None) -> list[str]:
-    """Run all models, print a table and write the raw samples; returns what failed."""
+def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
+    """Run the models whose name contains `only`, print tables and write the raw samples; returns what failed."""
     before = clocks()
     torch.manual_seed(0)
-    builds = {"MLP 784-1024-1024-10, B = 128": models.mlp}
-    if not quick:
-        builds |= {"ResNet-GN 0.3M, B = 64": models.resnet, "GPT 4 x 256, T = 128, B = 16": models.gpt}
-    many = 5 if quick else 60
-    results, failures = {}, []
-    for name, build in builds.items():
-        # Steps on the GPU are short.
-        rounds = many if device == "cuda" or build is models.mlp else 8
-        try:
-            results[name] = bench(build, device, rounds)
-        except (AssertionError, RuntimeError) as problem:
-            failures.append(f"{name}: {problem}")
-    header = ("model", "optimizer", "median ms", "min ms", "time / SGD (quartiles)")
-    show(header, [section(*result) for result in results.items()], f"training step, float32, {device}")
-    if json:
-        record = {"benchmark": "steps", "device": device, "milliseconds": results, "failures": failures}
-        write_json(json, record, before)
+    results: list[Result] = []
+    failures = []
+    try:
+        for name, case in cases(quick).items():
+            if only not in name:
+                continue
+            try:
+                results.append(bench(name, case, device, quick))
+            except Exception as problem:
+                failures.append(f"{name}: {reason(problem)}")
+                continue
+            show(HEADER, [section(results[-1])], f"training step, float32, {device}")
+            if json:  # what is measured stays if the rest is cut off
+                record = {"benchmark": "steps", "device": device, "failures": failures}
+                write_json(json, record | {"models": [asdict(result) for result in results]}, before)
+    except KeyboardInterrupt:
+        failures.append("interrupted: the models that follow are missing")
     return failures
