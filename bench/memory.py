@@ -6,6 +6,7 @@ oneDNN and MKL is not, and neither is what malloc keeps beside.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -22,6 +23,7 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces every profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")

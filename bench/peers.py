@@ -64,6 +64,9 @@ def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Backward:
     def backward() -> None:
         with backpack(BatchGrad()):
             criterion(extended(x).movedim(-1, 1), y).backward()
+        for module in model.modules():
+            if any(not hasattr(p, "grad_batch") for p in module.parameters(recurse=False)):
+                raise NotImplementedError(f"BatchGrad does not know {type(module).__name__}")
         write_direction(model, [p.grad_batch for p in model.parameters()], len(x))
         for parameter in model.parameters():
             del parameter.grad_batch

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from textwrap import shorten
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .table1 import ARCHITECTURES
 from .training_steps import FRACTION, OURS, PEERS, Training
 
 HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
+REASON_WIDTH = 60  # in the table; whole in the JSON
 NORMS = {"GN": group_norm, "BN": nn.BatchNorm2d}
 
 # A training makes one step after the other: what a change of arms does to caches and heap is not its price. It is
@@ -37,9 +39,10 @@ LONG = 500  # milliseconds
 OURS_TIME, PEER_TIME = 20_000, 10_000
 LEAST, MOST, QUICK = 3, 60, 5
 
-# Convolutions on CUDA may round more (Winograd, FFT). Peers round their forward otherwise, which moves inputs of ReLUs
-# across the kink.
-TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
+# Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where the
+# samples nearly agree.
+TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
+# Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
 PEER_TOLERANCE = 1e-2
 
 
@@ -94,7 +97,7 @@ def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result)
             grads = oracle.per_sample_grads(model, x, y, sides)
         wanted = oracle.direction(grads, policy, FRACTION)
         wrong = result.error[name] = oracle.relative_error(training.direction(), wanted)
-        if not wrong < TOLERANCE[x.device.type]:
+        if not wrong < TOLERANCE[x.device.type][policy]:
             raise AssertionError(f"{name}: the direction differs from float64 by {wrong:.1e}")
 
 
@@ -104,17 +107,17 @@ def trainings(model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Resul
     for name, arm in (OURS if quick else OURS | PEERS).items():
         try:
             training = Training(arm, model, x, y)
-            if arm.same_as is None:
-                training()  # the first step of ours plans
-                training.optimizer.zero_grad()
             with without_tf32():
-                result.peak_bytes[name] = extra_memory(training, x.device.type)
-            if arm.same_as is None:
-                directions[name] = [part.clone() for part in training.direction()]
-            else:
-                wrong = result.error[name] = oracle.relative_error(training.direction(), directions[arm.same_as])
-                if not wrong < PEER_TOLERANCE:
-                    raise AssertionError(f"its direction differs from that of {arm.same_as} by {wrong:.1e}")
+                if arm.same_as is None:
+                    training()
+                    directions[name] = [part.clone() for part in training.direction()]
+                    training.optimizer.zero_grad()
+                    # A step of its own, since ours plan in the first.
+                    result.peak_bytes[name] = extra_memory(training, x.device.type)
+                else:
+                    # The first step, as those of peers are long.
+                    result.peak_bytes[name] = extra_memory(training, x.device.type)
+                    compare_with_ours(name, training.direction(), arm.same_as, directions, result)
         except Exception as problem:
             if arm.same_as is None:
                 raise
@@ -122,6 +125,15 @@ def trainings(model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Resul
             result.peak_bytes.pop(name, None)
             continue
         yield name, training
+
+
+def compare_with_ours(
+    name: str, direction: list[Tensor], ours: str, directions: dict[str, list[Tensor]], result: Result
+) -> None:
+    """AssertionError where a peer went elsewhere."""
+    wrong = result.error[name] = oracle.relative_error(direction, directions[ours])
+    if not wrong < PEER_TOLERANCE:
+        raise AssertionError(f"its direction differs from that of {ours} by {wrong:.1e}")
 
 
 def repeat(step: Callable[[], None]) -> None:
@@ -169,7 +181,8 @@ def section(result: Result) -> Section:
                 "" if wrong is None else f"{wrong:.0e}",
             ]
         )
-    return rows + [["", name, "left out", "", why, "", "", ""] for name, why in result.left_out.items()]
+    left_out = result.left_out.items()
+    return rows + [["", name, "left out", "", shorten(why, REASON_WIDTH), "", "", ""] for name, why in left_out]
 
 
 def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
