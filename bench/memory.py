@@ -7,8 +7,10 @@ oneDNN and MKL is not, and neither is what malloc keeps beside.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,3 +31,25 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
     events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(changes, initial=0))
+
+
+@contextmanager
+def limited_memory(share: float = 0.8) -> Iterator[None]:
+    """Within, the process gets this share of the machine's free memory (on Linux).
+
+    So what wants more raises RuntimeError, instead of having the whole benchmark killed.
+    """
+    information = Path("/proc/meminfo")
+    if not information.exists():
+        yield
+        return
+    import resource
+
+    lines = dict(line.split(":") for line in information.read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(share * free), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)

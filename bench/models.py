@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .architectures import group_norm, wide_resnet
+from .table1 import ARCHITECTURES
 
 Example = tuple[nn.Module, Tensor, Tensor]
 
@@ -84,3 +91,27 @@ class GPT(nn.Module):
 
 def gpt() -> Example:
     return GPT(), torch.randint(2048, (16, 128)), torch.randint(2048, (16, 128))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch, and how many samples of it the comparison with float64 takes."""
+
+    build: Callable[[], Example]
+    samples: int = 8
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    """All models by name."""
+    found = {"MLP 784-1024-1024-10, B = 128": Case(mlp)}
+    if quick:
+        return found
+    found["ResNet-GN 0.3M, B = 64"] = Case(resnet)
+    found["GPT 4 x 256, T = 128, B = 16"] = Case(gpt)
+    found["WRN-16-4, GN, B = 64"] = Case(lambda: on_images(wide_resnet(16, 4, norm=group_norm), 64), 4)
+    for name, architecture in ARCHITECTURES.items():
+        samples = 4 if architecture.weights < 2e7 else 2
+        for kind, norm in {"GN": group_norm, "BN": nn.BatchNorm2d}.items():
+            build = partial(architecture.build, norm=norm)
+            found[f"{name}, {kind}, B = 32"] = Case(lambda build=build: on_images(build(), 32), samples)
+    return found

@@ -38,9 +38,8 @@ class Series:
         return [statistics.median(samples[arm]) for samples in self.milliseconds.values()]
 
     def exponent(self, arm: str) -> float:
-        """p of a cost that grows as size^p, fitted to the larger half of the sizes."""
-        half = len(self.sizes) // 2
-        logs = ([math.log(value) for value in values[half:]] for values in (self.sizes, self.medians(arm)))
+        """p of a cost that grows as size^p, fitted to the three largest sizes."""
+        logs = ([math.log(value) for value in values[-3:]] for values in (self.sizes, self.medians(arm)))
         return statistics.linear_regression(*logs).slope
 
 
@@ -77,10 +76,12 @@ def section(row: Series) -> Section:
 
 
 def run(device: str, quick: bool, json: str | None, plot: str | None, only: str) -> list[str]:
-    """Run the series whose name contains `only`, print a table, write the raw samples and a plot."""
+    """Run the series whose name contains `only`, print tables, write raw samples and a plot; returns what failed."""
     before = clocks()
     torch.manual_seed(0)
     rows = [row for row in series() if only in row.name]
+    if not rows:
+        return [f"no series has {only!r} in its name: {', '.join(row.name for row in series())}"]
     for row in rows:
         row.sizes = row.sizes[:2] if quick else row.sizes
         for size in row.sizes:

@@ -7,9 +7,10 @@ included, up to when the device is done. Memory is counted in a step of its own,
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from textwrap import shorten
@@ -17,18 +18,16 @@ from textwrap import shorten
 import torch
 from torch import Tensor, nn
 
-from . import models, oracle
-from .architectures import group_norm, wide_resnet
+from . import oracle
 from .environment import clocks
 from .measure import Clock, Samples, host_clock, interleave, ratio_text
-from .memory import extra_memory
+from .memory import extra_memory, limited_memory
+from .models import Case, cases
 from .report import Section, reason, show, write_json
-from .table1 import ARCHITECTURES
 from .training_steps import FRACTION, OURS, PEERS, Training
 
 HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
 REASON_WIDTH = 60  # in the table; whole in the JSON
-NORMS = {"GN": group_norm, "BN": nn.BatchNorm2d}
 
 # A training makes one step after the other: what a change of arms does to caches and heap is not its price. It is
 # little where a step takes long.
@@ -39,19 +38,11 @@ LONG = 500  # milliseconds
 OURS_TIME, PEER_TIME = 20_000, 10_000
 LEAST, MOST, QUICK = 3, 60, 5
 
-# Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where the
-# samples nearly agree.
+# Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where
+# the samples nearly agree.
 TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
 # Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
 PEER_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model with a batch, and how many samples of it the comparison with float64 takes."""
-
-    build: Callable[[], models.Example]
-    samples: int = 8
 
 
 @dataclass
@@ -63,21 +54,6 @@ class Result:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-
-
-def cases(quick: bool) -> dict[str, Case]:
-    """All models by name."""
-    found = {"MLP 784-1024-1024-10, B = 128": Case(models.mlp)}
-    if quick:
-        return found
-    found["ResNet-GN 0.3M, B = 64"] = Case(models.resnet)
-    found["GPT 4 x 256, T = 128, B = 16"] = Case(models.gpt)
-    found["WRN-16-4, GN, B = 64"] = Case(lambda: models.on_images(wide_resnet(16, 4, norm=group_norm), 64), 4)
-    for name, architecture in ARCHITECTURES.items():
-        for kind, norm in NORMS.items():
-            build = partial(architecture.build, norm=norm)
-            found[f"{name}, {kind}, B = 32"] = Case(lambda build=build: models.on_images(build(), 32), 4)
-    return found
 
 
 def without_tf32() -> AbstractContextManager:
@@ -123,6 +99,8 @@ def trainings(model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Resul
                 raise
             result.left_out[name] = reason(problem)
             result.peak_bytes.pop(name, None)
+            training = None
+            gc.collect()  # hooks make cycles
             continue
         yield name, training
 
@@ -160,7 +138,9 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     rounds = int(OURS_TIME / steps / sum(price[name] for name in OURS))
     rounds = QUICK if quick else max(LEAST, min(rounds, MOST))
     counts = {name: max(1, int(PEER_TIME / steps / price[name])) for name in arms if name not in OURS}
-    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts)
+    slow = {name: [price[name]] for name in counts if price[name] > PEER_TIME}
+    timed = {name: clock for name, clock in timed.items() if name not in slow}
+    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | slow
     return result
 
 
@@ -189,14 +169,15 @@ def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
     """Run the models whose name contains `only`, print tables and write the raw samples; returns what failed."""
     before = clocks()
     torch.manual_seed(0)
+    found = {name: case for name, case in cases(quick).items() if only in name}
     results: list[Result] = []
-    failures = []
+    failures = [] if found else [f"no model has {only!r} in its name: {', '.join(cases(quick))}"]
     try:
-        for name, case in cases(quick).items():
-            if only not in name:
-                continue
+        for name, case in found.items():
             try:
-                results.append(bench(name, case, device, quick))
+                # Where CUDA is, address space is reserved, not used.
+                with limited_memory() if device == "cpu" else nullcontext():
+                    results.append(bench(name, case, device, quick))
             except Exception as problem:
                 failures.append(f"{name}: {reason(problem)}")
                 continue
