@@ -7,8 +7,15 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import torch
+
 Samples = dict[str, list[float]]
 Clock = Callable[[], float]
+
+
+def synchronize(device: str) -> Callable[[], object]:
+    """What waits until `device` is done."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def host_clock(

@@ -13,7 +13,7 @@ import torch
 from . import models
 from .architectures import group_norm, resnet
 from .environment import clocks
-from .measure import Samples, host_clock, interleave, ratio_text
+from .measure import Samples, host_clock, interleave, ratio_text, synchronize
 from .report import Section, show, write_json
 from .training_steps import OURS, Training
 
@@ -60,9 +60,8 @@ def series() -> list[Series]:
 def measure(build: Callable[[], models.Example], device: str, rounds: int) -> Samples:
     """Times of a step by arm, each after one of the same arm."""
     model, x, y = (part.to(device) for part in build())
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     trainings = {name: Training(arm, model, x, y) for name, arm in ARMS.items()}
-    timed = {name: host_clock(one, 1, synchronize, settle=one) for name, one in trainings.items()}
+    timed = {name: host_clock(one, 1, synchronize(device), settle=one) for name, one in trainings.items()}
     return interleave(timed, rounds)
 
 

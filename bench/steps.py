@@ -7,27 +7,21 @@ included, up to when the device is done. Memory is counted in a step of its own,
 
 from __future__ import annotations
 
-import gc
-import statistics
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
-from textwrap import shorten
 
 import torch
-from torch import Tensor, nn
 
-from . import oracle
+from .candidates import candidates, compare_with_float64
 from .environment import clocks
-from .measure import Clock, Samples, host_clock, interleave, ratio_text
-from .memory import extra_memory, limited_memory
+from .measure import host_clock, interleave, synchronize
+from .memory import limited_memory
 from .models import Case, cases
-from .report import Section, reason, show, write_json
-from .training_steps import FRACTION, OURS, PEERS, Training
-
-HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
-REASON_WIDTH = 60  # in the table; whole in the JSON
+from .report import reason, show, write_json
+from .step_result import HEADER, Result, section
+from .training_steps import OURS
 
 # A training makes one step after the other: what a change of arms does to caches and heap is not its price. It is
 # little where a step takes long.
@@ -37,81 +31,6 @@ LONG = 500  # milliseconds
 # Milliseconds of all of ours on a model, and of each peer; and the least and most rounds.
 OURS_TIME, PEER_TIME = 20_000, 10_000
 LEAST, MOST, QUICK = 3, 60, 5
-
-# Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where
-# the samples nearly agree.
-TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
-# Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
-PEER_TOLERANCE = 1e-2
-
-
-@dataclass
-class Result:
-    """What was measured of one model, by arm."""
-
-    model: str
-    milliseconds: Samples = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def without_tf32() -> AbstractContextManager:
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-
-
-def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result) -> None:
-    """The directions of ours against those from explicit gradients; AssertionError where one is not exact."""
-    for name in OURS:
-        policy = name.removeprefix("RGD ")
-        if policy == name:
-            continue
-        with without_tf32(), oracle.Sides() as sides:
-            training = Training(OURS[name], model, x, y)
-            training()
-        if not result.error:
-            grads = oracle.per_sample_grads(model, x, y, sides)
-        wanted = oracle.direction(grads, policy, FRACTION)
-        wrong = result.error[name] = oracle.relative_error(training.direction(), wanted)
-        if not wrong < TOLERANCE[x.device.type][policy]:
-            raise AssertionError(f"{name}: the direction differs from float64 by {wrong:.1e}")
-
-
-def trainings(model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Result) -> Iterator[tuple[str, Training]]:
-    """The arms that run and agree; records errors and memory, and why peers are left out."""
-    directions = {}
-    for name, arm in (OURS if quick else OURS | PEERS).items():
-        try:
-            training = Training(arm, model, x, y)
-            with without_tf32():
-                if arm.same_as is None:
-                    training()
-                    directions[name] = [part.clone() for part in training.direction()]
-                    training.optimizer.zero_grad()
-                    # A step of its own, since ours plan in the first.
-                    result.peak_bytes[name] = extra_memory(training, x.device.type)
-                else:
-                    # The first step, as those of peers are long.
-                    result.peak_bytes[name] = extra_memory(training, x.device.type)
-                    compare_with_ours(name, training.direction(), arm.same_as, directions, result)
-        except Exception as problem:
-            if arm.same_as is None:
-                raise
-            result.left_out[name] = reason(problem)
-            result.peak_bytes.pop(name, None)
-            training = None
-            gc.collect()  # hooks make cycles
-            continue
-        yield name, training
-
-
-def compare_with_ours(
-    name: str, direction: list[Tensor], ours: str, directions: dict[str, list[Tensor]], result: Result
-) -> None:
-    """AssertionError where a peer went elsewhere."""
-    wrong = result.error[name] = oracle.relative_error(direction, directions[ours])
-    if not wrong < PEER_TOLERANCE:
-        raise AssertionError(f"its direction differs from that of {ours} by {wrong:.1e}")
 
 
 def repeat(step: Callable[[], None]) -> None:
@@ -124,45 +43,21 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     result = Result(name)
     model, x, y = (part.to(device) for part in case.build())
     compare_with_float64(model, x[: case.samples], y[: case.samples], result)
-    arms = dict(trainings(model, x, y, quick, result))
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    arms, price = candidates(model, x, y, quick, result)
 
-    alone: dict[str, Clock] = {name: host_clock(arm, 1, synchronize) for name, arm in arms.items()}
-    price = {name: times[0] for name, times in interleave(alone, 1, warm_up=0).items()}
-    timed, steps = alone, 1
+    wait = synchronize(device)
     if price["SGD"] < LONG:
         steps = 1 + CONSECUTIVE
-        timed = {
-            name: host_clock(partial(repeat, arm), CONSECUTIVE, synchronize, settle=arm) for name, arm in arms.items()
-        }
+        timed = {name: host_clock(partial(repeat, arm), CONSECUTIVE, wait, settle=arm) for name, arm in arms.items()}
+    else:
+        steps, timed = 1, {name: host_clock(arm, 1, wait) for name, arm in arms.items()}
     rounds = int(OURS_TIME / steps / sum(price[name] for name in OURS))
     rounds = QUICK if quick else max(LEAST, min(rounds, MOST))
     counts = {name: max(1, int(PEER_TIME / steps / price[name])) for name in arms if name not in OURS}
-    slow = {name: [price[name]] for name in counts if price[name] > PEER_TIME}
-    timed = {name: clock for name, clock in timed.items() if name not in slow}
-    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | slow
+    once = {name: [price[name]] for name in counts if price[name] > PEER_TIME}
+    timed = {name: clock for name, clock in timed.items() if name not in once}
+    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | once
     return result
-
-
-def section(result: Result) -> Section:
-    """Rows of a table; SGD is what the others are compared with."""
-    rows = []
-    for name, times in result.milliseconds.items():
-        peak, wrong = result.peak_bytes[name], result.error.get(name)
-        rows.append(
-            [
-                "" if rows else result.model,
-                name,
-                f"{statistics.median(times):.2f}",
-                f"{min(times):.2f}",
-                ratio_text(result.milliseconds, name, "SGD"),
-                f"{peak / 2**20:.1f}",
-                f"{peak / result.peak_bytes['SGD']:.2f}",
-                "" if wrong is None else f"{wrong:.0e}",
-            ]
-        )
-    left_out = result.left_out.items()
-    return rows + [["", name, "left out", "", shorten(why, REASON_WIDTH), "", "", ""] for name, why in left_out]
 
 
 def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:

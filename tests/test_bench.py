@@ -214,38 +214,41 @@ def test_peers_go_where_we_go(name, package):
 
 
 def test_peer_that_is_missing_or_goes_elsewhere_is_left_out_with_the_reason(monkeypatch):
-    from bench import steps
+    from bench import candidates
+    from bench.step_result import Result, section
     from bench.training_steps import OURS, Arm, sgd
 
     def missing(model, x, y):
         raise ModuleNotFoundError("No module named 'peer'")
 
-    monkeypatch.setattr(
-        steps, "PEERS", {"missing": Arm(sgd, missing, "RGD Rayleigh"), "SGD again": Arm(sgd, same_as="RGD Rayleigh")}
-    )
-    result = steps.Result("small")
-    kept = dict(steps.trainings(*small_example("MLP"), quick=False, result=result))
-    assert set(kept) == set(OURS) == set(result.peak_bytes)
+    peers = {"missing": Arm(sgd, missing, "RGD Rayleigh"), "SGD again": Arm(sgd, same_as="RGD Rayleigh")}
+    monkeypatch.setattr(candidates, "PEERS", peers)
+    result = Result("small")
+    found, price = candidates.candidates(*small_example("MLP"), quick=False, result=result)
+    assert set(found) == set(price) == set(OURS) == set(result.peak_bytes)
     assert result.left_out["missing"] == "ModuleNotFoundError: No module named 'peer'"
     assert "its direction differs from that of RGD Rayleigh by" in result.left_out["SGD again"]
-    result.milliseconds = {name: [1.0, 2.0] for name in kept}
-    assert "No module named 'peer'" in str(steps.section(result))
+    result.milliseconds = {name: [1.0, 2.0] for name in found}
+    assert "No module named 'peer'" in str(section(result))
 
 
 def test_direction_that_is_not_exact_fails(monkeypatch):
-    from bench import oracle, steps
+    from bench import oracle
+    from bench.candidates import compare_with_float64
+    from bench.step_result import Result
 
     monkeypatch.setattr(oracle, "direction", lambda grads, policy, fraction: [g.mean(0) for g in grads])
     with pytest.raises(AssertionError, match="RGD Spectral: the direction differs from float64 by"):
-        steps.compare_with_float64(*small_example("MLP"), steps.Result("small"))
+        compare_with_float64(*small_example("MLP"), Result("small"))
 
 
 @pytest.mark.parametrize("kind", ["MLP", "GPT", "GN", "BN"])
 def test_ours_are_exact_on_every_kind_of_model(kind):
-    from bench import steps
+    from bench.candidates import compare_with_float64
+    from bench.step_result import Result
 
-    result = steps.Result(kind)
-    steps.compare_with_float64(*small_example(kind), result)
+    result = Result(kind)
+    compare_with_float64(*small_example(kind), result)
     assert set(result.error) == {"RGD Spectral", "RGD Rayleigh"}
 
 
