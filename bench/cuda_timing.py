@@ -1,4 +1,4 @@
-"""Device time on CUDA: graphs replayed over rotating buffers, between events; and the memory a call takes."""
+"""Device time on CUDA: graphs replayed over rotating buffers, between events."""
 
 from __future__ import annotations
 
@@ -54,16 +54,6 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             run()
         return device_clock(graph.replay, len(inputs))
-
-
-def extra_memory(call: Callable[[], object]) -> int:
-    """Bytes that a call takes at its peak beside what is allocated before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def copy_clock(size: int) -> Clock:

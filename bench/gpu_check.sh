@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to check on a machine with an NVIDIA GPU, in one call of less than 25 minutes, without a network:
+# Everything there is to check on a machine with an NVIDIA GPU, in one call of less than 30 minutes, without a network:
 #     bench/gpu_check.sh [FOLDER for results, default bench/results]
 # PYTHON names a python with a CUDA build of torch; STEPS the steps to run, of: build info test test-cpu memcheck
 # racecheck initcheck kernels steps. A failed step does not stop the others; the exit status is 1 if any failed.
@@ -90,7 +90,7 @@ for tool in memcheck racecheck initcheck; do
 done
 
 step kernels 470 "$PYTHON" -m bench kernels --device cuda --json "$OUT/gpu-kernels.json" --plot "$OUT/gpu-kernels.png"
-step steps 80 "$PYTHON" -m bench steps --device cuda --json "$OUT/gpu-steps.json"
+step steps 300 "$PYTHON" -m bench steps --device cuda --json "$OUT/gpu-steps.json"
 
 printf '\n%-12s %-18s %5s\n' step outcome s
 printf '%s\n' "${summary[@]}"

@@ -21,7 +21,8 @@ from .arms import TWO_READS, Arm, arms, why_no_compile
 from .cases import Buffer, Case, cases, fill
 from .environment import clocks
 from .measure import Clock, fastest, host_clock, interleave
-from .report import show, write_json
+from .memory import extra_memory
+from .report import reason, show, write_json
 from .result import HEADER, Result, progress, section
 
 LAUNCHED = "precondition, launched from Python"
@@ -33,11 +34,6 @@ MILLISECONDS = 10_000  # per case; slow ones have fewer rounds, five at least
 
 def grads_of(arm: Arm, buffer: Buffer) -> list[torch.Tensor]:
     return buffer.flat if arm.flat else buffer.tensors
-
-
-def reason(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0][:200]}"
 
 
 def agreeing(ways: dict[str, Arm], buffer: Buffer, epsilon: torch.Tensor, result: Result) -> dict[str, Arm]:
@@ -55,7 +51,7 @@ def agreeing(ways: dict[str, Arm], buffer: Buffer, epsilon: torch.Tensor, result
                     continue
             del got
             if epsilon.is_cuda:
-                result.extra_memory[name] = cuda_timing.extra_memory(lambda arm=arm, grads=grads: arm.call(grads))
+                result.extra_memory[name] = extra_memory(lambda arm=arm, grads=grads: arm.call(grads), "cuda")
         except Exception as problem:
             result.leave_out(name, reason(problem), arm.ours)
             continue

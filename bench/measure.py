@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
 
 Samples = dict[str, list[float]]
 Clock = Callable[[], float]
+
+
+def synchronize(device: str) -> Callable[[], object]:
+    """What waits until `device` is done."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
 def host_clock(
@@ -29,15 +37,27 @@ def host_clock(
     return sample
 
 
-def interleave(clocks: dict[str, Clock], rounds: int, warm_up: int = 2) -> Samples:
-    """Milliseconds per call: every round samples each arm once, so a disturbance hits all of them."""
+def interleave(
+    clocks: dict[str, Clock], rounds: int, warm_up: int = 2, counts: Mapping[str, int] = MappingProxyType({})
+) -> Samples:
+    """Milliseconds per call: every round samples each arm once, so a disturbance hits all of them.
+
+    An arm in `counts` is sampled at most so often, in rounds evenly apart.
+    """
     samples: Samples = {name: [] for name in clocks}
-    for repeat in range(warm_up + rounds):
+    strides = {name: stride(rounds, counts.get(name, rounds)) for name in clocks}
+    for index in range(-warm_up, rounds):
         for name, clock in clocks.items():
-            elapsed = clock()
-            if repeat >= warm_up:
-                samples[name].append(round(elapsed, 6))
+            if index < 0 or index % strides[name] == 0:
+                elapsed = clock()
+                if index >= 0:
+                    samples[name].append(round(elapsed, 6))
     return samples
+
+
+def stride(rounds: int, count: int) -> int:
+    """How many rounds are between two samples of an arm that has at most `count` of them."""
+    return -(-rounds // count)
 
 
 def fastest(samples: Samples, names: list[str]) -> str:
@@ -46,9 +66,12 @@ def fastest(samples: Samples, names: list[str]) -> str:
 
 
 def ratio(samples: Samples, name: str, other: str) -> tuple[float, float, float]:
-    """Median, lower and upper quartile of time(name) / time(other), taken round by round."""
-    ratios = [a / b for a, b in zip(samples[name], samples[other], strict=True)]
-    lower, median, upper = statistics.quantiles(ratios, n=4)
+    """Median, lower and upper quartile of time(name) / time(other), round by round; `other` is sampled in every one."""
+    beside = samples[other][:: stride(len(samples[other]), len(samples[name]))]
+    ratios = [a / b for a, b in zip(samples[name], beside, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return median, lower, upper
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architectures import group_norm, wide_resnet
+from .table1 import ARCHITECTURES
+
 Example = tuple[nn.Module, Tensor, Tensor]
 
 
-def mlp() -> Example:
-    layers = nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-    return nn.Sequential(*layers), torch.randn(128, 784), torch.randint(10, (128,))
+def loss(output: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (..., classes) with labels (...)."""
+    return F.cross_entropy(output.flatten(0, -2), y.flatten())
+
+
+def on_images(model: nn.Module, batch_size: int) -> Example:
+    """With random images (B, 3, 32, 32) of ten classes."""
+    return model, torch.randn(batch_size, 3, 32, 32), torch.randint(10, (batch_size,))
+
+
+def mlp(batch_size: int = 128, layers: int = 3, width: int = 1024) -> Example:
+    """784-width-...-width-10."""
+    modules = [nn.Linear(784, width), nn.ReLU()]
+    for _ in range(layers - 2):
+        modules += nn.Linear(width, width), nn.ReLU()
+    model = nn.Sequential(*modules, nn.Linear(width, 10))
+    return model, torch.randn(batch_size, 784), torch.randint(10, (batch_size,))
 
 
 class Residual(nn.Module):
@@ -30,11 +51,10 @@ class Residual(nn.Module):
         return self.shortcut(x) + self.conv2(F.relu(self.norm2(out)))
 
 
-def resnet() -> Example:
+def resnet(batch_size: int = 64) -> Example:
     blocks = Residual(16, 32, 1), Residual(32, 64, 2), Residual(64, 128, 2)
     stem, head = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.Linear(128, 10)
-    model = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    return model, torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    return on_images(nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head), batch_size)
 
 
 class Block(nn.Module):
@@ -64,9 +84,34 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        # A batch of positions, as the peers ask for one in every layer.
+        x = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device).expand_as(x))
         return self.head(self.norm(self.blocks(x)))
 
 
 def gpt() -> Example:
     return GPT(), torch.randint(2048, (16, 128)), torch.randint(2048, (16, 128))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a batch, and how many samples of it the comparison with float64 takes."""
+
+    build: Callable[[], Example]
+    samples: int = 8
+
+
+def cases(quick: bool) -> dict[str, Case]:
+    """All models by name."""
+    found = {"MLP 784-1024-1024-10, B = 128": Case(mlp)}
+    if quick:
+        return found
+    found["ResNet-GN 0.3M, B = 64"] = Case(resnet)
+    found["GPT 4 x 256, T = 128, B = 16"] = Case(gpt)
+    found["WRN-16-4, GN, B = 64"] = Case(lambda: on_images(wide_resnet(16, 4, norm=group_norm), 64), 4)
+    for name, architecture in ARCHITECTURES.items():
+        samples = 4 if architecture.weights < 2e7 else 2
+        for kind, norm in {"GN": group_norm, "BN": nn.BatchNorm2d}.items():
+            build = partial(architecture.build, norm=norm)
+            found[f"{name}, {kind}, B = 32"] = Case(lambda build=build: on_images(build(), 32), samples)
+    return found

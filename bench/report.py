@@ -12,6 +12,12 @@ from .environment import clocks, environment
 Section = list[list[str]]
 
 
+def reason(problem: Exception) -> str:
+    """Why an arm is left out, in a line."""
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:200]}"
+
+
 def show(header: Sequence[str], sections: list[Section], title: str) -> None:
     """Print sections of rows under a header; as plain text where rich is not installed."""
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import assert_close, direction
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -50,13 +51,205 @@ def test_kernels(bench, tmp_path, capsys):
         assert case["case"].partition(",")[0] in printed
 
 
-def test_steps(bench, tmp_path):
+def test_steps(bench, tmp_path, capsys):
     path = tmp_path / "steps.json"
     bench("steps", "--json", str(path))
-    record = json.loads(path.read_text())
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert record["failures"] == []
-    for samples in record["milliseconds"].values():
-        assert len({len(times) for times in samples.values()}) == 1
+    (model,) = record["models"]
+    arms = {"SGD", "RGD Spectral", "RGD Rayleigh"}
+    assert set(model["milliseconds"]) == set(model["peak_bytes"]) == arms
+    assert len({len(times) for times in model["milliseconds"].values()}) == 1
+    assert set(model["error"]) == arms - {"SGD"}
+    # The gradient, at least.
+    assert min(model["peak_bytes"].values()) >= 4 * (784 * 1024 + 1024 * 1024 + 1024 * 10)
+    assert model["model"] in printed
+
+
+@pytest.mark.parametrize("command", ["steps", "scaling"])
+def test_name_that_nothing_has_is_refused(bench, command):
+    with pytest.raises(SystemExit, match="has 'no such' in its name: MLP 784-1024-1024-10"):
+        bench(command, "--only", "no such")
+
+
+def test_scaling(bench, tmp_path, capsys):
+    path, plot = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    bench("scaling", "--only", "MLP 784-512", "--json", str(path), "--plot", str(plot))
+    (series,) = json.loads(path.read_text())["series"]
+    assert list(series["milliseconds"]) == ["2", "4"]
+    assert all(set(samples) == {"SGD", "RGD"} for samples in series["milliseconds"].values())
+    assert "layers^" in capsys.readouterr().out
+    assert plot.read_bytes()[1:4] == b"PNG"
+
+
+def test_exponent_of_a_power_of_the_size_is_the_power():
+    from bench.scaling import Series
+
+    series = Series("", "B", None, (2, 4, 8, 16), {size: {"SGD": [3.0 * size**2]} for size in (2, 4, 8, 16)})
+    assert series.exponent("SGD") == pytest.approx(2)
+
+
+def test_steps_cover_the_architectures_of_table_1_in_both_normalisations():
+    from bench.models import cases
+    from bench.table1 import ARCHITECTURES
+
+    names = set(cases(quick=False))
+    assert {f"{name}, {norm}, B = 32" for name in ARCHITECTURES for norm in ("GN", "BN")} < names
+    assert set(cases(quick=True)) == {"MLP 784-1024-1024-10, B = 128"}
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    from bench.memory import extra_memory
+
+    def call():
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        kept.append((second, torch.empty(700)))
+
+    kept = []
+    assert extra_memory(call, "cpu") == 4 * 1500
+    assert extra_memory(lambda: None, "cpu") == 0
+
+
+def test_memory_is_limited_within_and_not_afterwards():
+    from bench.memory import limited_memory
+
+    def allocate():
+        return torch.empty(2**36, dtype=torch.uint8)  # not touched, so nothing is used
+
+    with limited_memory(share=0.5), pytest.raises(RuntimeError, match="memory"):
+        allocate()
+    import resource
+
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+
+
+def test_slow_arms_are_sampled_less_and_paired_with_their_rounds():
+    from bench.measure import interleave, ratio
+
+    times = iter(range(1, 100))
+    clocks = {"fast": lambda: float(next(times)), "slow": lambda: 100.0}
+    samples = interleave(clocks, rounds=8, warm_up=0, counts={"slow": 3})
+    assert samples == {"fast": [1, 2, 3, 4, 5, 6, 7, 8], "slow": [100, 100, 100]}
+    assert ratio(samples, "slow", "fast")[0] == 100 / 4  # rounds 1, 4 and 7
+    assert ratio({"fast": [1.0, 2.0], "slow": [6.0]}, "slow", "fast") == (6, 6, 6)
+
+
+def small_example(kind):
+    from bench import models
+    from bench.architectures import group_norm, resnet
+
+    if kind == "MLP":
+        return models.mlp(batch_size=5, width=16)
+    if kind == "GPT":
+        model = models.GPT(vocabulary=11, width=8, layers=1, heads=2, length=4)
+        return model, torch.randint(11, (5, 4)), torch.randint(11, (5, 4))
+    model, x, y = models.on_images(resnet(8, norm=group_norm if kind == "GN" else torch.nn.BatchNorm2d), 3)
+    return model, x[..., :8, :8], y
+
+
+@pytest.mark.parametrize("kind", ["MLP", "GPT", "GN", "BN"])
+def test_oracle_averages_to_the_gradient(kind):
+    from bench import oracle
+    from bench.models import loss
+
+    model, x, y = small_example(kind)
+    model = model.double()
+    x = x.double() if x.is_floating_point() else x
+    with oracle.Sides() as sides:
+        output = model(x)
+    wanted = torch.autograd.grad(loss(output, y), list(model.parameters()))
+    grads = oracle.per_sample_grads(model, x, y, sides)
+    assert oracle.relative_error([g.mean(0) for g in grads], wanted) < 1e-12
+    assert all(g.std(0).any() for g in grads)
+
+
+def test_oracle_takes_the_sides_it_is_given():
+    from bench import oracle
+
+    model, x, y = small_example("MLP")
+    with oracle.Sides() as sides:
+        model(x)
+    for side in sides.positive:
+        side.zero_()
+    grads = oracle.per_sample_grads(model, x, y, sides)
+    assert not grads[0].any()
+    assert grads[-1].any()
+
+
+@pytest.mark.parametrize("policy", ["Spectral", "Rayleigh"])
+def test_direction_of_the_oracle_is_that_of_the_explicit_matrix(policy):
+    from bench import oracle
+
+    grads = [torch.randn(4, 2, 3).double(), torch.randn(4, 5).double()]
+    explicit = torch.cat([g.flatten(1) for g in grads], 1)
+    got = torch.cat([part.flatten() for part in oracle.direction(grads, policy, 0.3)])
+    assert_close(got, direction(explicit, policy, 0.3))
+
+
+def run_peer(name):
+    from bench import oracle
+    from bench.training_steps import OURS, PEERS, Training
+
+    model, x, y = small_example("MLP")
+    trainings = [Training(arm, model, x, y) for arm in (PEERS[name], OURS[PEERS[name].same_as])]
+    for training in trainings:
+        training()
+    return oracle.relative_error(trainings[0].direction(), trainings[1].direction())
+
+
+def test_vmap_goes_where_we_go():
+    assert run_peer("vmap(grad), Rayleigh") < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::")
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("Opacus, Rayleigh", "opacus"), ("BackPACK, Rayleigh", "backpack"), ("TorchJD, Spectral", "torchjd")],
+)
+def test_peers_go_where_we_go(name, package):
+    pytest.importorskip(package)
+    assert run_peer(name) < 1e-4
+
+
+def test_peer_that_is_missing_or_goes_elsewhere_is_left_out_with_the_reason(monkeypatch):
+    from bench import candidates
+    from bench.step_result import Result, section
+    from bench.training_steps import OURS, Arm, sgd
+
+    def missing(model, x, y):
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    peers = {"missing": Arm(sgd, missing, "RGD Rayleigh"), "SGD again": Arm(sgd, same_as="RGD Rayleigh")}
+    monkeypatch.setattr(candidates, "PEERS", peers)
+    result = Result("small")
+    found, price = candidates.candidates(*small_example("MLP"), quick=False, result=result)
+    assert set(found) == set(price) == set(OURS) == set(result.peak_bytes)
+    assert result.left_out["missing"] == "ModuleNotFoundError: No module named 'peer'"
+    assert "its direction differs from that of RGD Rayleigh by" in result.left_out["SGD again"]
+    result.milliseconds = {name: [1.0, 2.0] for name in found}
+    assert "No module named 'peer'" in str(section(result))
+
+
+def test_direction_that_is_not_exact_fails(monkeypatch):
+    from bench import oracle
+    from bench.candidates import compare_with_float64
+    from bench.step_result import Result
+
+    monkeypatch.setattr(oracle, "direction", lambda grads, policy, fraction: [g.mean(0) for g in grads])
+    with pytest.raises(AssertionError, match="RGD Spectral: the direction differs from float64 by"):
+        compare_with_float64(*small_example("MLP"), Result("small"))
+
+
+@pytest.mark.parametrize("kind", ["MLP", "GPT", "GN", "BN"])
+def test_ours_are_exact_on_every_kind_of_model(kind):
+    from bench.candidates import compare_with_float64
+    from bench.step_result import Result
+
+    result = Result(kind)
+    compare_with_float64(*small_example(kind), result)
+    assert set(result.error) == {"RGD Spectral", "RGD Rayleigh"}
 
 
 def test_parameter_lists_are_those_of_the_networks():

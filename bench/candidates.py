@@ -1,0 +1,79 @@
+"""The arms that run on a model and agree, with the error, the memory and the price of a step of each."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from . import oracle
+from .measure import host_clock, synchronize
+from .memory import extra_memory
+from .report import reason
+from .step_result import Result
+from .training_steps import FRACTION, OURS, PEERS, Arm, Training
+
+# Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where
+# the samples nearly agree.
+TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
+# Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
+PEER_TOLERANCE = 1e-2
+
+Directions = dict[str, list[Tensor]]
+
+
+def without_tf32() -> AbstractContextManager:
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result) -> None:
+    """The directions of ours against those from explicit gradients; AssertionError where one is not exact."""
+    grads = None
+    for policy, tolerance in TOLERANCE[x.device.type].items():
+        name = f"RGD {policy}"
+        training = Training(OURS[name], model, x, y)
+        with without_tf32(), oracle.Sides() as sides:
+            training()
+        grads = grads or oracle.per_sample_grads(model, x, y, sides)
+        wanted = oracle.direction(grads, policy, FRACTION)
+        wrong = result.error[name] = oracle.relative_error(training.direction(), wanted)
+        if not wrong < tolerance:
+            raise AssertionError(f"{name}: the direction differs from float64 by {wrong:.1e}")
+
+
+def candidates(
+    model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Result
+) -> tuple[dict[str, Training], dict[str, float]]:
+    """Arms by name, and milliseconds of one step; records errors, memory, and why peers are left out."""
+    found, price, directions = {}, {}, {}
+    for name, arm in (OURS if quick else OURS | PEERS).items():
+        try:
+            training = Training(arm, model, x, y)
+            with without_tf32():
+                peak = first_steps(name, arm, training, directions, result, x.device.type)
+            price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
+            found[name], result.peak_bytes[name] = training, peak
+        except Exception as problem:
+            if arm.same_as is None:
+                raise
+            result.left_out[name] = reason(problem)
+        training = None
+        gc.collect()  # the hooks of a peer make cycles
+    return found, price
+
+
+def first_steps(name: str, arm: Arm, training: Training, directions: Directions, result: Result, device: str) -> int:
+    """Peak memory of a step; AssertionError where a peer goes elsewhere than ours."""
+    if arm.same_as is None:
+        training()
+        directions[name] = [part.clone() for part in training.direction()]
+        training.optimizer.zero_grad()
+        return extra_memory(training, device)  # not of the first step, in which ours plan
+    peak = extra_memory(training, device)
+    wrong = oracle.relative_error(training.direction(), directions[arm.same_as])
+    if not wrong < PEER_TOLERANCE:
+        raise AssertionError(f"its direction differs from that of {arm.same_as} by {wrong:.1e}")
+    result.error[name] = wrong
+    return peak

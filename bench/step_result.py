@@ -1,0 +1,36 @@
+"""What the step benchmark measures of one model, and how it shows."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from textwrap import shorten
+
+from .measure import Samples, ratio_text
+from .report import Section
+
+HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
+REASON_WIDTH = 60  # in the table; whole in the JSON
+
+
+@dataclass
+class Result:
+    """What was measured of one model, by arm; errors of ours are to float64, those of peers to ours."""
+
+    model: str
+    milliseconds: Samples = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def section(result: Result) -> Section:
+    """Rows of a table; SGD is what the others are compared with."""
+    rows = []
+    for name, times in result.milliseconds.items():
+        peak, wrong = result.peak_bytes[name], result.error.get(name)
+        time = f"{statistics.median(times):.2f}", f"{min(times):.2f}", ratio_text(result.milliseconds, name, "SGD")
+        memory = f"{peak / 2**20:.1f}", f"{peak / result.peak_bytes['SGD']:.2f}"
+        rows.append(["" if rows else result.model, name, *time, *memory, "" if wrong is None else f"{wrong:.0e}"])
+    left_out = result.left_out.items()
+    return rows + [["", name, "left out", "", shorten(why, REASON_WIDTH), "", "", ""] for name, why in left_out]
