@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from . import kernels, steps, table1
+from . import kernels, overhead, steps, table1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, module in {"kernels": kernels, "steps": steps}.items():
+    for name, module in {"kernels": kernels, "steps": steps, "overhead": overhead}.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         command.add_argument("--device", choices=["cpu", "cuda"], default=default, help="default: cuda where there is")
