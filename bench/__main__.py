@@ -7,21 +7,23 @@ import sys
 
 import torch
 
-from . import kernels, scaling, steps, table1
+from . import kernels, overhead, scaling, steps, table1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, module in {"kernels": kernels, "steps": steps, "scaling": scaling}.items():
+    modules = {"kernels": kernels, "steps": steps, "scaling": scaling, "overhead": overhead}
+    for name, module in modules.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         command.add_argument("--device", choices=["cpu", "cuda"], default=default, help="default: cuda where there is")
         command.add_argument("--quick", action="store_true", help="small sizes, few rounds")
         command.add_argument("--json", metavar="PATH", help="also write raw samples and environment")
         command.set_defaults(run=module.run)
-        command.add_argument("--only", metavar="TEXT", default="", help="only what has TEXT in its name")
-        if module is not steps:
+        if module is not overhead:
+            command.add_argument("--only", metavar="TEXT", default="", help="only what has TEXT in its name")
+        if module in (kernels, scaling):
             command.add_argument("--plot", metavar="PATH.png", help="also draw it (needs matplotlib)")
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
     command.set_defaults(run=table1.run)

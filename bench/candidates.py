@@ -52,9 +52,12 @@ def candidates(
         try:
             training = Training(arm, model, x, y)
             with without_tf32():
-                peak = first_steps(name, arm, training, directions, result, x.device.type)
+                training()  # in which ours measure the device
+                compare(name, arm, training.direction(), directions, result)
+            # Of a first step: ours keep memory from step to step.
+            result.peak_bytes[name] = extra_memory(Training(arm, model, x, y), x.device.type)
             price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
-            found[name], result.peak_bytes[name] = training, peak
+            found[name] = training
         except Exception as problem:
             if arm.same_as is None:
                 raise
@@ -64,16 +67,11 @@ def candidates(
     return found, price
 
 
-def first_steps(name: str, arm: Arm, training: Training, directions: Directions, result: Result, device: str) -> int:
-    """Peak memory of a step; AssertionError where a peer goes elsewhere than ours."""
+def compare(name: str, arm: Arm, direction: list[Tensor], directions: Directions, result: Result) -> None:
+    """Keep the direction of one of ours; AssertionError where a peer goes elsewhere."""
     if arm.same_as is None:
-        training()
-        directions[name] = [part.clone() for part in training.direction()]
-        training.optimizer.zero_grad()
-        return extra_memory(training, device)  # not of the first step, in which ours plan
-    peak = extra_memory(training, device)
-    wrong = oracle.relative_error(training.direction(), directions[arm.same_as])
+        directions[name] = [part.clone() for part in direction]
+        return
+    wrong = result.error[name] = oracle.relative_error(direction, directions[arm.same_as])
     if not wrong < PEER_TOLERANCE:
         raise AssertionError(f"its direction differs from that of {arm.same_as} by {wrong:.1e}")
-    result.error[name] = wrong
-    return peak

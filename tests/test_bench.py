@@ -252,6 +252,32 @@ def test_ours_are_exact_on_every_kind_of_model(kind):
     assert set(result.error) == {"RGD Spectral", "RGD Rayleigh"}
 
 
+def test_overhead(bench, tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    bench("overhead", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    for layer, depths in record["milliseconds"].items():
+        assert layer in printed
+        shallow, deep = depths.values()
+        assert shallow.keys() == deep.keys() >= {"SGD", "RGD Spectral", "RGD Rayleigh"}
+        assert min(deep["SGD"]) > min(shallow["SGD"])
+
+
+def test_overhead_is_the_slope_between_the_depths(monkeypatch):
+    from bench import overhead
+
+    costs, once = {"SGD": 40, "RGD": 55}, 1e3  # us
+    samples = {
+        str(depth): {name: [(once + depth * cost) / 1e3] * 3 for name, cost in costs.items()}
+        for depth in (overhead.SHALLOW, overhead.DEEP)
+    }
+    monkeypatch.setattr(overhead, "OURS", {"SGD": None, "RGD": None})
+    assert overhead.section("layer", samples) == [
+        ["layer", "SGD", "40.0", ""],
+        ["", "RGD", "55.0", "15.0 (15.0 to 15.0)"],
+    ]
+
+
 def test_parameter_lists_are_those_of_the_networks():
     from bench.cases import gpt2_small_shapes, resnet50_shapes
 
