@@ -383,6 +383,7 @@ class Coupled(nn.Module):
 
 BETWEEN_SAMPLES = {
     "centring": lambda h: h - h.mean(0),
+    "centring after dropout": lambda h: (kept := F.dropout(h, 0.2)) - kept.mean(0),
     "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
     "attention": lambda h: (h @ h.T).softmax(-1) @ h,
     "sum over those before": lambda h: h.cumsum(0),
