@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,15 +35,14 @@ class Checkpoint:
         identity: what all results depend on.
 
     Raises:
-        ValueError: if `folder` is something else, or holds results of another identity.
+        ValueError: if `folder` is something else, or holds results of another identity, or none of its own.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: str) -> None:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint {self.folder} is a file: pass the path of a folder, which may be missing")
-        found = self.load("identity")
-        if found not in (None, identity):
+        if any(self.folder.glob("*.pt")) and self.load("identity") != identity:
             raise ValueError(
                 f"checkpoint {self.folder} belongs to another model or other weights: pass another path, or delete it"
             )
@@ -50,9 +50,16 @@ class Checkpoint:
         self.save("identity", identity)
 
     def load(self, name: str) -> object | None:
-        """What was saved under `name` last, or None."""
+        """What was saved under `name` last, or None; ValueError if the file is damaged."""
         path = self._path(name)
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"checkpoint file {path} is damaged: delete it, and what it held is computed again"
+            ) from error
 
     def save(self, name: str, content: object) -> None:
         """Replace what is under `name`: a crash leaves the old content or the new one."""

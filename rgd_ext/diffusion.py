@@ -22,7 +22,7 @@ from .streaming import Held, State, Stream
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-# Up to this order a symmetric matrix is formed for all of its eigenvalues.
+# For all eigenvalues, matrices of up to this order squared elements are formed.
 _EXACT = 4096
 # The largest dense D, in bytes.
 _DENSE_BYTES = 2**31
@@ -32,7 +32,8 @@ class Estimate(NamedTuple):
     """What a spectrum will take.
 
     Attributes:
-        passes: over the samples. A guess where ARPACK iterates: spectra without gaps take more.
+        passes: over the samples, a rough guess where ARPACK iterates: up to twice as many, or more, where eigenvalues
+            are close.
         seconds: for these passes, from the time of one batch.
         bytes: of memory, besides the model and the per-sample gradients of one batch.
     """
@@ -47,16 +48,20 @@ class DiffusionMatrix:
 
     With correction=0 this is eq. (2), and equally eq. (3): (1/N) sum_i g_i g_i^T - g g^T
     = (1/N^2) sum_{i<j} (g_i - g_j)(g_i - g_j)^T. D is symmetric and positive semi-definite, and its rank is at most
-    min(N - 1, d). It is exactly zero where all g_i agree to rounding, as in `rgd_ext.direction`: where tr D is at most
-    8 ulps of the largest |g_i|^2.
+    min(N - 1, d).
+
+    It is exactly zero where all g_i agree to rounding. Tensors are centred before anything else: they agree where they
+    are the same. Of other sources |g_i - g|^2 may be known only as a difference of products <g_i, g_j>: they agree
+    where tr D is at most 8 ulps of the largest |g_i|^2, that is, of a model in float32, where they differ by less than
+    about a thousandth of their length (4e-8 after `model.double()`).
 
     Vectors are tensors (d,), (d, k) for k of them, or lists with one tensor per parameter; results have their form,
     dtype and device. d counts the trainable parameters in the order of `model.parameters()`. All other results are
     float64. Sums over batches are accumulated in float64.
 
     Args:
-        grads: a (N, d) tensor, a sequence of (N, *shape) tensors, or any `PerSampleGradients`. For models see
-            `from_batch` and `from_dataset`.
+        grads: a (N, d) tensor, a sequence of (N, *shape) tensors, of which centred copies are kept, or any
+            `PerSampleGradients`. For models see `from_batch` and `from_dataset`.
         correction: as in `torch.var`; 1 gives the unbiased estimate of the covariance the samples were drawn with.
 
     Raises:
@@ -79,7 +84,7 @@ class DiffusionMatrix:
         if isinstance(grads, Stream):
             self._source: Held | Stream = grads
         else:
-            self._held = grads if isinstance(grads, PerSampleGradients) else DenseGradients(grads)
+            self._held = grads if isinstance(grads, PerSampleGradients) else DenseGradients(_deviations(grads))
             self._source = Held(self._held)
             self._check_correction(self._held.batch_size)
         self._dim = sum(t.numel() for t in self._source.like)
@@ -92,7 +97,8 @@ class DiffusionMatrix:
 
         The model, its `.grad`, its capture (`RGD`, `precondition`) and the random number generators are left as they
         were. In training mode, dropout gives D for one draw of its masks. The object keeps what the backward needed of
-        the activations.
+        the activations. Two more forwards, without gradients, show whether the model couples the samples: whether its
+        outputs for every other sample stay the same when those between change.
 
         Args:
             model: as `rgd_ext.precondition` takes it.
@@ -104,7 +110,7 @@ class DiffusionMatrix:
 
         Raises:
             ValueError: if the loss is not per-sample (weights with a mean, ignore_index, contrastive losses) or not
-                finite, if the model cannot be captured or normalises by batch, or for a bad `correction`.
+                finite, if the model cannot be captured or couples the samples, or for a bad `correction`.
             TypeError: if `model` is not a module, or `loss_fn` returns no tensor.
             RuntimeError: if the model's capture is paused.
 
@@ -132,7 +138,7 @@ class DiffusionMatrix:
         """D of the per-sample losses of a data set, in passes over `loader` of constant memory.
 
         Nothing is computed yet. The first pass gives g and tr D; each product with a vector, or with k of them at once,
-        is then one more pass. Samples are as in `from_batch`.
+        is then one more pass. Samples are as in `from_batch`; the first batch shows whether the model couples them.
 
         Args:
             model: in evaluation mode; its weights must not change as long as this object is in use.
@@ -141,13 +147,16 @@ class DiffusionMatrix:
                 every pass. Batches may differ in size.
             correction: as for the class.
             checkpoint: a folder, made if missing, for finished products and, every minute, the state of the pass under
-                way. With the same folder, model and data a new object continues there. Delete it when you are done: a
-                product takes 8 d bytes.
+                way. With the same folder, model and data a new object continues there, after it has read all data of
+                the folder's passes once, without the model, to compare the tensors, numbers and text in each batch; of
+                `loss_fn`, it compares the value on the first batch. Delete it when you are done: a product takes 8 d
+                bytes.
             progress: a bar for each pass on standard error (needs rich).
 
         Raises:
-            ValueError, TypeError: for a model in training mode, an iterator, or a checkpoint of another model; and in
-                the first pass as `from_batch`, or for an empty loader or a checkpoint of other data.
+            ValueError, TypeError: for a model in training mode, an iterator, or a checkpoint of another model; and with
+                the first result as `from_batch`, or for an empty loader, or a checkpoint of other data or with a
+                damaged file.
             RuntimeError: in later passes, if batches, weights or losses differ from those of the first.
 
         Example:
@@ -217,8 +226,9 @@ class DiffusionMatrix:
     def spectrum(self, k: int | None = None) -> Tensor:
         """The k largest eigenvalues of D, descending.
 
-        Exact where the samples are held and N, or else d, is at most 4096. Beyond that ARPACK iterates on `D @ v`, to
-        residuals of 1e-10 lambda_max (1e-5 for float32 gradients); see `estimate`.
+        Exact where min(N, d) is at most 4096; of a data set, where d is, or sqrt(N d), since then its gradients take at
+        most 128 MiB. Beyond that ARPACK iterates on `D @ v`, to residuals of 1e-10 lambda_max (1e-5 for float32
+        gradients); see `estimate`.
 
         Args:
             k: at most d. None for all that can be positive, min(N - 1, d) of them.
@@ -233,6 +243,7 @@ class DiffusionMatrix:
         self._check_number(k)
         values = self._eigenvalues
         if values is None:
+            self._check_number(k)  # now that N is known
             values = self._iterate(min(k, self._rank_bound))
         if k is None:
             return values
@@ -242,17 +253,18 @@ class DiffusionMatrix:
         """The number of eigenvalues of D above the rounding of its entries, at most min(N - 1, d).
 
         Raises:
-            RuntimeError: where the spectrum is known only in part, naming the bound.
+            RuntimeError: where `spectrum` is not exact, naming the bound.
         """
         values = self._eigenvalues
         if values is None:
             raise RuntimeError(
-                f"rank needs all eigenvalues of D, which has d = {self._dim} and is too large: the rank is at most"
-                f" min(N - 1, d) = {self._rank_bound}; spectrum(k) shows how many of the largest matter"
+                f"rank needs all eigenvalues of D, too many to compute: the rank is at most min(N - 1, d) ="
+                f" {self._rank_bound}; {self._instead}"
             )
         if len(values) == 0:
             return 0
-        noise = torch.maximum(self._order * values[0], self._moments["largest"])
+        order = min(self.num_samples, self._dim)
+        noise = torch.maximum(order * values[0], self._moments["largest"])
         return int((values > self._ulp * noise).sum())
 
     def to_dense(self) -> Tensor:
@@ -291,13 +303,15 @@ class DiffusionMatrix:
     def estimate(self, k: int | None = None) -> Estimate:
         """What `spectrum(k)` will take, measured on one batch. Finished passes of a checkpoint are not deducted.
 
+        Before the first pass over a data set, N is taken to be large.
+
         Raises:
             ValueError: as `spectrum`.
             TypeError: if the loader does not know its length.
         """
         self._check_number(k)
-        if self._is_exact:
-            passes, size = 2, 3 * 8 * self._order**2
+        if k in (None, self._dim) or self._is_exact(self._known_samples):
+            passes, size = 2, 3 * 8 * min(self._elements(self._known_samples), _EXACT**2)
         else:
             basis = _basis(k, self._dim)
             passes, size = 1 + basis + (basis - k) // 2, 8 * self._dim * (basis + 4)
@@ -344,37 +358,62 @@ class DiffusionMatrix:
         return min(self.num_samples - 1, self._dim)
 
     @property
-    def _order(self) -> int:
-        """Of the matrix with all eigenvalues: the Gramian of samples that are held, or D."""
-        return self._dim if self._held is None else min(self._held.batch_size, self._dim)
+    def _known_samples(self) -> int | None:
+        """N, or None before the first pass over a data set."""
+        return self.num_samples if self._held is not None or "_moments" in vars(self) else None
+
+    def _elements(self, samples: int | None) -> int:
+        """Of the smallest matrix that gives all eigenvalues: D, the Gramian, or the gradients of a data set."""
+        shorter = self._dim if samples is None else min(samples, self._dim)
+        return shorter * (self._dim if self._held is None else shorter)
+
+    def _is_exact(self, samples: int | None) -> bool:
+        return self._elements(samples) <= _EXACT**2
 
     @property
-    def _is_exact(self) -> bool:
-        return self._order <= _EXACT
+    def _instead(self) -> str:
+        """What to call where not all eigenvalues can be had."""
+        text = "spectrum(k) with a small k, as in spectrum(10), shows how many matter"
+        return text if self._held is not None else f"{text}, and from_batch takes up to {_EXACT} samples at once"
 
     def _check_number(self, k: int | None) -> None:
         """Raise ValueError if there are no k eigenvalues, or too many for ARPACK."""
         if k is not None and (not isinstance(k, int) or not 1 <= k <= self._dim):
             raise ValueError(f"k is {k!r}: pass a whole number from 1 to d = {self._dim}, or None for all eigenvalues")
-        if k in (None, self._dim) and not self._is_exact:
-            raise ValueError(
-                f"all eigenvalues of D, of d = {self._dim}, are too many to compute: pass a small k, as in spectrum(10)"
-            )
+        # A batch has at least one sample.
+        samples = self._known_samples or self._source.length() or 1
+        if k in (None, self._dim) and not self._is_exact(samples):
+            raise ValueError(f"all eigenvalues of D, of d = {self._dim}, are too many to compute: {self._instead}")
 
     @cached_property
     def _eigenvalues(self) -> Tensor | None:
-        """The min(N - 1, d) largest, descending, or None where neither the Gramian nor D is small."""
+        """The min(N - 1, d) largest, descending, or None where no matrix that gives them is small."""
         bound = self._rank_bound
         if self._is_zero:
             return self._moments["mean"].new_zeros(bound)
-        if not self._is_exact:
+        if not self._is_exact(self.num_samples):
             return None
-        if self._order == self._dim:
+        if self._dim <= self.num_samples:
             values = reference.eigenvalues(self.to_dense())
+        elif self._held is None:
+            centred = self._rows_of_all() - self._moments["mean"]
+            values = reference.eigenvalues(centred @ centred.T) / self._denominator
         else:
             with torch.no_grad():
                 values = statistics(self._held, with_gram=True).eigenvalues * (self.num_samples / self._denominator)
         return values.flip(0)[:bound]
+
+    def _rows_of_all(self) -> Tensor:
+        """G of a data set, (N, d)."""
+
+        def step(state: State, grads: PerSampleGradients) -> None:
+            rows = state["rows"][int(state["count"]) :][: grads.batch_size]
+            rows.copy_(_matrix(grads, self._source.like))
+            state["count"] += grads.batch_size
+
+        mean = self._moments["mean"]
+        state = {"count": mean.new_zeros(()), "rows": mean.new_zeros(self.num_samples, self._dim)}
+        return self._source.fold("gradients", state, step)["rows"]
 
     def _iterate(self, k: int) -> Tensor:
         from scipy.sparse.linalg import eigsh
@@ -447,6 +486,13 @@ def _merge(state: State, grads: PerSampleGradients) -> None:
     largest = stats.squared_norms.add(stats.alignments, alpha=2).max() + stats.grad_norm.square()
     torch.maximum(state["largest"], largest.double(), out=state["largest"])
     state["count"].copy_(total)
+
+
+@torch.no_grad()
+def _deviations(grads: ops.Tensors) -> list[Tensor]:
+    """g_i - g in the accumulation dtype, from which D is the same; small differences keep their digits."""
+    grads = [g.to(accumulate_dtype(g.dtype)) for g in ops.checked_grads(grads)]
+    return [g - g.mean(0) for g in grads]
 
 
 def _matrix(grads: PerSampleGradients, like: list[Tensor]) -> Tensor:

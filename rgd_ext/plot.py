@@ -22,7 +22,7 @@ def draw(run: Run, path: Path) -> None:
         path: of the PNG.
     """
     size = -(-len(run["step"]) // POINTS)
-    run = {name: _medians(values, size) for name, values in run.items()}
+    run = {name: _medians(values, size) for name, values in (run | _derived(run)).items()}
     figure = Figure(figsize=(9, 14), layout="constrained")
     panels = figure.subplots(5, sharex=True)
     for axes, fill in zip(panels, (_loss, _epsilon, _curvature, _agreement, _weights), strict=True):
@@ -38,6 +38,14 @@ def draw(run: Run, path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
+def _derived(run: Run) -> Run:
+    """What panels show besides columns: made of medians, it might break bounds that hold in every step."""
+    with np.errstate(divide="ignore"):
+        bound = 1 / run["lambda_max"]
+    share = run["effective_sample_size"] / run["batch_size"]
+    return {"|epsilon|": np.abs(run["epsilon"]), "bound": bound, "effective_share": share}
+
+
 def _medians(values: np.ndarray, size: int) -> np.ndarray:
     """The median of every `size` consecutive values; NaN where one of them is."""
     return np.array([np.median(values[begin : begin + size]) for begin in range(0, len(values), size)])
@@ -50,8 +58,8 @@ def _loss(axes: Axes, run: Run) -> None:
 
 def _epsilon(axes: Axes, run: Run) -> None:
     label = r"$|\epsilon|$" if (run["epsilon"] < 0).any() else r"$\epsilon$"
-    _line(axes, run, _positive(np.abs(run["epsilon"])), label, "C0")
-    _line(axes, run, 1 / _positive(run["lambda_max"]), r"$1 / \lambda_{\max}(D)$", "C1")
+    _line(axes, run, _positive(run["|epsilon|"]), label, "C0")
+    _line(axes, run, _positive(run["bound"]), r"$1 / \lambda_{\max}(D)$", "C1")
     _log(axes, "1 / |gradient|²")
 
 
@@ -64,7 +72,7 @@ def _curvature(axes: Axes, run: Run) -> None:
 
 def _agreement(axes: Axes, run: Run) -> None:
     _line(axes, run, run["cosine"], "cosine of direction\nand gradient", "C0")
-    _line(axes, run, run["effective_sample_size"] / run["batch_size"], "effective sample\nsize / B", "C1")
+    _line(axes, run, run["effective_share"], "effective sample\nsize / B", "C1")
     axes.set_ylabel("fraction")
 
 

@@ -96,9 +96,10 @@ def _announce(matrix: DiffusionMatrix, k: int) -> None:
         matrix.trace()
         passes, seconds, size = matrix.estimate(k)
     if seconds >= LONG:
+        more = ", more where eigenvalues are close" if passes > 2 else ""
         Console(stderr=True, highlight=False).print(
             f"d = {matrix.shape[0]:,}: about {passes} passes over the data in {timedelta(seconds=round(seconds))}"
-            f" (h:mm:ss), and {size / 2**20:,.0f} MiB of memory",
+            f" (h:mm:ss){more}, and {size / 2**20:,.0f} MiB of memory",
             soft_wrap=True,
         )
 

@@ -6,7 +6,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Stream:
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         return fingerprint([type(self.model).__qualname__, trainable, self.model.state_dict()])
 
-    def _length(self) -> int | None:
+    def length(self) -> int | None:
         """The number of batches, or None if the loader does not know."""
         if self._log is not None:
             return len(self._log.losses)
@@ -107,7 +108,7 @@ class Stream:
     @torch.no_grad()
     def seconds(self, state: State, step: Step) -> float:
         """Time of a pass, from that of its first batch; TypeError if the number of batches is not known."""
-        length = self._length()
+        length = self.length()
         if length is None:
             raise TypeError(f"loader, a {type(self.loader).__name__}, has no len(): compute trace() first, in one pass")
         with batch_gradients(self.model, self._loss) as evaluate:
@@ -124,7 +125,7 @@ class Stream:
         """`state` after a step for each batch; from the checkpoint, as far as it goes.
 
         Raises:
-            ValueError: if the checkpoint belongs to other data, or for a bad batch or loss.
+            ValueError: if the checkpoint is damaged or belongs to other data, or for a bad batch or loss.
             RuntimeError: if batches, weights or losses differ from those of the first pass.
         """
         saved = self._checkpoint.load(name) if self._checkpoint is not None else None
@@ -134,24 +135,44 @@ class Stream:
             done, state = saved["batches"], {key: value.to(state[key].device) for key, value in saved["state"].items()}
             if self._log is None:
                 log = _Log(**saved["log"])
-                self._check_owner(log)
+                self._check_owner(log, saved["complete"])
+            elif saved["log"]["digests"] != log.digests:
+                raise ValueError(self._is_foreign(f"its {name}.pt is of other data than its moments.pt"))
         if saved is None or not saved["complete"]:
             self._pass(name, state, step, done, log)
         self._log, self._loss.is_trusted = log, True
         return state
 
-    def _check_owner(self, log: _Log) -> None:
-        """Compare the first batch with that of the checkpoint."""
-        with batch_gradients(self.model, self._loss) as evaluate:
-            x, y = self._first_batch()
+    def _check_owner(self, log: _Log, is_complete: bool) -> None:
+        """Compare all data that the checkpoint has seen, without the model, and the loss of the first batch."""
+        with batch_gradients(self.model, self._loss) as evaluate, self._bar("checkpoint's data") as advance:
+            # No pass has this seed.
+            torch.default_generator.manual_seed(0)
             try:
-                log.check_data(0, fingerprint((x, y)))
-                log.check_loss(0, evaluate(x, y)[0].item())
-            except RuntimeError as error:
-                raise ValueError(
-                    f"checkpoint {self._checkpoint.folder} belongs to other data or another loss, or the loader"
-                    " shuffles: pass another path, or shuffle=False"
-                ) from error
+                for index, (x, y) in enumerate(islice(self._batches(log), None if is_complete else len(log.losses))):
+                    if index == 0:
+                        log.check_loss(0, evaluate(x, y)[0].item())
+                    advance()
+            except _DifferenceError as error:
+                raise ValueError(self._is_foreign(str(error))) from error
+
+    def _is_foreign(self, reason: str) -> str:
+        return (
+            f"checkpoint {self._checkpoint.folder} belongs to other data or another loss ({reason}): pass another path"
+        )
+
+    def _batches(self, log: _Log, may_add: bool = False) -> Iterator[tuple[object, object]]:
+        """The pairs (x, y) of a pass, which are those of the log."""
+        count = 0
+        for batch in self.loader:
+            x, y = _pair(batch, count)
+            log.check_data(count, fingerprint((x, y)), may_add)
+            yield x, y
+            count += 1
+        log.check_end(count)
+
+    def _bar(self, title: str) -> AbstractContextManager[Callable[[], None]]:
+        return progress_bar(title, self.length()) if self._progress else nullcontext(lambda: None)
 
     def _pass(self, name: str, state: State, step: Step, done: int, log: _Log) -> None:
         """Steps from batch `done` on."""
@@ -159,38 +180,32 @@ class Stream:
             raise RuntimeError("the model's weights have changed since DiffusionMatrix.from_dataset: call it again")
         self._passes += 1
         is_first = self._log is None
-        count, saved_at = 0, time.monotonic()
+        saved_at = time.monotonic()
 
-        def save(is_complete: bool) -> None:
-            content = {
-                "batches": count,
-                "complete": is_complete,
-                "state": state,
-                "log": vars(log) if is_first else None,
-            }
+        def save(batches: int, is_complete: bool) -> None:
+            content = {"batches": batches, "complete": is_complete, "state": state, "log": vars(log)}
             self._checkpoint.save(name, content)
 
         title = f"pass {self._passes} ({name.partition('-')[0]})"
-        bar = progress_bar(title, self._length()) if self._progress else nullcontext(lambda: None)
-        with batch_gradients(self.model, self._loss) as evaluate, bar as advance:
+        with batch_gradients(self.model, self._loss) as evaluate, self._bar(title) as advance:
             # Each pass has its own seed, so that a loader that shuffles or augments is noticed.
             torch.default_generator.manual_seed(self._passes)
-            for batch in self.loader:
-                x, y = _pair(batch, count)
-                log.check_data(count, fingerprint((x, y)), is_first)
-                if count >= done:
+            for count, (x, y) in enumerate(self._batches(log, is_first), 1):
+                if count > done:
                     loss, grads = evaluate(x, y)
-                    log.check_loss(count, loss.item(), is_first)
+                    log.check_loss(count - 1, loss.item(), is_first)
                     step(state, grads)
                     del grads  # before the next batch makes its own
-                count += 1
                 advance()
                 if self._checkpoint is not None and count > done and time.monotonic() - saved_at >= _SAVE_EVERY:
-                    save(is_complete=False)
+                    save(count, is_complete=False)
                     saved_at = time.monotonic()
-        log.check_end(count)
         if self._checkpoint is not None:
-            save(is_complete=True)
+            save(len(log.losses), is_complete=True)
+
+
+class _DifferenceError(RuntimeError):
+    """A pass does not see what the first one saw."""
 
 
 class _Log:
@@ -200,22 +215,22 @@ class _Log:
         self.digests, self.losses = list(digests), list(losses)
 
     def check_data(self, index: int, digest: str, may_add: bool = False) -> None:
-        """Raise RuntimeError if batch `index` is another one."""
+        """Raise _DifferenceError if batch `index` is another one."""
         if may_add and index == len(self.digests):
             self.digests.append(digest)
         if index >= len(self.digests) or self.digests[index] != digest:
-            raise RuntimeError(
-                f"batch {index} differs from that of the first pass: the loader shuffles or augments; use"
-                " shuffle=False, the same batch size, and no random transforms"
+            raise _DifferenceError(
+                f"batch {index} differs from that of the first pass: the data has changed, or the loader shuffles or"
+                " augments; use shuffle=False, the same batch size, and no random transforms"
             )
 
     def check_loss(self, index: int, loss: float, may_add: bool = False) -> None:
-        """Raise RuntimeError if the same batch `index` has another loss."""
+        """Raise _DifferenceError if the same batch `index` has another loss."""
         if may_add and index == len(self.losses):
             self.losses.append(loss)
         before = self.losses[index]
         if not math.isclose(loss, before, rel_tol=_SAME_LOSS, abs_tol=1e-12):
-            raise RuntimeError(
+            raise _DifferenceError(
                 f"the loss of batch {index} is {loss:.6g}, in the first pass it was {before:.6g}: the model or the loss"
                 " is random; switch that off"
             )
@@ -225,7 +240,7 @@ class _Log:
         if count == 0:
             raise ValueError("loader is empty: pass at least one batch (x, y)")
         if count < len(self.losses):
-            raise RuntimeError(
+            raise _DifferenceError(
                 f"the loader gave {count} batches, but {len(self.losses)} in the first pass: use the same data in every"
                 " pass"
             )

@@ -220,6 +220,28 @@ def test_gradients_that_agree_give_exactly_zero(dtype):
         assert matrix.rank() == 0
 
 
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)], ids=str)
+@pytest.mark.parametrize("spread", [1e-2, 5e-4, 1e-6])
+def test_small_differences_of_tensors_are_not_rounded_away(spread, shape):
+    rows = 1 + spread * torch.randn(shape)
+    expected, vector = diffusion_matrix(rows.double()), torch.randn(shape[1])
+    values = torch.linalg.eigvalsh(expected).flip(0)[: min(shape[0] - 1, shape[1])]
+    matrix = DiffusionMatrix(rows)
+    assert_close(matrix.trace(), expected.trace(), torch.float32)
+    assert_close(matrix.spectrum(), values, torch.float32)
+    assert_close(matrix @ vector, expected @ vector.double(), torch.float32)
+    assert_close(matrix.quadratic_form(vector), vector.double() @ expected @ vector.double(), torch.float32)
+    assert matrix.rank() == len(values)
+
+
+def test_gradients_of_a_model_agree_below_the_rounding_of_their_products():
+    _, _, x, y = case(size=1)
+    x = x.expand(8, -1) + 1e-5 * torch.randn(8, 6)
+    for dtype, is_zero in ((torch.float32, True), (torch.float64, False)):
+        matrix = DiffusionMatrix.from_batch(mlp().to(dtype), F.cross_entropy, x.to(dtype), y.expand(8))
+        assert (matrix.trace() == 0) == (matrix.largest_eigenvalue() == 0) == is_zero
+
+
 def test_one_sample_has_no_diffusion_and_no_unbiased_estimate():
     model, loss, x, y = case(size=1)
     for matrix in (
@@ -282,6 +304,38 @@ def test_eigenvalues_beyond_the_rank_are_zero_when_iterated(monkeypatch):
     assert_close(DiffusionMatrix(rows).spectrum(6), expected)
 
 
+def test_all_eigenvalues_of_few_samples_of_a_large_model(monkeypatch):
+    model, loss, x, y = case(size=5)
+    expected = DiffusionMatrix.from_batch(model, loss, x, y)
+    d = expected.shape[0]
+    monkeypatch.setattr(diffusion, "_EXACT", int((5 * d) ** 0.5) + 1)
+    assert d > diffusion._EXACT
+    loader = Counting(batches(x, y, 2))
+    matrix = DiffusionMatrix.from_dataset(model, loss, loader, correction=1)
+    assert_close(matrix.spectrum(), expected.spectrum() * 5 / 4)
+    assert_close(matrix.spectrum(d)[:4], expected.spectrum() * 5 / 4)
+    assert matrix.rank() == expected.rank() == 4
+    assert loader.passes == 2
+    assert matrix.estimate().passes == matrix.estimate(3).passes == 2
+    assert matrix.estimate().bytes < 4 * 8 * 5 * d
+
+
+def test_all_eigenvalues_of_too_many_samples_name_what_to_call(monkeypatch):
+    model, loss, x, y = case()
+    monkeypatch.setattr(diffusion, "_EXACT", int((3 * sum(p.numel() for p in model.parameters())) ** 0.5) + 1)
+    loader = Counting(batches(x, y, 2))
+    matrix = DiffusionMatrix.from_dataset(model, loss, loader)
+    message = r"spectrum\(10\).*from_batch takes up to \d+ samples"
+    with pytest.raises(ValueError, match=message):
+        matrix.spectrum()  # four batches have at least four samples
+    assert loader.passes == 0
+    matrix = DiffusionMatrix.from_dataset(model, loss, [(x, y)])
+    with pytest.raises(ValueError, match=message):
+        matrix.spectrum()
+    with pytest.raises(RuntimeError, match=rf"at most min\(N - 1, d\) = 6; .*{message}"):
+        matrix.rank()
+
+
 REDUCTIONS = {"mean": nn.CrossEntropyLoss(), "sum": nn.CrossEntropyLoss(reduction="sum")}
 REDUCTIONS["none"] = nn.CrossEntropyLoss(reduction="none")
 REDUCTIONS["weighted"] = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double(), reduction="sum")
@@ -316,6 +370,90 @@ def test_a_loss_that_is_not_per_sample_is_refused(name):
     for matrix in (DiffusionMatrix.from_batch, lambda *a: DiffusionMatrix.from_dataset(*a[:2], batches(x, y, 4))):
         with pytest.raises(ValueError, match=r"not a per-sample loss.*'sum' or 'none'"):
             matrix(model, COUPLED[name], x, y).trace()
+
+
+class Coupled(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(6, 5), nn.Linear(5, 3), between
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x).tanh()))
+
+
+BETWEEN_SAMPLES = {
+    "centring": lambda h: h - h.mean(0),
+    "centring after dropout": lambda h: (kept := F.dropout(h, 0.2)) - kept.mean(0),
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "attention": lambda h: (h @ h.T).softmax(-1) @ h,
+    "sum over those before": lambda h: h.cumsum(0),
+    "sum over those after": lambda h: h.flip(0).cumsum(0).flip(0),
+    "neighbour": lambda h: h + h.roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", BETWEEN_SAMPLES)
+def test_a_model_that_couples_samples_is_refused(name, training):
+    _, loss, x, y = case()
+    model = Coupled(BETWEEN_SAMPLES[name]).double().train(training)
+    with pytest.raises(ValueError, match=r"not a per-sample model.*convert_batch_norm"):
+        DiffusionMatrix.from_batch(model, loss, x, y)
+    # Of a single sample nothing can be seen.
+    loader = [(x[:1], y[:1])] * (name != "batch norm") + [*batches(x, y, 3)]
+    with pytest.raises(ValueError, match="not a per-sample model"):
+        DiffusionMatrix.from_dataset(model.eval(), loss, loader).trace()
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h):
+        self.calls += 1
+        return h * self.calls
+
+
+WITHIN_A_SAMPLE = {
+    "dropout": nn.Dropout(0.5),
+    "dropout in evaluation": lambda h: F.dropout(h, 0.5),
+    "random from elsewhere": lambda h: h * float(np.random.default_rng().random()),
+    "state that moves": Counter(),
+    "layer norm": nn.LayerNorm(5).double(),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", WITHIN_A_SAMPLE)
+def test_a_model_that_is_random_or_moves_state_is_not_taken_for_one_that_couples_samples(name, training):
+    _, loss, x, y = case()
+    model = Coupled(copy.deepcopy(WITHIN_A_SAMPLE[name])).double().train(training)
+    before = [b.clone() for b in model.buffers()]
+    assert DiffusionMatrix.from_batch(model, loss, x, y).trace() > 0
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+
+
+def test_what_all_samples_share_may_have_their_number():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x, mask):
+            return self.head(F.scaled_dot_product_attention(x, x, x, mask)[:, -1])
+
+    mask, x, y = torch.ones(7, 7, dtype=torch.bool).tril(), torch.randn(7, 7, 6).double(), torch.randint(3, (7,))
+    assert DiffusionMatrix.from_batch(Attention().double(), F.cross_entropy, (x, mask), y).rank() == 6
+
+
+def test_a_model_is_looked_at_once():
+    model, loss, x, y = case()
+    forwards = []
+    model.register_forward_pre_hook(lambda module, inputs: forwards.append(torch.is_grad_enabled()))
+    matrix = DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3))
+    matrix.trace(), matrix @ torch.ones(matrix.shape[0])
+    assert forwards == [False, False, *[True] * 6]
 
 
 def test_an_ignored_target_in_a_later_batch_is_noticed():
@@ -495,9 +633,13 @@ class Counting:
 
 
 def seen(model):
-    """Counts the samples that a model is evaluated on."""
+    """Counts the samples that a model is evaluated on for their gradients."""
     count = [0]
-    model.register_forward_pre_hook(lambda module, inputs: count.__setitem__(0, count[0] + len(inputs[0])))
+
+    def add(module, inputs):
+        count[0] += len(inputs[0]) * torch.is_grad_enabled()
+
+    model.register_forward_pre_hook(add)
     return count
 
 
@@ -559,6 +701,83 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3), checkpoint=tmp_path / "file")
+
+
+def test_any_other_data_in_a_finished_checkpoint_is_refused(tmp_path):
+    model, loss, x, y = case(size=9)
+    path, vector = tmp_path / "run", torch.ones(sum(p.numel() for p in model.parameters())).double()
+    first = DiffusionMatrix.from_dataset(model, loss, batches(x[:6], y[:6], 3), checkpoint=path)
+    values = [first.trace(), first @ vector]
+    changed = x[:6].clone()
+    changed[5, 0] += 1e-6
+    for other in ((x, y), (x[:3], y[:3]), (changed, y[:6])):  # more samples, fewer, and one that differs
+        matrix = DiffusionMatrix.from_dataset(model, loss, batches(*other, 3), checkpoint=path)
+        for call in (matrix.trace, lambda matrix=matrix: matrix @ vector):
+            with pytest.raises(ValueError, match=r"run belongs to other data.*pass another path"):
+                call()
+    matrix = DiffusionMatrix.from_dataset(model, loss, batches(x[:6], y[:6], 3), checkpoint=path)
+    assert all(torch.equal(a, b) for a, b in zip([matrix.trace(), matrix @ vector], values, strict=True))
+
+
+def test_a_checkpoint_and_a_loader_that_shuffles_do_not_agree(tmp_path):
+    model, loss, x, y = case()
+    loader = DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True)
+    for match in (None, r"belongs to other data.*batch \d differs.*the loader shuffles or augments"):
+        matrix = DiffusionMatrix.from_dataset(model, loss, loader, checkpoint=tmp_path)
+        if match is None:
+            matrix.trace()
+        else:
+            with pytest.raises(ValueError, match=match):
+                matrix.trace()
+
+
+def test_other_data_in_an_unfinished_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "_SAVE_EVERY", 0.0)
+    model, loss, x, y = case()
+    matrix = DiffusionMatrix.from_dataset(model, loss, Counting(batches(x, y, 2), fail_at=2), checkpoint=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        matrix.trace()
+    changed = x.clone()
+    changed[3] += 1
+    for other in (changed, x[:2]):
+        with pytest.raises(ValueError, match="belongs to other data"):
+            DiffusionMatrix.from_dataset(model, loss, batches(other, y[: len(other)], 2), checkpoint=tmp_path).trace()
+    changed = x.clone()
+    changed[4] += 1  # not seen yet
+    resumed = DiffusionMatrix.from_dataset(model, loss, batches(changed, y, 2), checkpoint=tmp_path)
+    assert_close(resumed.trace(), DiffusionMatrix.from_batch(model, loss, changed, y).trace())
+
+
+def test_products_of_other_data_than_the_moments_are_refused(tmp_path):
+    model, loss, x, y = case()
+    vector = torch.ones(sum(p.numel() for p in model.parameters())).double()
+    DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3), checkpoint=tmp_path) @ vector
+    (tmp_path / "moments.pt").unlink()
+    matrix = DiffusionMatrix.from_dataset(model, loss, batches(x + 1, y, 3), checkpoint=tmp_path)
+    matrix.trace()
+    with pytest.raises(ValueError, match=r"product-\w+\.pt is of other data"):
+        matrix @ vector
+
+
+@pytest.mark.parametrize("content", [b"", b"half", bytes(100), slice(0, 200), slice(0, -1)], ids=range(5))
+def test_a_damaged_checkpoint_file_is_named_with_the_remedy(content, tmp_path):
+    model, loss, x, y = case()
+
+    def trace():
+        return DiffusionMatrix.from_dataset(model, loss, batches(x, y, 3), checkpoint=tmp_path).trace()
+
+    expected = trace()
+    for name in ("moments", "identity"):
+        file = tmp_path / f"{name}.pt"
+        whole = file.read_bytes()
+        file.write_bytes(whole[content] if isinstance(content, slice) else content)
+        with pytest.raises(ValueError, match=rf"{name}\.pt is damaged: delete it"):
+            trace()
+        file.unlink()
+        if name == "moments":
+            assert torch.equal(trace(), expected)
+    with pytest.raises(ValueError, match="another model or other weights"):  # nobody knows whose the others are
+        trace()
 
 
 def test_a_loader_that_shuffles_is_noticed():

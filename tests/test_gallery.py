@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from oracle import direction, per_sample_gradients
 from torch.nn.functional import cross_entropy
@@ -143,6 +145,17 @@ def test_effective_rank_counts_equal_eigenvalues(eigenvalues, rank):
     assert spectra.effective_rank(torch.tensor(eigenvalues)) == pytest.approx(rank)
 
 
+def test_curves_stay_below_the_upper_frame(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    # Curves that are almost flat, and far from zero.
+    spectra.draw({step: torch.tensor([2.0, 1.0 - 1e-3 * step]) for step in (0, 20, 40)}, tmp_path / "x.png")
+    panels = [axes for axes in figures[0].get_axes() if axes.get_ylim()[0] == 0 and axes.lines]
+    assert len(panels) == 3
+    for axes in panels:
+        assert axes.lines[0].get_ydata().max() < 0.97 * axes.get_ylim()[1]
+
+
 # Weak field
 
 
@@ -211,6 +224,17 @@ def test_weights_in_a_batch_of_all_samples_sum_to_their_number(noisy):
     weights = sample_weights.measure(noisy, 1, nothing)
     assert weights.in_all.sum().item() == pytest.approx(TRAIN_SIZE)
     assert weights.in_batches.sum().item() == pytest.approx(TRAIN_SIZE)
+
+
+def test_histogram_counts_every_sample(monkeypatch):
+    counted, hist = [], Axes.hist
+    monkeypatch.setattr(Axes, "hist", lambda *args, **options: counted.append(hist(*args, **options)[0]))
+    # In float32 the ends are inside.
+    weights = torch.tensor([0.1, 0.9, 1.0, 1.1, 1.3], dtype=torch.float64)
+    assert weights[0].item() < weights[0].float().item()
+    assert weights[-1].item() > weights[-1].float().item()
+    sample_weights._draw_histogram(Figure().subplots(), weights, torch.tensor([True, False, False, True, False]))
+    assert [counts.sum() for counts in counted] == [3, 2]
 
 
 def test_title_says_what_came_out():

@@ -375,6 +375,27 @@ def test_long_run_is_drawn_by_medians(path, tmp_path, monkeypatch):
     assert drawn[1]["step"].tolist() == list(range(plot.POINTS))
 
 
+def test_bounds_that_hold_in_every_step_hold_in_a_long_run_as_drawn(path, tmp_path, monkeypatch):
+    largest = np.exp(np.random.default_rng(0).normal(size=4 * plot.POINTS))
+    largest[5] = 0  # D = 0 in one step
+    epsilon = np.where(largest > 0, -0.5 / np.where(largest > 0, largest, 1), 0)
+    batch_size = np.where(np.arange(len(largest)) % 3, 8, 64)
+    columns = {"epsilon": epsilon, "lambda_max": largest, "batch_size": batch_size, "effective_sample_size": batch_size}
+    drawn, line = {}, plot._line
+
+    def record(axes, run, values, label, colour):
+        drawn[label] = values
+        line(axes, run, values, label, colour)
+
+    monkeypatch.setattr(plot, "_line", record)
+    write(path, *range(len(largest)))
+    plot.draw(monitor.read(path) | columns, tmp_path / "x.png")
+    bound = drawn[r"$1 / \lambda_{\max}(D)$"]
+    np.testing.assert_allclose(drawn[r"$|\epsilon|$"][2:], bound[2:] / 2)
+    assert np.isfinite(bound).all()
+    assert (drawn["effective sample\nsize / B"] == 1).all()
+
+
 def test_plot_goes_where_it_is_told(path, tmp_path):
     write(path, 0, 1)
     assert main(["plot", str(path), "--out", str(tmp_path / "other.png")]) == 0

@@ -22,7 +22,7 @@ def model():
 
 class Models:
     linear = functools.partial(torch.nn.Linear, 10, 3)
-    large = functools.partial(torch.nn.Linear, 1400, 3)
+    large = functools.partial(torch.nn.Linear, 60_000, 3)
 
 def pair():
     torch.manual_seed(1)
@@ -35,7 +35,10 @@ def unsized():
     return type("Unsized", (), {"__iter__": lambda self: iter(loader())})()
 
 def wide():
-    return [(torch.randn(4, 1400, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3)]
+    return [(torch.randn(100, 60_000, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 3)]
+
+def wide_few():
+    return [(x[:4], y[:4]) for x, y in wide()]
 
 def same():
     return torch.ones(5, 10), torch.zeros(5, dtype=torch.long)
@@ -119,7 +122,12 @@ def test_shares_are_cumulative_and_end_with_one(mine, exact):
 
 def test_rank_is_a_bound_where_the_spectrum_is_known_in_part(mine, capsys):
     assert run(mine, "Models.large", "wide", "-k", "3") == 0
-    assert "rank          at most 3" in capsys.readouterr().out
+    assert "rank          at most 99" in capsys.readouterr().out
+
+
+def test_rank_of_few_samples_is_known_however_many_weights(mine, capsys):
+    assert run(mine, "Models.large", "wide_few", "-k", "5") == 0
+    assert "rank          3 of at most 3" in capsys.readouterr().out
 
 
 def test_criterion_is_chosen(mine, tmp_path, capsys):
@@ -138,7 +146,11 @@ def test_identical_samples_have_nothing_to_draw(mine, capsys):
 def test_long_computation_is_announced_unless_quiet(mine, capsys, monkeypatch):
     monkeypatch.setattr(spectrum, "LONG", 0)
     assert run(mine, "model", "loader") == 0
-    assert "d = 59: about 2 passes over the data in 0:00:0" in capsys.readouterr().err
+    assert "d = 59: about 2 passes over the data in 0:00:00 (h:mm:ss), and" in capsys.readouterr().err
+    assert run(mine, "Models.large", "wide", "-k", "1") == 0
+    error = capsys.readouterr().err
+    assert "about 30 passes" in error
+    assert "(h:mm:ss), more where eigenvalues are close, and" in error
     assert run(mine, "model", "loader", "--quiet") == 0
     assert capsys.readouterr().err == ""
 

@@ -111,13 +111,13 @@ def _draw_images(part: SubFigure, chosen: Tensor, weights: Tensor, digits: Digit
 
 
 def _draw_histogram(axes: Axes, weights: Tensor, mislabelled: Tensor) -> None:
-    bins = torch.linspace(*weights.aminmax(), 50)
+    limits = weights.min().item(), weights.max().item()
     for chosen, label, style in (
         (~mislabelled, "labelled correctly", {"color": CLEAN, "alpha": 0.6}),
         (mislabelled, "mislabelled", {"color": WRONG, "histtype": "step", "linewidth": 2.5}),
     ):
         label = f"{label}: {chosen.sum()}, mean weight {weights[chosen].mean():.3f}"
-        axes.hist(weights[chosen], bins, label=label, **style)
+        axes.hist(weights[chosen].numpy(), 50, range=limits, label=label, **style)
     axes.axvline(1, color="black", linestyle="--", linewidth=1, label="SGD")
     axes.set_xlabel(r"weight of a sample, $B\,w_i$")
     axes.set_ylabel("number of training samples")

@@ -78,7 +78,7 @@ def _draw_summary(panels: list[Axes], spectra: Spectra) -> None:
     for axes, (label, values), colour in zip(panels, curves.items(), ("#D55E00", "#0072B2", "#009E73"), strict=True):
         axes.plot(steps, values, color=colour, marker=".", markersize=5)
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(values))
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel(f"step ({STEPS_PER_EPOCH} in an epoch)")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

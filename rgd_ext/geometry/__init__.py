@@ -10,9 +10,9 @@ anew at every point, so along a flow epsilon changes; derivatives of the metric 
 does from eq. (7) on, although its eq. (6) lets it depend on x. Where D = 0 to rounding, epsilon is 0.
 
 Eq. (6) asks for epsilon < 1 / lambda_max(D) so that the metric I + eps D is non-singular. For that, any
-epsilon > -1 / lambda_max will do. The paper's bound, on |epsilon|, is what the weak field I - eps D needs. So
-functions raise ValueError where |epsilon| >= 1 / lambda_max with `weak_field=True`, and where
-epsilon <= -1 / lambda_max otherwise.
+epsilon > -1 / lambda_max will do. The paper's bound is what the weak-field inverse I - eps D needs. So functions raise
+ValueError where epsilon <= -1 / lambda_max, which leaves no metric, and with `weak_field=True` also where
+epsilon >= 1 / lambda_max.
 
 All functions raise TypeError or ValueError where `x` is not a finite floating-point tensor (d,), `losses(x)` is not
 (N,) in float64, gradients are not finite, or a dense result would take more than 4 GiB. Those that integrate in time

@@ -192,9 +192,9 @@ def check_epsilon(point: Point, epsilon: Tensor, weak_field: bool) -> None:
     gram = centred @ centred.T if point.samples < point.dimension else centred.T @ centred
     largest = ops.largest_eigenvalue(gram) / point.samples
     bound = f"1 / lambda_max(D) = {(1 / largest).item():.4g} at x = {shown(point.x)}"
-    if weak_field and (epsilon.abs() * largest >= 1).any():
+    if weak_field and (epsilon * largest >= 1).any():
         raise ValueError(
-            f"epsilon is {shown(epsilon)} and {bound}: I - eps D needs |epsilon| below it, eq. (6). Choose a smaller"
+            f"epsilon is {shown(epsilon)} and {bound}: I - eps D needs epsilon below it, eq. (6). Choose a smaller"
             " one, a policy that stays below it such as rgd_ext.Spectral(0.5), or the exact inverse (weak_field=False)"
             " where the function offers it"
         )

@@ -70,7 +70,7 @@ def inverse_metric(losses: Losses, x: Tensor, epsilon: Policy | float, weak_fiel
     Args:
         losses, x: as `diffusion_matrix`.
         epsilon: a number or a policy, asked at x.
-        weak_field: which of the two; I - eps D requires |epsilon| < 1 / lambda_max(D), eq. (6).
+        weak_field: which of the two; I - eps D requires |epsilon| < 1 / lambda_max(D): eq. (6) as an upper bound.
 
     Returns:
         Shape (d, d) in float64, positive definite.
