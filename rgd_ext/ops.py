@@ -542,3 +542,39 @@ def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) ->
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups is {groups}: it must divide {x.shape[1]} channels")
     return torch.ops.rgd_ext.group_norm_grads(output_grad, x, groups, eps)
+
+
+_library.define("layer_norm_grads(Tensor output_grad, Tensor x, float eps, bool centred) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::layer_norm_grads", lib=_library)
+def _(output_grad, x, eps, centred):
+    return x.new_empty(x.shape[::2]), x.new_empty(x.shape[::2])
+
+
+torch.library.impl(_library, "layer_norm_grads", "CompositeExplicitAutograd")(reference.layer_norm_grads)
+
+
+def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool = True) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients of the weight and bias of a LayerNorm or RMSNorm, in one read of its input.
+
+    sum_t output_grad[i, t] o x^[i, t] and sum_t output_grad[i, t], with x^ the normalised input: for each (i, t),
+    x^ = (x - mean) / sqrt(variance + eps), or x^ = x / sqrt(mean(x^2) + eps) if not centred.
+
+    Args:
+        output_grad, x: shape (B, T, n), of one dtype and device.
+        eps: added to the variance.
+        centred: True for LayerNorm, False for RMSNorm.
+
+    Returns:
+        Two tensors of shape (B, n).
+
+    Raises:
+        ValueError, TypeError: as `moments`; ValueError if the shapes disagree.
+    """
+    checked_grads([output_grad, x])
+    if x.ndim != 3 or output_grad.shape != x.shape:
+        raise ValueError(
+            f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass two of shape (B, T, n)"
+        )
+    return torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)

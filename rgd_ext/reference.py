@@ -177,3 +177,9 @@ def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) ->
     normalised = F.group_norm(x, groups, eps=eps)
     weight, bias = (y.reshape(*y.shape[:2], -1).sum(2) for y in (normalised * output_grad, output_grad))
     return weight, bias
+
+
+def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """sum_t e_t o x^_t and sum_t e_t per sample, both (B, n), with x^ = LayerNorm(x), or RMSNorm(x) if not centred."""
+    norm = F.layer_norm if centred else F.rms_norm
+    return (norm(x, x.shape[2:], eps=eps) * output_grad).sum(1), output_grad.sum(1)

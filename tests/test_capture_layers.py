@@ -132,7 +132,9 @@ LAYERS = {
     "LayerNorm": (lambda: nn.LayerNorm(4), (4,)),
     "LayerNorm over sequences": (lambda: nn.LayerNorm((6, 4)), (3, 6, 4)),
     "LayerNorm without bias": (lambda: nn.LayerNorm(4, bias=False), (6, 4)),
+    "LayerNorm over grids": (lambda: nn.LayerNorm(4), (2, 3, 4)),
     "RMSNorm": (lambda: nn.RMSNorm(4), (6, 4)),
+    "RMSNorm of vectors": (lambda: nn.RMSNorm((4,), eps=0.1), (4,)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),
     "GroupNorm of vectors": (lambda: nn.GroupNorm(2, 4), (4,)),
     "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, affine=True), (4, 5)),
@@ -193,6 +195,17 @@ def test_layer_matches_oracle(name, dtype, first):
 def test_layer_matches_oracle_for_every_policy(name, policy):
     build, shape = LAYERS[name]
     check(build().double(), [torch.randn(B, *shape, dtype=torch.float64)], policy=policy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rms_norm_of_small_inputs_has_the_default_epsilon_of_torch(dtype):
+    layer, x = nn.RMSNorm(4, dtype=dtype), 1e-4 * torch.randn(B, 6, 4)
+    curved(layer(x.to(dtype))).backward()
+    plain = layer.weight.grad.clone()
+    layer.zero_grad()
+    with rgd_ext.precondition(layer, epsilon=rgd_ext.Fixed(0.0)):
+        curved(layer(x.to(dtype))).backward()
+    assert_close(layer.weight.grad, plain)
 
 
 EMBEDDINGS = {

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import TOLERANCE, assert_close, diffusion_matrix, flat
+from oracle import TOLERANCE, assert_close, diffusion_matrix, flat, relative_error
 
 import rgd_ext
 from rgd_ext import ops, reference
@@ -254,15 +254,19 @@ def test_conv_weight_grads_of_output_that_leaves_input_unused(name):
     assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
 
 
-def group_norm_grads_by_autograd(output_grad, x, groups, eps):
-    """From a weight and a bias per sample, in float64 on the CPU."""
-    x, output_grad = x.double().cpu(), output_grad.double().cpu()
-    shape = (*x.shape[:2], *[1] * (x.ndim - 2))
+def affine_grads_by_autograd(normalised, output_grad, shape):
+    """From a weight and a bias per sample, of that shape."""
     weight, bias = (torch.ones(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grads = torch.autograd.grad(normalised * weight + bias, (weight, bias), output_grad)
+    return [grad.reshape(len(normalised), -1) for grad in grads]
+
+
+def group_norm_grads_by_autograd(output_grad, x, groups, eps):
+    """In float64 on the CPU."""
+    x, output_grad = x.double().cpu(), output_grad.double().cpu()
     grouped = x.reshape(len(x), groups, -1)
     normalised = (grouped - grouped.mean(2, True)) / (grouped.var(2, correction=0, keepdim=True) + eps).sqrt()
-    grads = torch.autograd.grad(normalised.view_as(x) * weight + bias, (weight, bias), output_grad)
-    return [grad.flatten(1) for grad in grads]
+    return affine_grads_by_autograd(normalised.view_as(x), output_grad, (*x.shape[:2], *[1] * (x.ndim - 2)))
 
 
 NORM_SHAPES = {"space": (3, 6, 5, 7), "long": (2, 4, 1_003), "vectors": (3, 6), "one sample": (1, 8, 33)}
@@ -305,9 +309,75 @@ def test_group_norm_grads_of_a_constant_group_are_finite():
     assert torch.equal(bias, torch.full((2, 4), 3.0))
 
 
+def layer_norm_grads_by_autograd(output_grad, x, eps, centred):
+    """In float64 on the CPU."""
+    x, output_grad = x.double().cpu(), output_grad.double().cpu()
+    centred = x - x.mean(2, True) if centred else x
+    normalised = centred / (centred.square().mean(2, True) + eps).sqrt()
+    return affine_grads_by_autograd(normalised, output_grad, (len(x), 1, x.shape[2]))
+
+
+# B, T, n.
+SEQUENCES = {"short": (3, 7, 33), "long": (2, 1_003, 17), "one sample": (1, 130, 16), "one place": (5, 1, 100)}
+SEQUENCES |= {"no places": (2, 0, 5), "no numbers": (2, 3, 0)}
+LAYER_NORMS = [f"{norm}, {name}" for norm in ("LayerNorm", "RMSNorm") for name in SEQUENCES]
+
+
+def sample_layer_norm(name, dtype, device="cpu", layout="contiguous", offset=0.3):
+    norm, shape = name.split(", ")
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    pair = [torch.randn(SEQUENCES[shape], generator=generator).add_(shift) for shift in (0, offset)]
+    return *laid_out([x.to(device, dtype) for x in pair], layout), 1e-5, norm == "LayerNorm"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_layer_norm_grads_are_those_of_each_sample_alone(name, dtype, device):
+    arguments = sample_layer_norm(name, dtype, device)
+    for result, wanted in zip(ops.layer_norm_grads(*arguments), layer_norm_grads_by_autograd(*arguments), strict=True):
+        assert result.dtype == dtype
+        assert result.shape == wanted.shape
+        assert_close(result.cpu(), wanted, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_layer_norm_grads_of_any_layout(norm, layout):
+    arguments = sample_layer_norm(f"{norm}, short", torch.float32, layout=layout)
+    for result, wanted in zip(ops.layer_norm_grads(*arguments), layer_norm_grads_by_autograd(*arguments), strict=True):
+        assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("offset", [300.0, -1e4])
+@pytest.mark.parametrize("shape", ["short", "long", "one sample", "one place"])
+def test_layer_norm_grads_of_a_large_mean_keep_their_digits(shape, offset):
+    arguments = sample_layer_norm(f"LayerNorm, {shape}", torch.float32, offset=offset)
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's normalised input has fewer digits")
+    assert_close(ops.layer_norm_grads(*arguments)[0], layer_norm_grads_by_autograd(*arguments)[0])
+
+
+def test_layer_norm_grads_of_constant_rows_are_finite():
+    weight, bias = ops.layer_norm_grads(torch.ones(2, 4, 30), torch.full((2, 4, 30), 7.7), 1e-5)
+    assert torch.allclose(weight, torch.zeros(2, 30), atol=1e-3)
+    assert torch.equal(bias, torch.full((2, 30), 4.0))
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+def test_layer_norm_grads_of_many_places_do_not_lose_digits(norm):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's sums have fewer digits")
+    x, centred = torch.rand(1, 100_000, 4, generator=torch.Generator().manual_seed(0)), norm == "LayerNorm"
+    results = ops.layer_norm_grads(x, x, 1e-5, centred)
+    for result, wanted in zip(results, layer_norm_grads_by_autograd(x, x, 1e-5, centred), strict=True):
+        assert relative_error(result, wanted) < 5e-7
+
+
 # Operators on layers, by what they are called with.
 LAYER_CALLS = {f"conv_weight_grads, {name}": ("conv_weight_grads", sample_convolution, name) for name in CONVOLUTIONS}
 LAYER_CALLS |= {f"group_norm_grads, {name}": ("group_norm_grads", sample_norm, name) for name in NORM_SHAPES}
+LAYER_CALLS |= {f"layer_norm_grads, {name}": ("layer_norm_grads", sample_layer_norm, name) for name in LAYER_NORMS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -341,7 +411,9 @@ def test_gradients_of_layers_pass_opcheck(call, layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("call", ["conv_weight_grads, 2-d, groups", "group_norm_grads, space"])
+@pytest.mark.parametrize(
+    "call", ["conv_weight_grads, 2-d, groups", "group_norm_grads, space", "layer_norm_grads, RMSNorm, short"]
+)
 def test_gradients_of_layers_compile_without_graph_breaks(call, device):
     operator, sample, name = LAYER_CALLS[call]
     function, arguments = getattr(ops, operator), sample(name, torch.float32, device)
@@ -610,6 +682,9 @@ BAD = {
     "places": (lambda: ops.conv_weight_grads(E, X, [4], [1], [0], [1], 1), ValueError, "5 places.*at most 4"),
     "groups of a norm": (lambda: ops.group_norm_grads(X, X, 3, 1e-5), ValueError, "groups is 3.*4 channels"),
     "shape of a norm": (lambda: ops.group_norm_grads(E, X, 1, 1e-5), ValueError, r"\(2, 6, 5\).*\(2, 4, 7\)"),
+    "shape of a layer norm": (lambda: ops.layer_norm_grads(E, X, 1e-5), ValueError, r"\(2, 6, 5\).*\(2, 4, 7\)"),
+    "layer norm of vectors": (lambda: ops.layer_norm_grads(G, G, 1e-5), ValueError, r"\(3, 4\).*\(B, T, n\)"),
+    "dtypes of a layer norm": (lambda: ops.layer_norm_grads(X, X.double(), 1e-5), TypeError, "disagree"),
     "epsilon": (lambda: ops.precondition(G, float("nan")), ValueError, "epsilon is nan"),
     "epsilon of two": (lambda: ops.precondition(G, torch.ones(2)), ValueError, r"shape \(2,\)"),
 }
@@ -654,6 +729,8 @@ RAW_BAD = {
     ),
     "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
+    "shape of a layer norm": lambda: torch.ops.rgd_ext.layer_norm_grads(E, X, 1e-5, True),
+    "layer norm of vectors": lambda: torch.ops.rgd_ext.layer_norm_grads(G, G, 1e-5, True),
 }
 
 

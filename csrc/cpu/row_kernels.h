@@ -256,8 +256,8 @@ void cross_gram(const Tile<T>& a, const Tile<T>& b, double* products) {
   cross_gram_from<kGramRows>(a, 0, b, products);
 }
 
-template <typename T>
-double sum(const T* values, int64_t size) {
+template <typename S, typename T = accumulate_t<S>>
+double sum(const S* values, int64_t size) {
   constexpr int64_t L = kLanes<T>;
   // Two sums hide the latency of an addition.
   Vector<T> sums[2] = {};
@@ -290,6 +290,74 @@ CentredSums centred_sums(const T* x, const T* grads, int64_t size, T centre) {
     sums.products += centred * grad;
   }
   return sums;
+}
+
+// x^ = (x - centre) scale + shift.
+template <typename T>
+struct Normalisation {
+  T centre, scale, shift;
+};
+
+template <typename S, typename T = accumulate_t<S>>
+Normalisation<T> normalisation(const S* x, int64_t size, double eps, bool centred) {
+  constexpr int64_t L = kLanes<T>;
+  const T centre = centred ? static_cast<T>(sum(x, size) / size) : T{0};
+  Vector<T> values{}, squares{};
+  int64_t c = 0;
+  for (; c + L <= size; c += L) {
+    const Vector<T> difference = load(x + c) - centre;
+    values += difference;
+    squares = fma(difference, difference, squares);
+  }
+  double rest = sum_lanes<T>(values), square = sum_lanes<T>(squares);
+  for (; c < size; ++c) {
+    const double difference = static_cast<T>(x[c]) - centre;
+    rest += difference;
+    square += difference * difference;
+  }
+  rest = centred ? rest / size : 0;  // of the mean, which was rounded
+  const double scale = 1 / std::sqrt(square / size - rest * rest + eps);
+  return {centre, static_cast<T>(scale), static_cast<T>(-rest * scale)};
+}
+
+template <int R, typename S, typename T>
+inline void add_normalised(const S* x, int64_t x_stride, const S* grads, int64_t grads_stride,
+                           const Normalisation<T>* rows, T* weight, T* bias) {
+  Vector<T> products = load(weight), sums = load(bias);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const Vector<T> difference = load(x + r * x_stride) - rows[r].centre, grad = load(grads + r * grads_stride);
+    products = fma(fma(difference, Vector<T>{} + rows[r].scale, Vector<T>{} + rows[r].shift), grad, products);
+    sums += grad;
+  }
+  store(products, weight);
+  store(sums, bias);
+}
+
+template <int R, typename S, typename T>
+int64_t normalised_products(const Tile<S>& x, const Tile<S>& grads, int64_t i, double eps, bool centred, T* weight,
+                            T* bias) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t whole = x.columns / L * L, rest = x.columns - whole;
+  for (; i + R <= x.rows; i += R) {
+    const S *values = x.data + i * x.stride, *from = grads.data + i * grads.stride;
+    Normalisation<T> rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = normalisation(values + r * x.stride, x.columns, eps, centred);
+    for (int64_t c = 0; c < whole; c += L)
+      add_normalised<R>(values + c, x.stride, from + c, grads.stride, rows, weight + c, bias + c);
+    if (rest)
+      add_normalised<R>(Tail<R, S, L>(values + whole, x.stride, rest).data, L,
+                        Tail<R, S, L>(from + whole, grads.stride, rest).data, L, rows, weight + whole, bias + whole);
+  }
+  return i;
+}
+
+template <typename S, typename T>
+void normalised_products(const Tile<S>& x, const Tile<S>& grads, double eps, bool centred, T* weight, T* bias) {
+  for (T* sums : {weight, bias}) __builtin_memset(sums, 0, padded_columns(x.columns) * sizeof(T));
+  // Four rows a sweep, as many as keep their numbers in registers.
+  const int64_t i = normalised_products<4>(x, grads, 0, eps, centred, weight, bias);
+  normalised_products<1>(x, grads, i, eps, centred, weight, bias);
 }
 
 // R taps by V vectors of channels in registers. The zero that is subtracted makes a vector of a number, at no cost.
@@ -386,6 +454,7 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>,   products<S, T>, gram<T>,       cross_gram<T>, sum<T>,
-          centred_sums<T>,    tap_products<T>, transpose<T>,   convert<S, T>, convert<T, S>};
+  return {weighted_sum<S, T>, moments<S, T>, products<S, T>,  gram<T>,
+          cross_gram<T>,      sum<T>,        centred_sums<T>, normalised_products<S, T>,
+          tap_products<T>,    transpose<T>,  convert<S, T>,   convert<T, S>};
 }

@@ -20,7 +20,7 @@ struct Tile {
   int64_t columns;
 };
 
-// Arrays that a kernel writes over columns (sums, mean) need room for padded_columns(columns) elements.
+// Arrays that a kernel writes over columns (sums, mean, weight, bias) need room for padded_columns(columns) elements.
 constexpr int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 // The taps of a convolution are handled in blocks of this many.
@@ -55,6 +55,11 @@ struct RowKernels {
   double (*sum)(const T* values, int64_t size);
 
   CentredSums (*centred_sums)(const T* x, const T* grads, int64_t size, T centre);
+
+  // weight[c] = sum_t grads_t[c] x^_t[c] and bias[c] = sum_t grads_t[c], added in the order of the rows t, for tiles of
+  // the same shape. x^_t = (x_t - mean) / sqrt(variance + eps) by the statistics of its row; the mean counts as zero
+  // unless `centred`.
+  void (*normalised_products)(const Tile<S>& x, const Tile<S>& grads, double eps, bool centred, T* weight, T* bias);
 
   // products[r * channels + c] += sum_t image[taps[r] + positions[t]] grads[t * channels + c], for `tap_count` taps, a
   // multiple of kTapBlock, and `channels`, a multiple of 16.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..reference import accumulate_dtype
 from .convolution import Convolution, Geometry
 from .factors import Bias, Factor, Outer, Rows
 
@@ -153,23 +154,24 @@ def _convolution(module: nn.Module, output_grad: Tensor, x: Tensor, padding: tup
     return Convolution(output_grad, x, module.weight.shape, geometry)
 
 
-def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+def layer_norm(module: nn.LayerNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b over the trailing dimensions, x^ the normalised input."""
-    normalised = F.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)
-    return _affine(normalised, output_grad, len(module.normalized_shape))
+    weight, bias = _layer_norm(inputs[0], output_grad, module.normalized_shape, module.eps, centred=True)
+    return {"weight": weight, "bias": bias}
 
 
-def rms_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
+def rms_norm(module: nn.RMSNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w over the trailing dimensions."""
-    normalised = F.rms_norm(inputs[0], module.normalized_shape, eps=module.eps)
-    return {"weight": _affine(normalised, output_grad, len(module.normalized_shape))["weight"]}
+    eps = torch.finfo(accumulate_dtype(inputs[0].dtype)).eps if module.eps is None else module.eps
+    return {"weight": _layer_norm(inputs[0], output_grad, module.normalized_shape, eps, centred=False)[0]}
 
 
-def _affine(normalised: Tensor, output_grad: Tensor, trailing: int) -> dict[str, Tensor | Factor]:
-    summed = list(range(1, normalised.ndim - trailing))
-    if not summed:
-        return {"weight": normalised * output_grad, "bias": output_grad}
-    return {"weight": (normalised * output_grad).sum(summed), "bias": output_grad.sum(summed)}
+def _layer_norm(
+    x: Tensor, output_grad: Tensor, shape: tuple[int, ...], eps: float, *, centred: bool
+) -> tuple[Tensor, Tensor]:
+    x, output_grad = (_sequences(y.flatten(-len(shape))) for y in (x, output_grad))
+    weight, bias = torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)
+    return weight.unflatten(1, shape), bias.unflatten(1, shape)
 
 
 def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -28,6 +28,7 @@ TORCH_LIBRARY(rgd_ext, m) {
       "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
       " int groups, Tensor(a!) out) -> ()");
   m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
+  m.def("layer_norm_grads(Tensor output_grad, Tensor x, float eps, bool centred) -> (Tensor, Tensor)");
 }
 
 namespace {
@@ -92,6 +93,10 @@ Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::
 std::tuple<Tensor, Tensor> group_norm_grads(const Tensor& output_grad, const Tensor& x, int64_t groups, double eps) {
   return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>("rgd_ext::group_norm_grads")
       .call(output_grad, x, groups, eps);
+}
+std::tuple<Tensor, Tensor> layer_norm_grads(const Tensor& output_grad, const Tensor& x, double eps, bool centred) {
+  return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, bool)>("rgd_ext::layer_norm_grads")
+      .call(output_grad, x, eps, centred);
 }
 
 // All columns of all tensors, (leading, d) in double.
@@ -279,6 +284,29 @@ void test_group_norm_grads(at::ScalarType dtype) {
   }
 }
 
+void test_layer_norm_grads(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 5e-6 : 1e-2;
+  for (const int64_t places : {0, 1, 5, 64, 1003}) {
+    for (const int64_t size : {1, 15, 16, 33, 0}) {
+      for (const bool centred : {true, false}) {
+        const std::string name = std::string(c10::toString(dtype)) + (centred ? " layer norm" : " RMS norm") + " of " +
+                                 std::to_string(size) + " at " + std::to_string(places);
+        const Tensor x = at::randn({3, places, size}).add_(2).to(dtype), grad = at::randn({3, places, size}).to(dtype);
+        const Tensor exact = x.to(at::kDouble), exact_grad = grad.to(at::kDouble);
+        const Tensor difference = centred ? exact - exact.mean(2, true) : exact;
+        const Tensor products = difference / (difference.square().mean(2, true) + 1e-5).sqrt() * exact_grad;
+        at::set_num_threads(1);
+        const auto [weight, bias] = layer_norm_grads(grad, x, 1e-5, centred);
+        expect(close(weight, products.sum(1), products.abs().sum(1), tolerance), name + " weight");
+        expect(close(bias, exact_grad.sum(1), exact_grad.abs().sum(1), tolerance), name + " bias");
+        at::set_num_threads(3);
+        const auto [again, bias_again] = layer_norm_grads(grad, x, 1e-5, centred);
+        expect(weight.equal(again) && bias.equal(bias_again), name + " on three threads");
+      }
+    }
+  }
+}
+
 void test_largest_eigenvalue() {
   for (int64_t size : {1, 2, 24, 130, 600}) {
     const std::string name = "largest eigenvalue of " + std::to_string(size);
@@ -361,6 +389,8 @@ void test_errors() {
   expect_error([&] { conv_weight_grads(e[0], x, {3, 1, 0, 1}, 1); }, "batch sizes disagree");
   expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
+  expect_error([&] { layer_norm_grads(x, x, 1e-5, true); }, "(B, T, n)");
+  expect_error([&] { layer_norm_grads(e[0], x[0], 1e-5, true); }, "batch sizes disagree");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
   expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
   expect_error([&] { gram_moments(g); }, "symmetric");
@@ -391,6 +421,7 @@ int main() {
     test_ghost_gram(dtype);
     test_conv_weight_grads(dtype);
     test_group_norm_grads(dtype);
+    test_layer_norm_grads(dtype);
   }
   test_largest_eigenvalue();
   test_statistics_of_a_gramian();
