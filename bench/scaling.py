@@ -20,7 +20,7 @@ from .training_steps import OURS, Training
 HEADER = ("cost against", "", "SGD ms", "RGD ms", "RGD / SGD (quartiles)")
 ARMS = {"SGD": OURS["SGD"], "RGD": OURS["RGD Spectral"]}
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
-ROUNDS, QUICK_ROUNDS = 9, 3
+ROUNDS, QUICK_ROUNDS = 5, 2
 
 
 @dataclass
@@ -62,7 +62,7 @@ def measure(build: Callable[[], models.Example], device: str, rounds: int) -> Sa
     model, x, y = (part.to(device) for part in build())
     trainings = {name: Training(arm, model, x, y) for name, arm in ARMS.items()}
     timed = {name: host_clock(one, 1, synchronize(device), settle=one) for name, one in trainings.items()}
-    return interleave(timed, rounds)
+    return interleave(timed, rounds, warm_up=1)
 
 
 def section(row: Series) -> Section:
