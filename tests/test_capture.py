@@ -462,6 +462,20 @@ def test_autocast_and_grad_scaler():
     assert error < 0.05
 
 
+def test_backward_called_under_autocast_runs_rules_in_full_precision():
+    class Product(nn.Linear):
+        """Its rule multiplies by itself."""
+
+    rgd_ext.register_rule(Product, lambda module, inputs, output_grad: {"weight": output_grad.mT @ inputs[0]})
+    model, x = Product(6, 3, bias=False), torch.randn(16, 5, 6)
+    expected = captured_grad(copy.deepcopy(model), x)
+    with rgd_ext.precondition(model):
+        loss = loss_of(model(x))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss.backward()
+    torch.testing.assert_close(flat_grad(model), expected)
+
+
 @pytest.mark.parametrize("policy", [rgd_ext.Spectral, rgd_ext.Trace, rgd_ext.Rayleigh, rgd_ext.Fixed])
 @pytest.mark.parametrize("inverse", ["weak-field", "exact"])
 def test_overflow_flows_through(policy, inverse):
