@@ -7,6 +7,9 @@ Sums over weights and samples are accumulated in `accumulate_dtype`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -123,6 +126,21 @@ def precondition(grads: list[Tensor], epsilon: Tensor) -> list[Tensor]:
     return combine(grads, (1 - epsilon * alignments) / alignments.shape[0])
 
 
+class Geometry(NamedTuple):
+    """Of a convolution with zero padding: one number per dimension of space, and the number of groups."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def unused(self, output_grad: Tensor, x: Tensor) -> list[int]:
+        """How many places of the output, by dimension, have no gradient, as a transposed convolution may leave."""
+        sizes = zip(x.shape[2:], output_grad.shape[2:], *self[:4], strict=True)
+        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
+
+
 def conv_weight_grads(
     output_grad: Tensor,
     x: Tensor,
@@ -134,37 +152,20 @@ def conv_weight_grads(
     out: Tensor,
 ) -> None:
     """Each sample's own weight gradient, into `out`, (B, m, n / groups, *kernel)."""
-    out.copy_(conv_weight_grads_as_groups(output_grad, x, kernel, stride, padding, dilation, groups))
+    out.copy_(conv_weight_grads_as_groups(output_grad, x, Geometry(kernel, stride, padding, dilation, groups)))
 
 
-def conv_weight_grads_as_groups(
-    output_grad: Tensor,
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def conv_weight_grads_as_groups(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """(B, m, n / groups, *kernel): the weight gradient of a convolution whose groups are the samples."""
     grads, images = (y.reshape(1, -1, *y.shape[2:]) for y in (output_grad, x))
-    gradient = conv_weight_grad(grads, images, kernel, stride, padding, dilation, groups * x.shape[0])
+    gradient = conv_weight_grad(grads, images, geometry._replace(groups=geometry.groups * x.shape[0]))
     return gradient.view(*output_grad.shape[:2], *gradient.shape[1:])
 
 
-def conv_weight_grad(
-    output_grad: Tensor,
-    x: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """(m, n / groups, *kernel): the weight gradient of a convolution."""
-    sizes = zip(x.shape[2:], output_grad.shape[2:], kernel, stride, padding, dilation, strict=True)
-    # A transposed convolution may leave places without gradient.
-    unused = [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
+    kernel, stride, padding, dilation, groups = geometry
+    unused = geometry.unused(output_grad, x)
     if any(unused):
         output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
     weight, none = x.new_empty(1).expand(output_grad.shape[1], x.shape[1] // groups, *kernel), [0] * len(kernel)

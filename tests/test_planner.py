@@ -14,7 +14,7 @@ import rgd_ext
 from rgd_ext.__main__ import main
 from rgd_ext.capture import cost
 from rgd_ext.capture.cost import Cost, Rates
-from rgd_ext.capture.factors import Rows
+from rgd_ext.capture.embedding import Rows
 from rgd_ext.capture.planner import Choice, Planner, fit
 from rgd_ext.capture.workspace import Workspace
 

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference import accumulate_dtype
-from .cost import Cost, of_gradients
-from .factors import Blockwise, Dense, Factor, Ghost, Outer
+from ..reference import Geometry, accumulate_dtype
+from .cost import Cost, of_ghost, of_gradients
+from .factors import Blockwise, Dense, Factor, Ghost
 from .workspace import Empty, fresh
-
-
-class Geometry(NamedTuple):
-    """Of a convolution with zero padding: one number per dimension of space, and the number of groups."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
 
 class Convolution(Blockwise):
@@ -66,21 +55,14 @@ class Convolution(Blockwise):
         combination = Cost(convolution=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
         ways["recompute"] = Cost(convolution=product) + self._on_blocks(shape.numel(), needs_gram) + combination
         if self._unfolds():
-            with torch.device("meta"):
-                columns = torch.empty(self.batch_size, self._places, self.shape[1:].numel(), dtype=dtype)
-                outer = Outer(
-                    columns, torch.empty(self.batch_size, self._places, self.shape[0], dtype=dtype), self.shape
-                )
-            ways["ghost"] = Cost(stream=2 * columns.nbytes, calls=1) + outer.ways(needs_gram)["ghost"]
+            n, size = self.shape[1:].numel(), dtype.itemsize
+            unfolding = Cost(stream=2 * size * self.batch_size * self._places * n, calls=1)
+            ways["ghost"] = unfolding + of_ghost(self.batch_size, self._places, n, self.shape[0], size)
         return ways
 
     def _unfolds(self) -> bool:
         """Whether `F.unfold` has a column for every place of E, and no more."""
-        if len(self.geometry.kernel) != 2:
-            return False
-        options = zip(*self.geometry[:4], strict=True)
-        sizes = zip(self.inputs.shape[2:], self.output_grads.shape[2:], options, strict=True)
-        return all((x + 2 * p - d * (k - 1) - 1) // s + 1 == places for x, places, (k, s, p, d) in sizes)
+        return len(self.geometry.kernel) == 2 and not any(self.geometry.unused(self.output_grads, self.inputs))
 
     def plain(self) -> Cost:
         operations = 2 * self.batch_size * self._places * self.shape.numel()
@@ -99,7 +81,7 @@ class Convolution(Blockwise):
         channels = output_grads.shape[1]
         # The native kernel is for the CPU. Measured: with one output channel per group it fills no vector.
         if not output_grads.is_cpu or channels == self.geometry.groups:
-            return reference.conv_weight_grads_as_groups(output_grads, inputs, *self.geometry)
+            return reference.conv_weight_grads_as_groups(output_grads, inputs, self.geometry)
         out = empty((self.batch_size, channels, *self.shape[1:]), output_grads)
         torch.ops.rgd_ext.conv_weight_grads(output_grads, inputs, *self.geometry, out)
         return out
@@ -119,7 +101,7 @@ class Convolution(Blockwise):
 
     def combine(self, weights: Tensor) -> Tensor:
         weighted = self.output_grads * weights.view(-1, *[1] * (self.output_grads.ndim - 1))
-        return reference.conv_weight_grad(weighted, self.inputs, *self.geometry)
+        return reference.conv_weight_grad(weighted, self.inputs, self.geometry)
 
     def dense(self) -> Tensor:
         return self._formed(self.output_grads, self.inputs, fresh)

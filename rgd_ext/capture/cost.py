@@ -53,6 +53,14 @@ def of_gradients(shape: torch.Size, dtype: torch.dtype, needs_gram: bool) -> Cos
     return Cost(gram=shape[0] * shape.numel() * needs_gram, stream=2 * nbytes, calls=2, held=nbytes)
 
 
+def of_ghost(batch_size: int, length: int, n: int, m: int, size: int) -> Cost:
+    """Gramian and combination from inputs (B, T, n) and output gradients (B, T, m), of `size` bytes a number."""
+    places = batch_size * length
+    grads, pairs = size * places * m, places**2  # products between all places, which are then multiplied and summed
+    operations = 2 * places * n * m + 2 * pairs * (n + m)
+    return Cost(product=operations, stream=2 * grads + 2 * pairs * size, calls=6, held=grads + size * places * n)
+
+
 @cache
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of a device, measured once (some 50 ms) and kept in a file, so that later runs choose the same ways.

@@ -16,8 +16,8 @@ from torch import Tensor
 from .. import ops
 from ..gradients import squared_norm
 from ..reference import accumulate_dtype
-from .cost import Cost, of_gradients
-from .workspace import Empty
+from .cost import Cost, of_ghost, of_gradients
+from .workspace import Empty, fresh
 
 # |h|^2 of the mean h, and <h_i - h, h> and |h_i - h|^2, (B,).
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -212,13 +212,10 @@ class Outer(Blockwise):
         batch_size, length, n = self.inputs.shape
         m, size = self.output_grads.shape[2], self.output_grads.dtype.itemsize
         product = 2 * batch_size * length * n * m
-        held = self.inputs.nbytes + self.output_grads.nbytes
-        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
-        # Products between all places of all samples, which are then multiplied and summed.
-        pairs = (batch_size * length) ** 2
-        ghost = combination + Cost(product=2 * pairs * (n + m), stream=2 * pairs * size, calls=4)
+        ghost = of_ghost(batch_size, length, n, m, size)
         if self.is_single:
             return {"ghost": ghost}
+        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=ghost.held)
         shape, dtype = torch.Size((batch_size, m, n)), self.output_grads.dtype
         formed = Cost(product=product, stream=shape.numel() * size, calls=1)
         return {
@@ -235,10 +232,13 @@ class Outer(Blockwise):
             return self
         if way == "ghost":
             return Ghost(self.inputs, self.output_grads, self.shape)
+        return Dense(self._formed(empty), is_own=True)
+
+    def _formed(self, empty: Empty) -> Tensor:
         out = empty((self.batch_size, *self.shape), self.output_grads)
         matrices = out.view(self.batch_size, self.output_grads.shape[2], self.inputs.shape[2])
         torch.bmm(self.output_grads.mT, self.inputs, out=matrices)
-        return Dense(out, is_own=True)
+        return out
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         dtype = accumulate_dtype(self.output_grads.dtype)
@@ -263,7 +263,7 @@ class Outer(Blockwise):
         return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
 
     def dense(self) -> Tensor:
-        return (self.output_grads.mT @ self.inputs).view(self.batch_size, *self.shape)
+        return self._formed(fresh)
 
 
 class Ghost(Outer):
@@ -335,192 +335,3 @@ class Bias:
 
     def dense(self) -> Tensor:
         return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
-
-
-class Rows:
-    """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
-
-    Args:
-        indices: (B, T), int64.
-        output_grads: E, (B, T, n).
-        shape: of the parameter, (rows, n).
-    """
-
-    why = "products of the rows that samples share"
-
-    # Elements of the products formed at a time.
-    _PRODUCTS = 1 << 20
-
-    def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
-        self.indices, self.output_grads, self.shape = indices, output_grads, shape
-
-    @property
-    def example(self) -> Tensor:
-        return self.output_grads
-
-    @property
-    def batch_size(self) -> int:
-        return self.indices.shape[0]
-
-    @property
-    def signature(self) -> tuple:
-        return (self.output_grads.shape,)
-
-    def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        nbytes, elements = self.output_grads.nbytes, self.output_grads.numel()
-        # How many samples share a row depends on the values; here, all that have one.
-        return {
-            "ghost": Cost(
-                product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=nbytes + self.indices.nbytes
-            )
-        }
-
-    def plain(self) -> Cost:
-        return Cost(stream=3 * self.output_grads.nbytes, calls=1)
-
-    def settled(self, way: str, empty: Empty) -> Factor:
-        return self
-
-    def gram(self) -> Tensor:
-        """K_ij = sum over rows r of <h_i, h_j> there, row by row for those that equally many samples use."""
-        batch_size, _, width = self.output_grads.shape
-        samples = torch.arange(batch_size, device=self.indices.device)
-        used, place = (self.indices * batch_size + samples[:, None]).unique(return_inverse=True)
-        _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
-        order = sharers[row].argsort(stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        sample = (used % batch_size)[order]
-        grads = self.output_grads.new_zeros(used.numel(), width, dtype=accumulate_dtype(self.output_grads.dtype))
-        grads.index_add_(0, rank[place.flatten()], self.output_grads.flatten(0, 1).to(grads))
-        gram, start = grads.new_zeros(batch_size**2), 0
-        for number, rows in torch.stack(sharers.unique(return_counts=True), 1).tolist():
-            stop = start + number * rows
-            chunk = number * max(1, self._PRODUCTS // number**2)
-            for x, i in zip(grads[start:stop].split(chunk), sample[start:stop].split(chunk), strict=True):
-                x, i = x.view(-1, number, width), i.view(-1, number)
-                gram.index_add_(0, (i[:, :, None] * batch_size + i[:, None]).flatten(), (x @ x.mT).flatten())
-            start = stop
-        return gram.view(batch_size, batch_size)
-
-    def moments(self) -> Moments:
-        return of_gram(self.gram())
-
-    def align(self, vector: Tensor) -> Tensor:
-        return (vector[self.indices] * self.output_grads).sum((1, 2))
-
-    def combine(self, weights: Tensor) -> Tensor:
-        weighted = self.output_grads * weights[:, None, None]
-        return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
-
-    def dense(self) -> Tensor:
-        return self.add_to(self.output_grads.new_zeros(self.batch_size, *self.shape))
-
-    def add_to(self, contributions: Tensor) -> Tensor:
-        """`contributions`, (B, *shape), with these added in place."""
-        offsets = torch.arange(self.batch_size, device=self.indices.device)[:, None] * self.shape[0]
-        rows = contributions.view(-1, *self.shape[1:])
-        rows.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
-        return contributions
-
-
-class Tied(Blockwise):
-    """The sum of `Outer` and `Rows`: an embedding whose table is the weight of the head."""
-
-    why = ""
-
-    def __init__(self, outer: Outer, rows: Rows) -> None:
-        self.outer, self.rows = outer, rows
-
-    @property
-    def example(self) -> Tensor:
-        return self.outer.output_grads
-
-    @property
-    def batch_size(self) -> int:
-        return self.outer.batch_size
-
-    @property
-    def signature(self) -> tuple:
-        return *self.outer.signature, *self.rows.signature
-
-    def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(needs_gram).values()
-        return {way: of_outer[way] + of_rows for way in ("materialise", "recompute")}
-
-    def plain(self) -> Cost:
-        return self.outer.plain() + self.rows.plain()
-
-    def settled(self, way: str, empty: Empty) -> Factor:
-        if way == "recompute":
-            return self
-        return Dense(self.rows.add_to(self.outer.settled(way, empty).dense()), is_own=True)
-
-    def blocks(self) -> Iterator[Tensor]:
-        order = self.rows.indices.flatten().argsort(stable=True)
-        row, sample = self.rows.indices.flatten()[order], order // self.rows.indices.shape[1]
-        grads, start = self.rows.output_grads.flatten(0, 1)[order], 0
-        for block in self.outer.blocks():
-            batch_size, number, width = block.shape
-            limits = torch.tensor([start, start + number], device=row.device)
-            first, last = torch.searchsorted(row, limits).tolist()
-            places = sample[first:last] * number + row[first:last] - start
-            block.view(batch_size * number, width).index_add_(0, places, grads[first:last].to(block))
-            yield block
-            start += number
-
-    def align(self, vector: Tensor) -> Tensor:
-        return self.outer.align(vector) + self.rows.align(vector)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return self.outer.combine(weights) + self.rows.combine(weights)
-
-    def dense(self) -> Tensor:
-        return self.rows.add_to(self.outer.dense())
-
-
-def add(factors: list[Factor]) -> Factor:
-    """The sum of one parameter's contributions from several uses: tied weights, a module called twice."""
-    if len(factors) == 1:
-        return factors[0]
-    outers, rows = [f for f in factors if isinstance(f, Outer)], [f for f in factors if isinstance(f, Rows)]
-    if len(outers) + len(rows) < len(factors):
-        return _added(factors)
-    if outers:
-        inputs = torch.cat([f.inputs for f in outers], 1)
-        outer = Outer(inputs, torch.cat([f.output_grads for f in outers], 1), outers[0].shape)
-    if rows:
-        indices = torch.cat([f.indices for f in rows], 1)
-        row = Rows(indices, torch.cat([f.output_grads for f in rows], 1), rows[0].shape)
-    return Tied(outer, row) if outers and rows else outer if outers else row
-
-
-def _added(factors: list[Factor]) -> Factor:
-    own = [f for f in factors if isinstance(f, Dense) and f.is_own]
-    total = own[0] if own else Dense(factors[0].dense().clone(), is_own=True)
-    for factor in factors:
-        if factor is total or (not own and factor is factors[0]):
-            continue
-        if isinstance(factor, Rows):
-            factor.add_to(total.contributions)
-        else:
-            total.contributions.add_(factor.dense())
-    return total
-
-
-def join(factors: list[Factor]) -> Factor:
-    """One parameter's contributions in several batches as those in their union."""
-    if all(isinstance(f, Outer) for f in factors):
-        inputs, output_grads = _stacked([f.inputs for f in factors]), _stacked([f.output_grads for f in factors])
-        return Outer(inputs, output_grads, factors[0].shape)
-    if all(isinstance(f, Rows) for f in factors):
-        # Row 0 gets the zeros that fill shorter sequences.
-        indices, output_grads = _stacked([f.indices for f in factors]), _stacked([f.output_grads for f in factors])
-        return Rows(indices, output_grads, factors[0].shape)
-    return Dense(torch.cat([f.dense() for f in factors]))
-
-
-def _stacked(sequences: list[Tensor]) -> Tensor:
-    """(B_k, T_k, ...) one below the other, filled up with zeros to the longest T_k."""
-    length = max(x.shape[1] for x in sequences)
-    padding = [x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:]) for x in sequences]
-    return torch.cat([torch.cat([x, zeros], 1) for x, zeros in zip(sequences, padding, strict=True)])

@@ -25,7 +25,7 @@ class Choice:
         plain: what the parameter's ordinary gradient costs.
         device, dtype: what the rates are for.
         way: the chosen one.
-        why: the reason, for the user.
+        reason: for it; with one way, why there is no other.
     """
 
     name: str
@@ -34,7 +34,18 @@ class Choice:
     device: torch.device
     dtype: torch.dtype
     way: str
-    why: str
+    reason: str
+
+    @property
+    def why(self) -> str:
+        """The reason, beside what the other ways would take, for the user."""
+        others = [f"{way} {1e3 * self.seconds(cost):.3g} ms" for way, cost in self.ways.items() if way != self.way]
+        return f"{self.reason} ({', '.join(others)})" if others else self.reason
+
+    @property
+    def fastest(self) -> str:
+        """The way that takes the least time."""
+        return min(self.ways, key=lambda way: self.seconds(self.ways[way]))
 
     def seconds(self, cost: Cost) -> float:
         """Estimated time on the device."""
@@ -42,10 +53,7 @@ class Choice:
 
     def choose(self, way: str, reason: str) -> None:
         """Take `way`, which was chosen because it is `reason`."""
-        if len(self.ways) > 1:
-            times = {name: f"{1e3 * self.seconds(cost):.3g}" for name, cost in self.ways.items() if name != way}
-            others = ", ".join(f"{name} {time} ms" for name, time in times.items())
-            self.way, self.why = way, f"{reason} ({others})"
+        self.way, self.reason = way, reason
 
 
 class Planner:
@@ -86,7 +94,7 @@ class Planner:
         ways, example = factor.ways(needs_gram), factor.example
         choice = Choice(name, ways, factor.plain(), example.device, example.dtype, next(iter(ways)), factor.why)
         if len(ways) > 1 and self.budget is None:
-            choice.choose(min(ways, key=lambda way: choice.seconds(ways[way])), "fastest")
+            choice.choose(choice.fastest, "fastest")
         elif len(ways) > 1:
             # What the others of this backward will take is not known yet.
             choice.choose(min(ways, key=lambda way: ways[way].held), "smallest")
@@ -120,7 +128,7 @@ def fit(choices: Iterable[Choice], budget: int) -> None:
         )
     for choice in choices:
         if len(choice.ways) > 1:
-            choice.choose(min(choice.ways, key=lambda way: choice.seconds(choice.ways[way])), "fastest")
+            choice.choose(choice.fastest, "fastest")
     held = sum(choice.ways[choice.way].held for choice in choices)
     while held > budget:
         _, _, choice, way = min((_price(*move), number, *move) for number, move in enumerate(_moves(choices)))

@@ -11,18 +11,20 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id, _functorch, _is_any_autocast_enabled, _will_engine_execute_node
+from torch._C import _current_graph_task_id, _functorch, _will_engine_execute_node
 
 from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
 from .captured import CapturedGradients
 from .dry_run import dry_run
-from .factors import Dense, Factor, Outer, Rows, add, join
+from .embedding import Rows
+from .factors import Dense, Factor, Outer
 from .install import check_model, taps_for
 from .nodes import Edges, Record
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
 from .shared import Shared
+from .sums import add, join
 from .workspace import Workspace, fresh
 
 SECOND_DERIVATIVE = (
@@ -257,10 +259,7 @@ class Preconditioner:
                 f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
                 " direction from all"
             )
-        if _is_any_autocast_enabled():
-            with _full_precision(record.parameters[wanted[0]].device):
-                self._keep(record, wanted, contributions())
-        else:
+        with _full_precision(record.parameters[wanted[0]].device):
             self._keep(record, wanted, contributions())
 
     def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:

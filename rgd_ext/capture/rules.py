@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..reference import accumulate_dtype
-from .convolution import Convolution, Geometry
-from .factors import Bias, Factor, Outer, Rows
+from ..reference import Geometry, accumulate_dtype
+from .convolution import Convolution
+from .embedding import Rows
+from .factors import Bias, Factor, Outer
 
 Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
 

@@ -1,0 +1,154 @@
+"""The contributions of an embedding's table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..reference import accumulate_dtype
+from .cost import Cost
+from .factors import Blockwise, Dense, Factor, Moments, Outer, of_gram
+from .workspace import Empty
+
+
+class Rows:
+    """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
+
+    Args:
+        indices: (B, T), int64.
+        output_grads: E, (B, T, n).
+        shape: of the parameter, (rows, n).
+    """
+
+    why = "products of the rows that samples share"
+
+    # Elements of the products formed at a time.
+    _PRODUCTS = 1 << 20
+
+    def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
+        self.indices, self.output_grads, self.shape = indices, output_grads, shape
+
+    @property
+    def example(self) -> Tensor:
+        return self.output_grads
+
+    @property
+    def batch_size(self) -> int:
+        return self.indices.shape[0]
+
+    @property
+    def signature(self) -> tuple:
+        return (self.output_grads.shape,)
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        nbytes, elements = self.output_grads.nbytes, self.output_grads.numel()
+        # How many samples share a row depends on the values; here, all that have one.
+        return {
+            "ghost": Cost(
+                product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=nbytes + self.indices.nbytes
+            )
+        }
+
+    def plain(self) -> Cost:
+        return Cost(stream=3 * self.output_grads.nbytes, calls=1)
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        return self
+
+    def gram(self) -> Tensor:
+        """K_ij = sum over rows r of <h_i, h_j> there, row by row for those that equally many samples use."""
+        batch_size, _, width = self.output_grads.shape
+        samples = torch.arange(batch_size, device=self.indices.device)
+        used, place = (self.indices * batch_size + samples[:, None]).unique(return_inverse=True)
+        _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
+        order = sharers[row].argsort(stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        sample = (used % batch_size)[order]
+        grads = self.output_grads.new_zeros(used.numel(), width, dtype=accumulate_dtype(self.output_grads.dtype))
+        grads.index_add_(0, rank[place.flatten()], self.output_grads.flatten(0, 1).to(grads))
+        gram, start = grads.new_zeros(batch_size**2), 0
+        for number, rows in torch.stack(sharers.unique(return_counts=True), 1).tolist():
+            stop = start + number * rows
+            chunk = number * max(1, self._PRODUCTS // number**2)
+            for x, i in zip(grads[start:stop].split(chunk), sample[start:stop].split(chunk), strict=True):
+                x, i = x.view(-1, number, width), i.view(-1, number)
+                gram.index_add_(0, (i[:, :, None] * batch_size + i[:, None]).flatten(), (x @ x.mT).flatten())
+            start = stop
+        return gram.view(batch_size, batch_size)
+
+    def moments(self) -> Moments:
+        return of_gram(self.gram())
+
+    def align(self, vector: Tensor) -> Tensor:
+        return (vector[self.indices] * self.output_grads).sum((1, 2))
+
+    def combine(self, weights: Tensor) -> Tensor:
+        weighted = self.output_grads * weights[:, None, None]
+        return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
+
+    def dense(self) -> Tensor:
+        return self.add_to(self.output_grads.new_zeros(self.batch_size, *self.shape))
+
+    def add_to(self, contributions: Tensor) -> Tensor:
+        """`contributions`, (B, *shape), with these added in place."""
+        offsets = torch.arange(self.batch_size, device=self.indices.device)[:, None] * self.shape[0]
+        rows = contributions.view(-1, *self.shape[1:])
+        rows.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
+        return contributions
+
+
+class Tied(Blockwise):
+    """The sum of `Outer` and `Rows`: an embedding whose table is the weight of the head."""
+
+    why = ""
+
+    def __init__(self, outer: Outer, rows: Rows) -> None:
+        self.outer, self.rows = outer, rows
+
+    @property
+    def example(self) -> Tensor:
+        return self.outer.output_grads
+
+    @property
+    def batch_size(self) -> int:
+        return self.outer.batch_size
+
+    @property
+    def signature(self) -> tuple:
+        return *self.outer.signature, *self.rows.signature
+
+    def ways(self, needs_gram: bool) -> dict[str, Cost]:
+        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(needs_gram).values()
+        return {way: of_outer[way] + of_rows for way in ("materialise", "recompute")}
+
+    def plain(self) -> Cost:
+        return self.outer.plain() + self.rows.plain()
+
+    def settled(self, way: str, empty: Empty) -> Factor:
+        if way == "recompute":
+            return self
+        return Dense(self.rows.add_to(self.outer.settled(way, empty).dense()), is_own=True)
+
+    def blocks(self) -> Iterator[Tensor]:
+        order = self.rows.indices.flatten().argsort(stable=True)
+        row, sample = self.rows.indices.flatten()[order], order // self.rows.indices.shape[1]
+        grads, start = self.rows.output_grads.flatten(0, 1)[order], 0
+        for block in self.outer.blocks():
+            batch_size, number, width = block.shape
+            limits = torch.tensor([start, start + number], device=row.device)
+            first, last = torch.searchsorted(row, limits).tolist()
+            places = sample[first:last] * number + row[first:last] - start
+            block.view(batch_size * number, width).index_add_(0, places, grads[first:last].to(block))
+            yield block
+            start += number
+
+    def align(self, vector: Tensor) -> Tensor:
+        return self.outer.align(vector) + self.rows.align(vector)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.outer.combine(weights) + self.rows.combine(weights)
+
+    def dense(self) -> Tensor:
+        return self.rows.add_to(self.outer.dense())
