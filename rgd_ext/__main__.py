@@ -11,6 +11,10 @@ from pathlib import Path
 
 # What `pip install 'rgd_ext[all]'` adds, by import name.
 OPTIONAL = {"matplotlib": "matplotlib", "rich": "rich", "scipy": "scipy", "sklearn": "scikit-learn"}
+FACTORY = (
+    "MODULE:FACTORY names a function without arguments in a module that can be imported, also from the current"
+    " directory."
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,8 +55,7 @@ def _add_plan(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="how the capture would treat each layer of a model, and what a step costs: a table",
-        epilog="MODULE:FACTORY names a function without arguments in a module that can be imported, also from the"
-        " current directory.",
+        epilog=FACTORY,
     )
     parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, or a tuple (model, x) with a batch")
     parser.add_argument(
@@ -106,8 +109,7 @@ def _add_spectrum(commands) -> None:
     parser = commands.add_parser(
         "spectrum",
         help="the largest eigenvalues of D of a model and a data set: a table and a figure",
-        epilog="MODULE:FACTORY names a function without arguments in a module that can be imported, also from the"
-        " current directory. The model is put in evaluation mode.",
+        epilog=f"{FACTORY} The model is put in evaluation mode.",
     )
     parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, with its weights loaded")
     parser.add_argument(

@@ -50,7 +50,7 @@ def batch_gradients(
             if not is_separate and batch_size > 1:
                 _check_separate(model, x, batch_size, devices)
                 is_separate = True
-            loss = mean_loss(_called(model, x), y, batch_size)
+            loss = mean_loss(called(model, x), y, batch_size)
             return loss.detach(), gradients(loss, batch_size)
 
         yield evaluate
@@ -60,7 +60,8 @@ def _moved(tree: object, device: torch.device) -> object:
     return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, tree)
 
 
-def _called(model: nn.Module, x: object) -> object:
+def called(model: Callable, x: object) -> object:
+    """The model's output for x: one argument, several in a tuple or list, or by name in a mapping."""
     if isinstance(x, Mapping):
         return model(**x)
     return model(*x) if isinstance(x, (tuple, list)) else model(x)
@@ -73,7 +74,7 @@ def _check_separate(model: nn.Module, x: object, batch_size: int, devices: list[
     def of_every_other(x: object) -> list[Tensor]:
         # The same random numbers every time.
         with torch.random.fork_rng(devices), unchanged_buffers(model):
-            tensors = tensors_in(_called(model, x))
+            tensors = tensors_in(called(model, x))
         return [t[::2] for t in tensors if t.shape[:1] == (batch_size,) and t.is_floating_point()]
 
     output = of_every_other(x)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
 from . import resolve
+from .batch_gradients import called
 from .capture import precondition
 from .capture.plan import Plan
 from .metric import Policy
@@ -36,10 +37,7 @@ def plan(
     with precondition(
         network, epsilon=epsilon, inverse=inverse, batch_norm=batch_norm, memory_budget=memory_budget
     ) as handle:
-        x = rest[0]
-        if isinstance(x, Mapping):
-            return handle.plan(**x)
-        return handle.plan(*x) if isinstance(x, (tuple, list)) else handle.plan(x)
+        return called(handle.plan, rest[0])
 
 
 def _batch(data: str) -> tuple | list:
