@@ -37,7 +37,9 @@ def draw(results: dict[tuple[str, str], list[dict[str, History]]], terms: str, p
     figure = Figure(figsize=(4.2 * len(results), 15), layout="constrained")
     panels = figure.subplots(len(ROWS), len(results), sharex=True, squeeze=False)
     for column, ((setting, model), trials) in zip(panels.T, results.items(), strict=True):
-        _label(column, f"{model}, {setting}", noisy=any(map(any, trials[0]["SGD"].mislabelled)))
+        first = trials[0]
+        missing = [name for name in first if first[name].epsilons and not first[name].largest_eigenvalues]
+        _label(column, f"{model}, {setting}", any(map(any, first["SGD"].mislabelled)), missing)
         for name in optimizers.NAMES:
             _draw_optimizer(column, [trial[name] for trial in trials], COLOURS[name])
         _zoom(column[1])
@@ -48,9 +50,10 @@ def draw(results: dict[tuple[str, str], list[dict[str, History]]], terms: str, p
     figure.savefig(path, format="png", dpi=120)
 
 
-def _label(column: list[Axes], title: str, noisy: bool) -> None:
+def _label(column: list[Axes], title: str, noisy: bool, missing: list[str]) -> None:
     column[0].set_title(title, fontweight="bold")
-    column[3].set_title("not computed by Rayleigh", fontsize="medium")
+    if missing:
+        column[3].set_title(f"not computed by {', '.join(missing)}", fontsize="medium")
     column[4].set_title("mean of the samples with either label" if noisy else "median, 5 % to 95 %", fontsize="medium")
     column[4].axhline(1, color=COLOURS["SGD"])
     column[4].set_xlabel("step")
