@@ -1,4 +1,7 @@
-"""What is built, and what happens when it does not fit."""
+"""What is built, what importing it brings along, and what happens when it does not fit."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,3 +29,20 @@ def test_operators_are_defined_whatever_is_built():
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"rgd_ext::{name}", "CPU")
         assert compiled == rgd_ext.build_info()["compiled"]
         assert operator.default is not None
+
+
+def test_first_step_brings_neither_the_compiler_nor_the_search_for_nvcc(tmp_path, monkeypatch):
+    # torch._dynamo takes longer to import than torch, and torch.utils.cpp_extension warns where no GPU is.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = """
+import sys
+import torch
+before = set(sys.modules)
+import rgd_ext
+model = torch.nn.Linear(3, 2)
+rgd_ext.precondition(model)
+model(torch.ones(4, 3)).sum().backward()
+print(*{"torch._dynamo", "torch.utils.cpp_extension", "setuptools"} & (set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("", "")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Timer
 
 from .. import ops
 
@@ -95,26 +96,38 @@ def _name(device: torch.device) -> str:
     return f"{platform.machine()} {capability}, {threads} threads"
 
 
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @torch.no_grad()
 def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
-    def seconds(statement: str, **values) -> float:
-        timer = Timer(statement, globals={"torch": torch, "ops": ops, **values}, num_threads=torch.get_num_threads())
-        return min(timer.timeit(2).mean for _ in range(4))
+    # torch.utils.benchmark would bring setuptools and torch's search for nvcc, with its warnings, into every program.
+    def seconds(call: Callable, *inputs, **options) -> float:
+        def timed() -> float:
+            start = _now(device)
+            for _ in range(2):
+                call(*inputs, **options)
+            return (_now(device) - start) / 2
+
+        return min(timed() for _ in range(5))
 
     def ones(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=dtype, device=device)
 
     size = dtype.itemsize
-    call = seconds("x.add_(0)", x=ones(1))
+    call = seconds(ones(1).add_, 0)
     left, right = ones(256, 1024), ones(1024, 512)
-    product = 2 * 256 * 1024 * 512 / seconds("torch.mm(a, b, out=c)", a=left, b=right, c=ones(256, 512))
+    product = 2 * 256 * 1024 * 512 / seconds(torch.mm, left, right, out=ones(256, 512))
     images, grads = ones(8, 32, 16, 16), ones(8, 32, 16, 16)
     operations = 2 * grads.numel() * 32 * 9
     geometry = [3, 3], [1, 1], [1, 1], [1, 1], 1
-    convolution = operations / seconds("ops.conv_weight_grads(e, x, *geometry)", e=grads, x=images, geometry=geometry)
+    convolution = operations / seconds(ops.conv_weight_grads, grads, images, *geometry)
     grads = ones(16, 1 << 20)
-    stream = size * grads.numel() / seconds("ops.combine(grads, w)", grads=grads, w=ones(16))
+    stream = size * grads.numel() / seconds(ops.combine, grads, ones(16))
     grads = ones(64, 1 << 16)
     reading = size * grads.numel() / stream
-    gram = 64 * grads.numel() / max(seconds("ops.gram(grads)", grads=grads) - reading, reading / 10)
+    gram = 64 * grads.numel() / max(seconds(ops.gram, grads) - reading, reading / 10)
     return Rates(product, convolution, gram, stream, 1 / call)

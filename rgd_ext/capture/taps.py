@@ -72,18 +72,14 @@ class Tap(Released):
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
-            return self._uncompiled(args, kwargs)
+            # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
+            return torch.compiler.disable(self)(*args, **kwargs)
         capture = self.capture
         if not capture.recording():
             return self.original(*args, **kwargs)
         if capture.batch is None:
             return capture.call(self._recorded, args, kwargs)
         return self._recorded(args, kwargs)
-
-    @torch.compiler.disable
-    def _uncompiled(self, args: tuple, kwargs: dict):
-        # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
-        return self(*args, **kwargs)
 
     def check_batch_norm(self) -> None:
         """Raise ValueError if the module would couple the samples."""
