@@ -78,10 +78,12 @@ class Stats:
 
     @property
     def rank(self) -> Tensor | None:
-        """Number of eigenvalues of D above B ulps of the largest (at most B - 1), or None without the Gramian."""
+        """Number of eigenvalues of D above the rounding of its entries, at most B - 1, or None without the Gramian."""
         if self.eigenvalues is None:
             return None
-        return (self.eigenvalues > self.batch_size * self.ulp * self.eigenvalues[-1]).sum()
+        largest = (self.squared_grad_norm + 2 * self.alignments + self.squared_norms).max()  # |g_i|^2
+        noise = torch.maximum(self.batch_size * self.eigenvalues[-1], largest)
+        return (self.eigenvalues[1:] > self.ulp * noise).sum()
 
     @cached_property
     def direction_norm(self) -> Tensor:
