@@ -1,6 +1,7 @@
 """The planner: which way each layer takes, within which memory, and that all ways give one direction."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_budget_is_kept_and_exact(monkeypatch):
     monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1e-6, 1, 1, 1))
     model, inputs = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Tanh(), nn.Conv2d(40, 40, 3)), [torch.randn(16, 3, 8, 8)]
     expected = weak_field(per_sample_gradients(model, loss_of, inputs))
-    with rgd_ext.precondition(model) as handle:
+    with rgd_ext.precondition(model, memory_budget=math.inf) as handle:
         free = handle.plan(*inputs).bytes
     with rgd_ext.precondition(model, memory_budget=free // 2) as handle:
         assert handle.plan(*inputs).bytes <= free // 2
@@ -180,6 +181,19 @@ def test_budget_is_kept_and_exact(monkeypatch):
             loss_of(model(*inputs)).backward()
             assert handle.plan().bytes <= free // 2
             assert_close(flat_grad(model), expected, torch.float32)
+
+
+@pytest.mark.parametrize(("budget", "ways"), [(None, ["recompute", "materialise"]), (math.inf, ["materialise"] * 2)])
+def test_by_default_a_layer_holds_three_times_what_it_is_given(budget, ways, monkeypatch):
+    # Products cost time, memory does not.
+    monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e9, 1e9, 1e9))
+    narrow, wide = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.Conv2d(16, 32, 3, padding=1, bias=False)
+    model, inputs = nn.Sequential(narrow, nn.Tanh(), wide), [torch.randn(5, 3, 5, 5)]
+    expected = weak_field(per_sample_gradients(model, loss_of, inputs))
+    with rgd_ext.precondition(model, memory_budget=budget) as handle:
+        loss_of(model(*inputs)).backward()
+        assert [layer.way for layer in handle.plan().layers] == ways
+    assert_close(flat_grad(model), expected, torch.float32)
 
 
 def test_a_budget_too_small_names_the_smallest_that_works_and_changes_nothing():
@@ -223,7 +237,7 @@ def test_without_the_gramian_other_ways_may_be_faster(monkeypatch):
     # One in every three backwards needs it.
     monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e-9, 1e9, 1e9))
     model, ways = nn.Linear(30, 20, bias=False), []
-    with rgd_ext.precondition(model, epsilon=rgd_ext.Spectral(0.5, every=3)) as handle:
+    with rgd_ext.precondition(model, epsilon=rgd_ext.Spectral(0.5, every=3), memory_budget=math.inf) as handle:
         for _ in range(4):
             loss_of(model(torch.randn(5, 2, 30))).backward()
             ways.append(handle.plan().layers[0].way)

@@ -43,16 +43,15 @@ class Rows:
         return (self.output_grads.shape,)
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        nbytes, elements = self.output_grads.nbytes, self.output_grads.numel()
+        nbytes, elements, held = self.output_grads.nbytes, self.output_grads.numel(), self.plain().held
         # How many samples share a row depends on the values; here, all that have one.
         return {
-            "ghost": Cost(
-                product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=nbytes + self.indices.nbytes
-            )
+            "ghost": Cost(product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=held)
         }
 
     def plain(self) -> Cost:
-        return Cost(stream=3 * self.output_grads.nbytes, calls=1)
+        held = self.output_grads.nbytes + self.indices.nbytes
+        return Cost(stream=3 * self.output_grads.nbytes, calls=1, held=held)
 
     def settled(self, way: str, empty: Empty) -> Factor:
         return self

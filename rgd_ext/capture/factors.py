@@ -61,7 +61,7 @@ class Factor(Protocol):
         ...
 
     def plain(self) -> Cost:
-        """What the parameter's ordinary gradient costs."""
+        """What the parameter's ordinary gradient costs; held are inputs and output gradients."""
         ...
 
     def settled(self, way: str, empty: Empty) -> Factor:
@@ -225,7 +225,8 @@ class Outer(Blockwise):
         }
 
     def plain(self) -> Cost:
-        return Cost(product=2 * self.inputs.numel() * self.output_grads.shape[2], calls=1)
+        held = self.inputs.nbytes + self.output_grads.nbytes
+        return Cost(product=2 * self.inputs.numel() * self.output_grads.shape[2], calls=1, held=held)
 
     def settled(self, way: str, empty: Empty) -> Factor:
         if self.is_single or way == "recompute":

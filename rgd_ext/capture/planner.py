@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ import torch
 from .cost import Cost, rates
 from .factors import Factor
 from .workspace import Empty
+
+# Without a budget gradients may take so many times what their layer's inputs and output gradients take.
+_SHARE = 3
 
 # Shapes to remember: more come from sequences of any length, and are planned again.
 _MOST = 10_000
@@ -22,7 +26,7 @@ class Choice:
     Attributes:
         name: of the parameter.
         ways: what each way costs.
-        plain: what the parameter's ordinary gradient costs.
+        plain: what the parameter's ordinary gradient costs; it holds inputs and output gradients.
         device, dtype: what the rates are for.
         way: the chosen one.
         reason: for it; with one way, why there is no other.
@@ -43,9 +47,14 @@ class Choice:
         return f"{self.reason} ({', '.join(others)})" if others else self.reason
 
     @property
-    def fastest(self) -> str:
-        """The way that takes the least time."""
-        return min(self.ways, key=lambda way: self.seconds(self.ways[way]))
+    def smallest(self) -> str:
+        """The way that holds the least."""
+        return min(self.ways, key=lambda way: self.ways[way].held)
+
+    def fastest(self, limit: float = math.inf) -> str:
+        """The way that takes the least time of those that hold no more than `limit` bytes."""
+        within = [way for way, cost in self.ways.items() if cost.held <= limit]
+        return min(within, key=lambda way: self.seconds(self.ways[way]))
 
     def seconds(self, cost: Cost) -> float:
         """Estimated time on the device."""
@@ -60,11 +69,11 @@ class Planner:
     """Ways of one captured model.
 
     Args:
-        budget: bytes that the gradients, or the factors in their place, may take at the end of a backward; None for
-            as many as the fastest ways take.
+        budget: bytes that the gradients, or the factors in their place, may take at the end of a backward; infinity
+            for as many as the fastest ways take, None for a layer's share.
     """
 
-    def __init__(self, budget: int | None) -> None:
+    def __init__(self, budget: float | None) -> None:
         self.budget = budget
         self._known: dict[tuple, Choice] = {}
         self._current: dict[str, Choice] = {}
@@ -93,11 +102,15 @@ class Planner:
             self._known.clear()
         ways, example = factor.ways(needs_gram), factor.example
         choice = Choice(name, ways, factor.plain(), example.device, example.dtype, next(iter(ways)), factor.why)
-        if len(ways) > 1 and self.budget is None:
-            choice.choose(choice.fastest, "fastest")
-        elif len(ways) > 1:
+        if len(ways) == 1:
+            return choice
+        if self.budget is None:
+            choice.choose(choice.fastest(_SHARE * choice.plain.held), "fastest in little memory")
+        elif self.budget == math.inf:
+            choice.choose(choice.fastest(), "fastest")
+        else:
             # What the others of this backward will take is not known yet.
-            choice.choose(min(ways, key=lambda way: ways[way].held), "smallest")
+            choice.choose(choice.smallest, "smallest")
         return choice
 
     def finish(self) -> list[Choice]:
@@ -107,20 +120,20 @@ class Planner:
             ValueError: if no choice of ways is within the budget.
         """
         choices = list(self._current.values())
-        if self._is_new and self.budget is not None:
+        if self._is_new and self.budget not in (None, math.inf):
             fit(choices, self.budget)
         self._is_new = False
         return choices
 
 
-def fit(choices: Iterable[Choice], budget: int) -> None:
+def fit(choices: Iterable[Choice], budget: float) -> None:
     """The fastest ways, but where they exceed the budget the smaller ones that cost the least time per byte saved.
 
     Raises:
         ValueError: if all smallest ways together exceed the budget.
     """
     choices = list(choices)
-    least = sum(min(cost.held for cost in choice.ways.values()) for choice in choices)
+    least = sum(choice.ways[choice.smallest].held for choice in choices)
     if least > budget:
         raise ValueError(
             f"memory_budget is {budget} bytes, but the smallest ways of this model and batch take {least}: pass at"
@@ -128,7 +141,7 @@ def fit(choices: Iterable[Choice], budget: int) -> None:
         )
     for choice in choices:
         if len(choice.ways) > 1:
-            choice.choose(choice.fastest, "fastest")
+            choice.choose(choice.fastest(), "fastest")
     held = sum(choice.ways[choice.way].held for choice in choices)
     while held > budget:
         _, _, choice, way = min((_price(*move), number, *move) for number, move in enumerate(_moves(choices)))

@@ -50,7 +50,7 @@ class Preconditioner:
         policy: Policy,
         inverse: Inverse,
         batch_norm: Literal["error", "contribution"],
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
     ) -> None:
         self.model, self.batch_norm = model, batch_norm
         self.stats: Stats | None = None
@@ -386,8 +386,9 @@ def precondition(
         batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
             the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
-            at the end of a backward. None takes the fastest way for every layer. The first backward with new shapes
-            takes the smallest.
+            at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
+            a layer take three times what its inputs and output gradients take, and
+            `math.inf` as much as the fastest way takes.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
@@ -416,11 +417,11 @@ def precondition(
     return Preconditioner(model, policy, inverse, batch_norm, budget)
 
 
-def _checked_budget(memory_budget: float | None) -> int | None:
+def _checked_budget(memory_budget: float | None) -> float | None:
     if memory_budget is None:
         return None
     if not isinstance(memory_budget, (int, float)) or isinstance(memory_budget, bool):
         raise TypeError(f"memory_budget is {memory_budget!r}: pass a number of bytes, or None")
-    if not 0 < memory_budget < float("inf"):
-        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes, or None for no limit")
-    return int(memory_budget)
+    if not memory_budget > 0:
+        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes, math.inf, or None")
+    return memory_budget
