@@ -45,9 +45,7 @@ class Rows:
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         nbytes, elements, held = self.output_grads.nbytes, self.output_grads.numel(), self.plain().held
         # How many samples share a row depends on the values; here, all that have one.
-        return {
-            "ghost": Cost(product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=held)
-        }
+        return {"ghost": Cost(product=2 * self.batch_size * elements, stream=6 * nbytes, calls=30, held=held)}
 
     def plain(self) -> Cost:
         held = self.output_grads.nbytes + self.indices.nbytes
