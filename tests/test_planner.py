@@ -259,11 +259,25 @@ def test_plan_leaves_model_gradients_and_random_numbers_alone():
         assert plan.layers == handle.plan().layers
     assert [layer.name for layer in plan.layers] == ["4", "1", "0"]
     assert plan.bytes == sum(layer.bytes for layer in plan.layers)
+    assert plan.rgd_seconds > 0
     assert plan.sgd_seconds > 0
     table = str(plan).splitlines()
     assert table[0].split() == ["layer", "way", "ms", "MiB", "why"]
     assert table[1].split()[:2] == ["4", "ghost"]
     assert "SGD" in table[-1]
+
+
+def test_plan_leaves_policies_and_collected_backwards_alone():
+    model, x, asked = nn.Conv2d(1, 2, 3), torch.randn(4, 1, 9, 9), []
+    with rgd_ext.precondition(model, epsilon=lambda stats: asked.append(stats) or 0.1) as handle:
+        with handle.collect() as parts:
+            handle.plan(x)
+        assert (asked, parts) == ([], [])
+    with rgd_ext.precondition(model, epsilon=rgd_ext.Spectral(0.5, every=2)) as handle:
+        for wanted in (True, False, True):
+            handle.plan(x)
+            loss_of(model(x)).backward()
+            assert (handle.stats.centred_gram is not None) == wanted
 
 
 def test_plan_needs_a_backward_or_a_batch():
@@ -441,7 +455,7 @@ def test_command_prints_the_plan(mine, data, capsys):
     arguments = ["plan", f"{mine}:model", "--data", f"{mine}:{data}"] if data else ["plan", f"{mine}:both"]
     assert main([*arguments, "--policy", "rayleigh", "--memory-budget", "1000000"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["layer", "2", "0", "total:"]
+    assert [line.split()[0] for line in lines] == ["layer", "2", "0", "total:", "measured:"]
 
 
 @pytest.mark.parametrize(

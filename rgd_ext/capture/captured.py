@@ -82,7 +82,9 @@ class CapturedGradients:
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
         others = [self._factors[index].gram() for index in self._others]
-        return self.batch_size**2 * _sum([ops.gram(group) for group in self._groups()] + self._single_grams() + others)
+        total = _sum([ops.gram(group) for group in self._groups()] + self._single_grams() + others)
+        # Of a float: torch converts an int first, with an operator of its own.
+        return total.mul_(float(self.batch_size**2))
 
     def _single_grams(self) -> list[Tensor]:
         return [torch.ops.rgd_ext.ghost_gram(*_arguments(layers)) for layers in self._singles.values()]
@@ -100,7 +102,7 @@ class CapturedGradients:
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
-        weights = weights * self.batch_size
+        weights = weights * float(self.batch_size)
         result: dict[int, Tensor] = {}
         for indices, group in zip(self._dense.values(), self._groups(), strict=True):
             result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch, _will_engine_execute_node
 
-from ..metric import Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
+from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
 from .captured import CapturedGradients
 from .dry_run import dry_run
@@ -147,9 +147,9 @@ class Preconditioner:
         """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.
 
         Args:
-            args, kwargs: a batch as the model takes it. A forward and backward of it find the shapes, and one of
-                ordinary autograd the time of SGD; gradients, buffers and random numbers stay as they are. Without
-                arguments the plan is that of the last backward.
+            args, kwargs: a batch as the model takes it. A forward and backward of it find the shapes; others, some that
+                write the direction and some of ordinary autograd, are timed. Gradients, `stats`, buffers and random
+                numbers stay as they are. Without arguments the plan is that of the last backward.
 
         Raises:
             RuntimeError: without arguments before the first backward, or while nothing is recorded.
@@ -169,8 +169,22 @@ class Preconditioner:
             dry_run(self.model, args, kwargs, times=1)
         finally:
             self._is_dry = False
+        choices = self._choices
+        with self._rehearsed():
+            rgd_seconds = dry_run(self.model, args, kwargs, times=3)
         with self.paused():
-            return plan_of(self._choices, dry_run(self.model, args, kwargs, times=3))
+            return plan_of(choices, rgd_seconds, dry_run(self.model, args, kwargs, times=3))
+
+    @contextmanager
+    def _rehearsed(self) -> Iterator[None]:
+        """Backwards write directions, but nothing is remembered of them, and a policy of the user's is not asked."""
+        saved = self.stats, self._policy, self._largest, self._union
+        self._policy = Spectral() if needs_gram(self._policy, self._inverse, self._largest) else Fixed(0)
+        self._largest = self._union = None
+        try:
+            yield
+        finally:
+            self.stats, self._policy, self._largest, self._union = saved
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
