@@ -69,7 +69,9 @@ def _add_plan(commands) -> None:
     )
     parser.add_argument("--inverse", choices=["weak-field", "exact"], default="weak-field", help="default: %(default)s")
     parser.add_argument("--batch-norm", choices=["error", "contribution"], default="error", help="default: %(default)s")
-    parser.add_argument("--memory-budget", type=_positive, metavar="BYTES", help="default: what each layer is given, times three")
+    parser.add_argument(
+        "--memory-budget", type=float, metavar="BYTES", help="inf for no limit (default: by what each layer is given)"
+    )
     parser.set_defaults(run=_plan)
 
 

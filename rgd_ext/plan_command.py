@@ -14,7 +14,7 @@ from .metric import Policy
 
 
 def plan(
-    model: str, data: str | None, epsilon: Policy, inverse: str, batch_norm: str, memory_budget: int | None
+    model: str, data: str | None, epsilon: Policy, inverse: str, batch_norm: str, memory_budget: float | None
 ) -> Plan:
     """The plan for a batch.
 

@@ -105,7 +105,8 @@ class Planner:
         if len(ways) == 1:
             return choice
         if self.budget is None:
-            choice.choose(choice.fastest(_SHARE * choice.plain.held), "fastest in little memory")
+            way = choice.fastest(_SHARE * choice.plain.held)
+            choice.choose(way, "fastest" if way == choice.fastest() else "fastest in little memory")
         elif self.budget == math.inf:
             choice.choose(choice.fastest(), "fastest")
         else:
@@ -136,7 +137,7 @@ def fit(choices: Iterable[Choice], budget: float) -> None:
     least = sum(choice.ways[choice.smallest].held for choice in choices)
     if least > budget:
         raise ValueError(
-            f"memory_budget is {budget} bytes, but the smallest ways of this model and batch take {least}: pass at"
+            f"memory_budget is {budget:.0f} bytes, but the smallest ways of this model and batch take {least}: pass at"
             f" least memory_budget={least}, or a smaller batch"
         )
     for choice in choices:
