@@ -35,21 +35,24 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
 
 @contextmanager
 def limited_memory(share: float = 0.8) -> Iterator[None]:
-    """Within, the process gets this share of the machine's free memory (on Linux).
+    """Within, the process gets this share of the machine's free memory beside its own (on Linux).
 
     So what wants more raises RuntimeError, instead of having the whole benchmark killed.
     """
-    information = Path("/proc/meminfo")
-    if not information.exists():
+    if not Path("/proc/meminfo").exists():
         yield
         return
     import resource
 
-    lines = dict(line.split(":") for line in information.read_text().splitlines())
-    free = 1024 * int(lines["MemAvailable"].split()[0])
+    free, own = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmData")
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (int(share * free), before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(own + share * free), before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _kibibytes(path: str, name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+    return int(lines[name].split()[0])
