@@ -64,7 +64,7 @@ def of_ghost(batch_size: int, length: int, n: int, m: int, size: int) -> Cost:
 
 @cache
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Rates of a device, measured once (some 50 ms) and kept in a file, so that later runs choose the same ways.
+    """Rates of a device, measured once (some 70 ms) and kept in a file, so that later runs choose the same ways.
 
     The file is rgd_ext/rates.json in the user's folder for caches, `$XDG_CACHE_HOME` or ~/.cache.
     """
