@@ -263,9 +263,7 @@ class DiffusionMatrix:
             )
         if len(values) == 0:
             return 0
-        order = min(self.num_samples, self._dim)
-        noise = torch.maximum(order * values[0], self._moments["largest"])
-        return int((values > self._ulp * noise).sum())
+        return int(reference.rank(values, min(self.num_samples, self._dim), self._moments["largest"], self._ulp))
 
     def to_dense(self) -> Tensor:
         """D as a tensor (d, d).

@@ -82,8 +82,7 @@ class Stats:
         if self.eigenvalues is None:
             return None
         largest = (self.squared_grad_norm + 2 * self.alignments + self.squared_norms).max()  # |g_i|^2
-        noise = torch.maximum(self.batch_size * self.eigenvalues[-1], largest)
-        return (self.eigenvalues[1:] > self.ulp * noise).sum()
+        return reference.rank(self.eigenvalues, self.batch_size, largest, self.ulp).clamp(max=self.batch_size - 1)
 
     @cached_property
     def direction_norm(self) -> Tensor:

@@ -115,6 +115,11 @@ def eigenvalues(matrix: Tensor) -> Tensor:
     return torch.where(finite, found, torch.nan).to(matrix.dtype)
 
 
+def rank(eigenvalues: Tensor, size: int, largest: Tensor, ulp: float) -> Tensor:
+    """How many eigenvalues of D, of a matrix of `size`, are above its rounding; `largest` is the largest |g_i|^2."""
+    return (eigenvalues > ulp * torch.maximum(size * eigenvalues.max(), largest)).sum()
+
+
 def largest_eigenvalue(matrix: Tensor) -> Tensor:
     """lambda_max of a symmetric positive semi-definite matrix."""
     return eigenvalues(matrix)[-1].clone()

@@ -12,7 +12,7 @@ from .. import reference
 from ..reference import Geometry, accumulate_dtype
 from .cost import Cost, of_ghost, of_gradients
 from .factors import Blockwise, Dense, Factor, Ghost
-from .workspace import Empty, fresh
+from .workspace import Empty, Workspace, fresh
 
 # The fewest output channels to form gradients of at a time. Measured: with 8 of 256 that takes three times as long.
 _CHANNELS = 32
@@ -94,10 +94,10 @@ class Convolution(Blockwise):
         dtype = accumulate_dtype(self.output_grads.dtype)
         output_grads, inputs = self.output_grads.to(dtype), self.inputs.to(dtype)
         each = self.batch_size * self.shape[1:].numel()
-        channels = max(_CHANNELS, self._BLOCK // each)
-        memory = inputs.new_empty(min(channels, self.shape[0]) * each)
+        channels, workspace = max(_CHANNELS, self._BLOCK // each), Workspace()
         for some in output_grads.split(channels, 1):
-            yield self._formed(some, inputs, lambda shape, like: memory[: torch.Size(shape).numel()].view(shape))
+            workspace.restart()
+            yield self._formed(some, inputs, workspace.empty)
 
     def align(self, vector: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel) - 1]

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
@@ -96,9 +96,11 @@ def _name(device: torch.device) -> str:
     return f"{platform.machine()} {capability}, {threads} threads"
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def now(devices: Iterable[torch.device]) -> float:
+    """The clock, in seconds, once `devices` have done what they were given."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -107,10 +109,10 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Rates:
     # torch.utils.benchmark would bring setuptools and torch's search for nvcc, with its warnings, into every program.
     def seconds(call: Callable, *inputs, **options) -> float:
         def timed() -> float:
-            start = _now(device)
+            start = now([device])
             for _ in range(2):
                 call(*inputs, **options)
-            return (_now(device) - start) / 2
+            return (now([device]) - start) / 2
 
         return min(timed() for _ in range(5))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from .batch import tensors_in
+from .cost import now
 
 
 @contextmanager
@@ -47,13 +47,9 @@ def dry_run(model: nn.Module, args: tuple, kwargs: dict, times: int) -> float:
 def _seconds(model: nn.Module, args: tuple, kwargs: dict, parameters: list[nn.Parameter], devices: set) -> float:
     for parameter in parameters:
         parameter.grad = None
-    for device in devices:
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = now(devices)
     outputs = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
     if not outputs:
         raise ValueError("no output of the model depends on its trainable parameters: there is nothing to plan")
     torch.autograd.backward([output.sum() for output in outputs], inputs=parameters)
-    for device in devices:
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return now(devices) - begin

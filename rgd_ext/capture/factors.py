@@ -17,7 +17,7 @@ from .. import ops
 from ..gradients import squared_norm
 from ..reference import accumulate_dtype
 from .cost import Cost, of_ghost, of_gradients
-from .workspace import Empty, fresh
+from .workspace import Empty, Workspace, fresh
 
 # |h|^2 of the mean h, and <h_i - h, h> and |h_i - h|^2, (B,).
 Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -248,10 +248,11 @@ class Outer(Blockwise):
     def blocks(self) -> Iterator[Tensor]:
         inputs, output_grads = self._operands()
         rows = max(1, self._BLOCK // (self.batch_size * inputs.shape[2]))
-        memory = inputs.new_empty(self.batch_size * min(rows, output_grads.shape[2]) * inputs.shape[2])
+        workspace = Workspace()
         for some in output_grads.split(rows, 2):
-            shape = self.batch_size, some.shape[2], inputs.shape[2]
-            yield torch.bmm(some.mT, inputs, out=memory[: torch.Size(shape).numel()].view(shape))
+            workspace.restart()
+            out = workspace.empty((self.batch_size, some.shape[2], inputs.shape[2]), inputs)
+            yield torch.bmm(some.mT, inputs, out=out)
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()

@@ -401,8 +401,8 @@ def precondition(
             the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
-            a layer take three times what its inputs and output gradients take, and
-            `math.inf` as much as the fastest way takes.
+            a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
+            way takes.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.

@@ -17,7 +17,7 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 class Workspace:
-    """Memory on the CPU that one backward after the other uses.
+    """Memory on the CPU that one backward, or one block of gradients, after the other uses.
 
     The allocator gives large blocks back to the system, and has every page of new ones filled with zeros on first use;
     measured, that takes longer than writing the gradients. On CUDA PyTorch keeps its blocks itself.
