@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id
+from torch._C import _current_graph_task_id, _will_engine_execute_node
 
+from .._binary import _C
 from .factors import Factor
 
 if TYPE_CHECKING:
@@ -17,21 +18,49 @@ if TYPE_CHECKING:
 
 # (inputs, output gradient), batch first and in the dtype of the parameters -> contributions by parameter name.
 BoundRule = Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
-# Of an autograd node, to the nodes that accumulate the gradients of its parameters.
-Edges: TypeAlias = tuple[tuple[torch.autograd.graph.Node, int], ...]
+# Which of a record's parameters the backward under way accumulates gradients of; None if it was asked to return one.
+Wanted: TypeAlias = Sequence[bool] | None
 
 
 class Record:
     """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    __slots__ = ("batch_size", "capture", "inside", "name", "parameters")
+    __slots__ = ("batch_size", "capture", "inside", "name", "parameters", "rule")
 
     def __init__(
-        self, capture: Preconditioner, name: str, parameters: dict[str, nn.Parameter], batch_size: int
+        self,
+        capture: Preconditioner,
+        name: str,
+        parameters: dict[str, nn.Parameter],
+        batch_size: int,
+        rule: BoundRule | None = None,
     ) -> None:
         self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
+        self.rule = rule
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
         self.inside = _current_graph_task_id()
+
+    def receive(self, inputs: Sequence[Tensor], grad: Tensor, wanted: Wanted) -> Tensor:
+        """Called in the backward of a layer that was watched; returns the gradient to pass on."""
+        self.capture.receive(self, wanted, partial(self._contributions, inputs, grad))
+        if torch.is_grad_enabled():
+            return _Differentiated.apply(self.capture, grad, *self.parameters.values())
+        return grad
+
+    def _contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
+        # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
+        dtype = next(iter(self.parameters.values())).dtype
+        found = self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
+        if not found.keys() >= self.parameters.keys():
+            raise RuntimeError(
+                f"the rule for '{self.name}' returned contributions for {sorted(found)}, but its trainable"
+                f" parameters are {sorted(self.parameters)}: return one (B, *shape) tensor for each"
+            )
+        return found
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
 
 
 def spread(use: Record) -> dict[str, Tensor]:
@@ -39,9 +68,9 @@ def spread(use: Record) -> dict[str, Tensor]:
     return dict(zip(use.parameters, _Spread.apply(use, *use.parameters.values()), strict=True))
 
 
-def watch(use: Record, rule: BoundRule, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `rule`."""
-    return _apply(use, rule, output, inputs, *use.parameters.values())
+def watch(use: Record, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `use`."""
+    return _watch(use, output, inputs, tuple(use.parameters.values()))
 
 
 class _Spread(torch.autograd.Function):
@@ -55,8 +84,8 @@ class _Spread(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         record = ctx.record
         contributions = dict(zip(record.parameters, grads, strict=True))
-        edges = ctx.next_functions
-        record.capture.receive(record, edges, lambda: {k: g for k, g in contributions.items() if g is not None})
+        wanted = _will_accumulate(ctx.next_functions)
+        record.capture.receive(record, wanted, lambda: {k: g for k, g in contributions.items() if g is not None})
         return None, *[None] * len(grads)
 
 
@@ -68,8 +97,8 @@ class _Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, record: Record, rule: BoundRule, output: Tensor, inputs: tuple[Tensor, ...], *parameters: Tensor):
-        ctx.record, ctx.rule = record, rule
+    def forward(ctx, record: Record, output: Tensor, inputs: tuple[Tensor, ...], *parameters: Tensor):
+        ctx.record = record
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
         return output.detach()
@@ -77,33 +106,28 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None):
         record = ctx.record
-        parameters = record.parameters
+        count = len(record.parameters)
         if grad is not None:
-            edges = ctx.next_functions[-len(parameters) :]
-            record.capture.receive(record, edges, partial(_contributions, record, ctx, grad))
-            if torch.is_grad_enabled():
-                grad = _Differentiated.apply(record.capture, grad, *parameters.values())
-        return None, None, grad, None, *[None] * len(parameters)
+            wanted = _will_accumulate(ctx.next_functions[-count:])
+            grad = record.receive(ctx.saved_tensors if wanted is None or any(wanted) else (), grad, wanted)
+        return None, grad, None, *[None] * count
 
 
-# What torch.autograd.Function.apply adds to its base's, at a price, is for torch.func, under which nothing is recorded.
-_apply = super(torch.autograd.Function, _Watch).apply
+def _watch_in_python(
+    record: Record, output: Tensor, inputs: tuple[Tensor, ...], parameters: tuple[nn.Parameter, ...]
+) -> Tensor:
+    return _Watch.apply(record, output, inputs, *parameters)
 
 
-def _contributions(record: Record, ctx, grad: Tensor) -> dict[str, Tensor | Factor]:
-    # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
-    dtype = next(iter(record.parameters.values())).dtype
-    found = ctx.rule(tuple([_cast(x, dtype) for x in ctx.saved_tensors]), _cast(grad, dtype))
-    if not found.keys() >= record.parameters.keys():
-        raise RuntimeError(
-            f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable"
-            f" parameters are {sorted(record.parameters)}: return one (B, *shape) tensor for each"
-        )
-    return found
+_watch = _watch_in_python if _C is None else _C.watch
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
+def _will_accumulate(edges: Sequence[tuple[torch.autograd.graph.Node, int]]) -> Wanted:
+    """Of the edges of a node to the gradients of parameters."""
+    try:
+        return [_will_engine_execute_node(node) for node, _ in edges]
+    except RuntimeError:  # for leaves whose gradient torch.autograd.grad was asked to return
+        return None
 
 
 class _Differentiated(torch.autograd.Function):
@@ -117,5 +141,5 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         edges = ctx.next_functions[1:]
-        ctx.capture.refuse_second_derivative(edges)
+        ctx.capture.refuse_second_derivative(_will_accumulate(edges))
         return None, grad, *[None] * len(edges)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id, _functorch, _will_engine_execute_node
+from torch._C import _current_graph_task_id, _functorch
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
@@ -20,7 +20,7 @@ from .dry_run import dry_run
 from .embedding import Rows
 from .factors import Dense, Factor, Outer
 from .install import check_model, taps_for
-from .nodes import Edges, Record
+from .nodes import Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
 from .shared import Shared
@@ -31,6 +31,10 @@ SECOND_DERIVATIVE = (
     "create_graph=True through a captured model: directions have no derivative, and the gradient of a gradient does not"
     " reach the parameters. Run the forward and the backward, or the whole gradient penalty, under"
     " `with handle.paused():`"
+)
+RETURNED_GRADIENT = (
+    "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
+    " and torch.autograd.grad under `with handle.paused():`"
 )
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
@@ -247,10 +251,12 @@ class Preconditioner:
             " backward of its own under `with handle.paused():`"
         )
 
-    def receive(self, record: Record, edges: Edges, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
-        """Called in a backward with one record's contributions; `edges` lead to its parameters' gradients."""
-        wanted = list(compress(record.parameters, _will_accumulate(edges)))
-        if not wanted:
+    def receive(self, record: Record, wanted: Wanted, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
+        """Called in a backward with one record's contributions."""
+        if wanted is None:
+            raise RuntimeError(RETURNED_GRADIENT)
+        names = list(compress(record.parameters, wanted))
+        if not names:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_DERIVATIVE)
@@ -273,8 +279,8 @@ class Preconditioner:
                 f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
                 " direction from all"
             )
-        with _full_precision(record.parameters[wanted[0]].device):
-            self._keep(record, wanted, contributions())
+        with _full_precision(record.parameters[names[0]].device):
+            self._keep(record, names, contributions())
 
     def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:
         for name in names:
@@ -291,9 +297,9 @@ class Preconditioner:
             return factor
         return self._planner.settle(name, factor, self._with_gram, fresh if is_collected else self._workspace.empty)
 
-    def refuse_second_derivative(self, edges: Edges) -> None:
+    def refuse_second_derivative(self, wanted: Wanted) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
-        if any(_will_accumulate(edges)):
+        if wanted is None or any(wanted):
             raise RuntimeError(SECOND_DERIVATIVE)
 
     def _begin(self, task: int, batch_size: int) -> None:
@@ -332,18 +338,6 @@ class Preconditioner:
                 parameter.grad = step
             else:
                 parameter.grad += step
-
-
-def _will_accumulate(edges: Edges) -> list[bool]:
-    """Whether the backward under way accumulates gradients of the parameters that `edges` lead to."""
-    try:
-        return [_will_engine_execute_node(node) for node, _ in edges]
-    except RuntimeError:
-        # Raised for leaves whose gradient torch.autograd.grad was asked to return.
-        raise RuntimeError(
-            "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed."
-            " Run the forward and torch.autograd.grad under `with handle.paused():`"
-        ) from None
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

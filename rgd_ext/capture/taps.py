@@ -138,7 +138,7 @@ class Tap(Released):
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(Record(self.capture, self.name, parameters, batch_size), rule, output, inputs)
+        return watch(Record(self.capture, self.name, parameters, batch_size, rule), output, inputs)
 
 
 class Container(Tap):

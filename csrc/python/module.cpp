@@ -1,10 +1,12 @@
-// The Python module rgd_ext._C. Importing it loads the kernels that the other files register with the dispatcher; it
-// holds no tensor code itself, because functions bound by pybind11 break the graphs of torch.compile.
+// The Python module rgd_ext._C. Importing it loads the kernels that the other files register with the dispatcher.
+// Functions bound by pybind11 break the graphs of torch.compile: only what runs eagerly anyhow is bound here.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
 #include <string>
+
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -39,4 +41,5 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of rgd_ext.";
   m.def("build_info", &build_info, "What this binary was built with: cuda, architectures, torch, compiler.");
+  rgd_ext::bind_watch(m);
 }
