@@ -1,3 +1,4 @@
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
@@ -14,11 +15,13 @@ std::vector<at::Tensor> ghost_combine(at::TensorList inputs, at::TensorList outp
                                       const at::Tensor& weights) {
   check_layers(inputs, output_grads, biases);
   const at::Tensor& first = output_grads[0];
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == first.size(0) &&
-                        weights.scalar_type() == first.scalar_type() && weights.device() == first.device(),
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == first.size(0) && weights.is_floating_point() &&
+                        weights.device() == first.device(),
                     "weights has shape ", weights.sizes(), " and is ", weights.scalar_type(), " on ", weights.device(),
-                    ": pass ", first.size(0), " weights in ", first.scalar_type(), " on ", first.device());
-  const at::Tensor column = weights.unsqueeze(1);
+                    ": pass ", first.size(0), " floating-point weights on ", first.device());
+  // Nothing here is differentiated: small models pay for every operator that looks whether it is.
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const at::Tensor column = weights.to(first.scalar_type()).unsqueeze(1);
   std::vector<at::Tensor> results;
   results.reserve(2 * inputs.size());
   for (size_t layer = 0; layer < inputs.size(); ++layer) {

@@ -348,7 +348,10 @@ def _chosen_epsilon(policy: Policy, stats: Stats) -> Tensor:
         return stats.alignments.new_full((), epsilon)  # made on the device: nothing to wait for
     if epsilon.numel() != 1:
         raise ValueError(f"the policy {policy!r} returned a tensor of shape {tuple(epsilon.shape)}: return a scalar")
-    return epsilon.to(stats.alignments).reshape(())
+    like = stats.alignments
+    if epsilon.shape == () and epsilon.dtype == like.dtype and epsilon.device == like.device:
+        return epsilon
+    return epsilon.to(like).reshape(())
 
 
 @torch.no_grad()

@@ -266,22 +266,22 @@ def ghost_combine(inputs: Tensors, output_grads: Tensors, biases: Sequence[bool]
 
     Args:
         inputs, output_grads, biases: of each layer, as `ghost_gram` takes them.
-        weights: w, shape (B,), of their dtype and device.
+        weights: w, shape (B,), on their device.
 
     Returns:
         For each layer sum_i w_i e_i, (m_l,), where it has a bias, and then sum_i w_i e_i a_i^T, (m_l, n_l), where n_l
         is not 0.
 
     Raises:
-        ValueError, TypeError: as `ghost_gram`; ValueError if `weights` is not of shape (B,), of another dtype or on
+        ValueError, TypeError: as `ghost_gram`; ValueError if `weights` is not of shape (B,), holds no floats or is on
             another device.
     """
     layers = _checked_layers(inputs, output_grads, biases)
     grad = layers[1][0]
-    if weights.shape != grad.shape[:1] or weights.dtype != grad.dtype or weights.device != grad.device:
+    if weights.shape != grad.shape[:1] or not weights.is_floating_point() or weights.device != grad.device:
         raise ValueError(
             f"weights has shape {tuple(weights.shape)} and is {weights.dtype} on {weights.device}: pass"
-            f" {grad.shape[0]} weights in {grad.dtype} on {grad.device}"
+            f" {grad.shape[0]} floating-point weights on {grad.device}"
         )
     return torch.ops.rgd_ext.ghost_combine(*layers, biases, weights)
 

@@ -82,7 +82,7 @@ def ghost_combine(
     """For each layer sum_i w_i e_i if it has a bias, and sum_i w_i e_i a_i^T if it has inputs."""
     results = []
     for a, e, bias in zip(inputs, output_grads, biases, strict=True):
-        weighted = e * weights[:, None]
+        weighted = e * weights[:, None].to(e.dtype)
         # The bias first: the product drives from the caches what the two share.
         results += [weighted.sum(0)] if bias else []
         results += [weighted.T @ a] if a.shape[1] else []

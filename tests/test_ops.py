@@ -116,7 +116,7 @@ def test_ghost_gram_is_the_gramian_of_explicit_gradients(name, dtype, device):
 @pytest.mark.parametrize("name", LAYERS)
 def test_ghost_combine_is_the_combination_of_explicit_gradients(name, dtype, device):
     inputs, output_grads, biases = sample_layers(name, dtype, device)
-    weights = torch.randn(len(inputs[0]), generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    weights = torch.randn(len(inputs[0]), generator=torch.Generator().manual_seed(1)).to(device)
     found = iter(ops.ghost_combine(inputs, output_grads, biases, weights))
     for a, e, bias in zip(inputs, output_grads, biases, strict=True):
         weighted = weights.double()[:, None] * e.double()
@@ -660,7 +660,7 @@ BAD = {
     "layers": (lambda: ops.ghost_gram([G], [G, G], [True]), ValueError, "1 inputs, 2 output gradients and 1 biases"),
     "biases": (lambda: ops.ghost_gram([G], [G], []), ValueError, "0 biases"),
     "weights of layers": (lambda: ops.ghost_combine([G], [G], [True], S), ValueError, r"weights has shape \(\).* 3 "),
-    "dtype of weights": (lambda: ops.ghost_combine([G], [G], [True], G[:, 0].double()), ValueError, "torch.float64"),
+    "integer weights": (lambda: ops.ghost_combine([G], [G], [True], G[:, 0].long()), ValueError, "torch.int64"),
     "combined layers": (lambda: ops.ghost_combine([G], [G, G], [True], G[:, 0]), ValueError, "1 inputs, 2 output"),
     "layer of sequences": (lambda: ops.ghost_gram([G[None]], [G[None]], [True]), ValueError, r"\(1, 3, 4\)"),
     "layer of other dtype": (lambda: ops.ghost_gram([G.double()], [G], [True]), TypeError, "disagree"),

@@ -69,9 +69,11 @@ class Batch:
     model: nn.Module | None = None
 
     @classmethod
-    def of(cls, inputs: object, model: nn.Module | None = None) -> Batch:
+    def of(cls, args: tuple, kwargs: dict, model: nn.Module | None = None) -> Batch:
         """The batch in the arguments of a model: dimension 0 of the first tensor that has dimensions."""
-        tensors = [t for t in tensors_in(inputs) if t.ndim > 0]
+        # One tensor, nearly always, needs no search.
+        found = args if len(args) == 1 and type(args[0]) is Tensor and not kwargs else tensors_in((args, kwargs))
+        tensors = [t for t in found if t.ndim > 0]
         size = tensors[0].shape[0] if tensors else None
         return cls(size, frozenset(storage(t) for t in tensors if t.shape[0] == size), model)
 

@@ -44,8 +44,9 @@ class CapturedGradients:
             if isinstance(factor, Dense):
                 self._dense.setdefault(_kind(factor.contributions), []).append(index)
             elif isinstance(factor, Outer) and factor.is_single:
-                weights[factor] = _Single(factor.output_grads[:, 0], factor.inputs[:, 0], factor.shape, weight=index)
-                self._singles.setdefault(_kind(factor.output_grads), []).append(weights[factor])
+                inputs, output_grads = factor.rows()
+                weights[factor] = _Single(output_grads, inputs, factor.shape, weight=index)
+                self._singles.setdefault(_kind(output_grads), []).append(weights[factor])
             elif isinstance(factor, Bias) and factor.weight in weights:
                 weights[factor.weight].bias = index
             elif isinstance(factor, Bias):
@@ -107,13 +108,14 @@ class CapturedGradients:
         for indices, group in zip(self._dense.values(), self._groups(), strict=True):
             result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
         for layers in self._singles.values():
-            converted = weights.to(layers[0].output_grads)
-            combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), converted))
+            there = weights.to(layers[0].output_grads.device)
+            combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), there))
             for layer in layers:
                 if layer.bias is not None:
                     result[layer.bias] = next(combined)
                 if layer.weight is not None:
-                    result[layer.weight] = next(combined).view(layer.shape)
+                    weight = next(combined)
+                    result[layer.weight] = weight if weight.shape == layer.shape else weight.view(layer.shape)
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))

@@ -183,13 +183,23 @@ class Outer(Blockwise):
     """h_i = sum_t e_it a_it^T viewed as `shape`: every weight that multiplies T vectors of each sample.
 
     Args:
-        inputs: A, (B, T, n).
-        output_grads: E, (B, T, m).
+        inputs: A, (B, T, n), or (B, n) for T = 1.
+        output_grads: E, (B, T, m), or (B, m).
         shape: of the parameter, m n elements.
     """
 
     def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
-        self.inputs, self.output_grads, self.shape = inputs, output_grads, shape
+        self._inputs, self._output_grads, self.shape = inputs, output_grads, shape
+
+    @property
+    def inputs(self) -> Tensor:
+        """A, (B, T, n)."""
+        return self._inputs if self._inputs.ndim == 3 else self._inputs[:, None]
+
+    @property
+    def output_grads(self) -> Tensor:
+        """E, (B, T, m)."""
+        return self._output_grads if self._output_grads.ndim == 3 else self._output_grads[:, None]
 
     @property
     def why(self) -> str:
@@ -197,16 +207,22 @@ class Outer(Blockwise):
 
     @property
     def batch_size(self) -> int:
-        return self.inputs.shape[0]
+        return self._inputs.shape[0]
 
     @property
     def is_single(self) -> bool:
         """Whether T = 1."""
-        return self.inputs.shape[1] == 1
+        return self._inputs.ndim == 2 or self._inputs.shape[1] == 1
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """A as (B, n) and E as (B, m), for T = 1."""
+        if self._inputs.ndim == 2:
+            return self._inputs, self._output_grads
+        return self._inputs[:, 0], self._output_grads[:, 0]
 
     @property
     def signature(self) -> tuple:
-        return self.inputs.shape, self.output_grads.shape
+        return self._inputs.shape, self._output_grads.shape
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         batch_size, length, n = self.inputs.shape
@@ -296,7 +312,11 @@ class Bias:
     why = "with its weight"
 
     def __init__(self, weight: Outer) -> None:
-        self.weight, self.output_grads = weight, weight.output_grads
+        self.weight = weight
+
+    @property
+    def output_grads(self) -> Tensor:
+        return self.weight.output_grads
 
     @property
     def example(self) -> Tensor:
@@ -304,11 +324,11 @@ class Bias:
 
     @property
     def batch_size(self) -> int:
-        return self.output_grads.shape[0]
+        return self.weight.batch_size
 
     @property
     def signature(self) -> tuple:
-        return (self.output_grads.shape,)
+        return self.weight.signature
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         batch_size, length, m = self.output_grads.shape
@@ -336,4 +356,4 @@ class Bias:
         return weights @ self.dense()
 
     def dense(self) -> Tensor:
-        return self.output_grads[:, 0] if self.output_grads.shape[1] == 1 else self.output_grads.sum(1)
+        return self.weight.rows()[1] if self.weight.is_single else self.output_grads.sum(1)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id, _functorch
+from torch._C import _current_graph_task_id, _functorch, _is_any_autocast_enabled
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
@@ -36,6 +36,7 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
+_AS_IT_IS = nullcontext()
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -198,7 +199,7 @@ class Preconditioner:
 
     def call(self, forward: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
         """A call of the model, or of a part of it."""
-        self.batch = Batch.of((args, kwargs), self.model)
+        self.batch = Batch.of(args, kwargs, self.model)
         try:
             output = forward(args, kwargs)
         finally:
@@ -260,18 +261,9 @@ class Preconditioner:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_DERIVATIVE)
-        if self._pauses or self._removed:
-            raise RuntimeError(
-                f"the forward of '{record.name}' was recorded, but its backward runs"
-                f" {'after handle.remove()' if self._removed else 'under handle.paused()'}: put both on one side"
-            )
-        if record.inside != -1:
-            raise RuntimeError(
-                f"the forward of '{record.name}' ran inside a backward: re-entrant checkpointing hides when a backward"
-                " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
         task = _current_graph_task_id()
-        if task != self._task:
+        if task != self._task or record.inside != -1:
+            self._check_place(record)
             self._begin(task, record.batch_size)
         if record.batch_size != self._size:
             raise ValueError(
@@ -282,13 +274,27 @@ class Preconditioner:
         with _full_precision(record.parameters[names[0]].device):
             self._keep(record, names, contributions())
 
+    def _check_place(self, record: Record) -> None:
+        if self._pauses or self._removed:
+            raise RuntimeError(
+                f"the forward of '{record.name}' was recorded, but its backward runs"
+                f" {'after handle.remove()' if self._removed else 'under handle.paused()'}: put both on one side"
+            )
+        if record.inside != -1:
+            raise RuntimeError(
+                f"the forward of '{record.name}' ran inside a backward: re-entrant checkpointing hides when a backward"
+                " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+
     def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:
         for name in names:
-            if name in factors:
-                parameter, factor = record.parameters[name], factors[name]
-                if isinstance(factor, Tensor):
-                    factor = _checked(factor, name, record)
-                self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+            factor = factors.get(name)
+            if factor is None:  # a parameter that took no part
+                continue
+            if isinstance(factor, Tensor):
+                factor = _checked(factor, name, record)
+            parameter = record.parameters[name]
+            self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name, is_collected = self._names.get(parameter, "?"), self._union is not None
@@ -342,8 +348,9 @@ class Preconditioner:
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
-    is_on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+    if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device.type):
+        return _AS_IT_IS
+    return torch.autocast(device.type, enabled=False)
 
 
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:

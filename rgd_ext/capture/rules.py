@@ -93,9 +93,9 @@ def linear(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -
 
 def outer(x: Tensor, output_grad: Tensor, weight: str, bias: str) -> dict[str, Tensor | Factor]:
     """`linear` under other names, for layers made of several products."""
-    x, output_grad = _sequences(x), _sequences(output_grad)
-    shape = torch.Size((output_grad.shape[-1], x.shape[-1]))
-    factor = Outer(x, output_grad, shape)
+    if x.ndim > 3:
+        x, output_grad = x.flatten(1, -2), output_grad.flatten(1, -2)
+    factor = Outer(x, output_grad, torch.Size((output_grad.shape[-1], x.shape[-1])))
     return {weight: factor, bias: Bias(factor)}
 
 

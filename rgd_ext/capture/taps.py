@@ -145,7 +145,7 @@ class Container(Tap):
     """A module with parameters of its own and children with theirs: its own are shared by the samples."""
 
     def record(self, batch, parameters, args, kwargs):
-        size = batch.size or Batch.of((args, kwargs)).size
+        size = batch.size or Batch.of(args, kwargs).size
         if size is None:
             raise ValueError(
                 f"module '{self.name}' uses its own parameters but was called without a tensor, so the batch size is"

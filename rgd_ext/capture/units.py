@@ -29,7 +29,7 @@ class Unit(Tap):
 
     def record(self, batch, parameters, args, kwargs):
         if batch.size is None:
-            batch = Batch.of((args, kwargs))
+            batch = Batch.of(args, kwargs)
         plain = self._plain_output(args, kwargs)
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
