@@ -50,7 +50,7 @@ void block_products(const at::Tensor& matrix, const Block& block, accumulate_t<S
     };
     const auto left = widened(tile(block.begin, block.end), scratch);
     if (block.on_diagonal())
-      rows.gram(left, products.data());
+      rows.gram(left, Tile<S>{nullptr, 0, 0, 0}, products.data());
     else
       rows.cross_gram(left, widened(tile(block.other, block.other_end), scratch + kBlock * kColumns), products.data());
   }

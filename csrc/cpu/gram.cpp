@@ -9,8 +9,8 @@
 namespace rgd_ext::cpu {
 namespace {
 
-// Read B / 6 times from L2, while six rows of it stay in L1.
-constexpr TileShape kGramTile{1 << 20, 1024};
+// Read B / 6 times from L2, where the next one arrives meanwhile, while six rows of it stay in L1.
+constexpr TileShape kGramTile{512 << 10, 1024};
 
 template <typename S>
 void gram_kernel(const Work& work, double* partials) {
@@ -19,10 +19,13 @@ void gram_kernel(const Work& work, double* partials) {
   const int64_t scratch_size = std::is_same_v<S, T> ? 0 : batch_size * padded_columns(work.max_columns());
   at::parallel_for(0, work.chunks(), 1, [&](int64_t begin, int64_t end) {
     const Scratch<T> scratch(scratch_size);
+    const Columns* last = &work.chunk(end - 1).back();
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      for (const Columns& columns : work.chunk(chunk))
-        row_kernels<S>().gram(widened(work.tile<S>(columns), scratch.data()),
+      for (const Columns& columns : work.chunk(chunk)) {
+        const Tile<S> next = &columns == last ? Tile<S>{nullptr, 0, 0, 0} : work.tile<S>(*(&columns + 1));
+        row_kernels<S>().gram(widened(work.tile<S>(columns), scratch.data()), next,
                               partials + chunk * batch_size * batch_size);
+      }
     }
   });
 }

@@ -213,28 +213,54 @@ void products(const Tile<S>& tile, const T* vector, double* products) {
     multiply<1, 1>(tile.data + i * tile.stride, tile.stride, vector, 0, tile.columns, products + i, 1);
 }
 
+// The cache lines of a tile, some of which are fetched to L2 with every call: many at once would have to wait.
+template <typename S>
+struct Lines {
+  static constexpr int64_t kLine = 64 / sizeof(S);
+  const Tile<S>& tile;
+  int64_t some, row = 0, c = 0;
+
+  // In about `calls` calls.
+  Lines(const Tile<S>& tile, int64_t calls)
+      : tile(tile), some(1 + tile.rows * (tile.columns / kLine + 1) / std::max<int64_t>(calls, 1)) {}
+
+  __attribute__((always_inline)) inline void fetch_some() {
+    for (int64_t n = 0; n < some && row < tile.rows; ++n) {
+      __builtin_prefetch(tile.data + row * tile.stride + c, 0, 2);
+      c += kLine;
+      if (c >= tile.columns) {
+        c = 0;
+        ++row;
+      }
+    }
+  }
+};
+
 // Blocks on and below the diagonal; a block on it also writes some of what is above.
-template <int R, typename T>
-void gram_rows(const Tile<T>& tile, int64_t i, double* gram) {
+template <int R, typename S, typename T>
+void gram_rows(const Tile<T>& tile, int64_t i, Lines<S>& next, double* gram) {
   constexpr int C = kGramColumns;
   const T* rows = tile.data + i * tile.stride;
   double* out = gram + i * tile.rows;
   int64_t j = 0;
-  for (; j < i + R && j + C <= tile.rows; j += C)
+  for (; j < i + R && j + C <= tile.rows; j += C) {
+    next.fetch_some();
     multiply<R, C>(rows, tile.stride, tile.data + j * tile.stride, tile.stride, tile.columns, out + j, tile.rows);
+  }
   for (; j < i + R; ++j)
     multiply<R, 1>(rows, tile.stride, tile.data + j * tile.stride, tile.stride, tile.columns, out + j, tile.rows);
 }
 
-template <int R, typename T>
-void gram_from(const Tile<T>& tile, int64_t i, double* gram) {
-  for (; i + R <= tile.rows; i += R) gram_rows<R>(tile, i, gram);
-  if constexpr (R > 1) gram_from<(R > 2 ? R - 2 : 1)>(tile, i, gram);
+template <int R, typename S, typename T>
+void gram_from(const Tile<T>& tile, int64_t i, Lines<S>& next, double* gram) {
+  for (; i + R <= tile.rows; i += R) gram_rows<R>(tile, i, next, gram);
+  if constexpr (R > 1) gram_from<(R > 2 ? R - 2 : 1)>(tile, i, next, gram);
 }
 
-template <typename T>
-void gram(const Tile<T>& tile, double* gram) {
-  gram_from<kGramRows>(tile, 0, gram);
+template <typename S, typename T>
+void gram(const Tile<T>& tile, const Tile<S>& next, double* gram) {
+  Lines<S> lines(next, tile.rows * tile.rows / (2 * kGramRows * kGramColumns));
+  gram_from<kGramRows>(tile, 0, lines, gram);
 }
 
 template <int R, typename T>
@@ -454,7 +480,7 @@ void convert(const From* from, int64_t size, To* to) {
 
 template <typename S, typename T>
 constexpr RowKernels<S, T> kernels() {
-  return {weighted_sum<S, T>, moments<S, T>, products<S, T>,  gram<T>,
+  return {weighted_sum<S, T>, moments<S, T>, products<S, T>,  gram<S, T>,
           cross_gram<T>,      sum<T>,        centred_sums<T>, normalised_products<S, T>,
           tap_products<T>,    transpose<T>,  convert<S, T>,   convert<T, S>};
 }

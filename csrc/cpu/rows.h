@@ -45,8 +45,9 @@ struct RowKernels {
   // products[i] += <g_i, vector>.
   void (*products)(const Tile<S>& tile, const T* vector, double* products);
 
-  // gram[i * rows + j] += <g_i, g_j> for i >= j; what is above the diagonal is not defined.
-  void (*gram)(const Tile<T>& tile, double* gram);
+  // gram[i * rows + j] += <g_i, g_j> for i >= j; what is above the diagonal is not defined. Meanwhile `next`, which may
+  // have no rows, is fetched to L2.
+  void (*gram)(const Tile<T>& tile, const Tile<S>& next, double* gram);
 
   // products[i * b.rows + j] += <a_i, b_j>, for tiles of the same columns.
   void (*cross_gram)(const Tile<T>& a, const Tile<T>& b, double* products);

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..reference import accumulate_dtype
 from .factors import Bias, Dense, Factor, Ghost, Moments, Outer, of_dense, of_gram
 
@@ -83,7 +82,7 @@ class CapturedGradients:
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
         others = [self._factors[index].gram() for index in self._others]
-        total = _sum([ops.gram(group) for group in self._groups()] + self._single_grams() + others)
+        total = _sum([torch.ops.rgd_ext.gram(group) for group in self._groups()] + self._single_grams() + others)
         # Of a float: torch converts an int first, with an operator of its own.
         return total.mul_(float(self.batch_size**2))
 
@@ -106,7 +105,8 @@ class CapturedGradients:
         weights = weights * float(self.batch_size)
         result: dict[int, Tensor] = {}
         for indices, group in zip(self._dense.values(), self._groups(), strict=True):
-            result |= zip(indices, ops.combine(group, weights.to(group[0].device)), strict=True)
+            there = weights.to(group[0].device)
+            result |= zip(indices, torch.ops.rgd_ext.combine(group, there), strict=True)
         for layers in self._singles.values():
             there = weights.to(layers[0].output_grads.device)
             combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), there))

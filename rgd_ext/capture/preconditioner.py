@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id, _functorch, _is_any_autocast_enabled
+from torch._C import _current_graph_task_id, _functorch
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
@@ -36,7 +36,6 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
-_AS_IT_IS = nullcontext()
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -348,9 +347,8 @@ class Preconditioner:
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
-    if not _is_any_autocast_enabled() or not torch.is_autocast_enabled(device.type):
-        return _AS_IT_IS
-    return torch.autocast(device.type, enabled=False)
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:

@@ -109,7 +109,7 @@ def bilinear(module: nn.Bilinear, inputs: tuple[Tensor, ...], output_grad: Tenso
 
 def _sequences(x: Tensor) -> Tensor:
     """(B, ..., n) as (B, T, n)."""
-    return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+    return x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x[:, None]
 
 
 def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
@@ -170,9 +170,10 @@ def rms_norm(module: nn.RMSNorm, inputs: tuple[Tensor, ...], output_grad: Tensor
 def _layer_norm(
     x: Tensor, output_grad: Tensor, shape: tuple[int, ...], eps: float, *, centred: bool
 ) -> tuple[Tensor, Tensor]:
-    x, output_grad = (_sequences(y.flatten(-len(shape))) for y in (x, output_grad))
-    weight, bias = torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)
-    return weight.unflatten(1, shape), bias.unflatten(1, shape)
+    if len(shape) > 1:
+        x, output_grad = x.flatten(-len(shape)), output_grad.flatten(-len(shape))
+    weight, bias = torch.ops.rgd_ext.layer_norm_grads(_sequences(output_grad), _sequences(x), eps, centred)
+    return (weight.unflatten(1, shape), bias.unflatten(1, shape)) if len(shape) > 1 else (weight, bias)
 
 
 def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -24,7 +24,9 @@ class Workspace:
     """
 
     def __init__(self) -> None:
+        # Memory, and what was handed out of it last.
         self._blocks: list[Tensor] = []
+        self._tensors: list[Tensor] = []
         self._used = 0
 
     def restart(self) -> None:
@@ -33,13 +35,18 @@ class Workspace:
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """As `torch.empty(shape)`, valid until the next `restart`."""
-        if like.device.type != "cpu":
+        if not like.is_cpu:
             return like.new_empty(shape)
-        size = torch.Size(shape).numel() * like.dtype.itemsize
-        if self._used == len(self._blocks):
-            self._blocks.append(torch.empty(0, dtype=torch.uint8))
-        if self._blocks[self._used].numel() < size:
-            self._blocks[self._used] = torch.empty(size, dtype=torch.uint8)
-        block = self._blocks[self._used]
+        index = self._used
         self._used += 1
-        return block[:size].view(like.dtype).view(shape)
+        if index == len(self._blocks):
+            self._blocks.append(torch.empty(0, dtype=torch.uint8))
+            self._tensors.append(self._blocks[index])
+        last = self._tensors[index]
+        if last.shape == shape and last.dtype == like.dtype:
+            return last  # the same in every step, as a rule
+        size = torch.Size(shape).numel() * like.dtype.itemsize
+        if self._blocks[index].numel() < size:
+            self._blocks[index] = torch.empty(size, dtype=torch.uint8)
+        self._tensors[index] = self._blocks[index][:size].view(like.dtype).view(shape)
+        return self._tensors[index]
