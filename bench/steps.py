@@ -2,7 +2,7 @@
 
 Float32; on CUDA convolutions use TF32 as torch does by default, but where directions are compared. Ours are compared
 with float64 on a few samples, those of the others with ours on the batch. Times are those of the host, launches
-included, up to when the device is done. Memory is counted in a step of its own, beside what is allocated before it.
+included, up to when the device is done. Memory is counted over two first steps, beside what is allocated before them.
 """
 
 from __future__ import annotations
