@@ -654,6 +654,14 @@ def test_batch_sizes_that_disagree_in_one_backward():
         (loss_of(model(torch.randn(3, 6))) + loss_of(model(torch.randn(5, 6)))).backward()
 
 
+@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 4), lambda: nn.LayerNorm(4)], ids=["Linear", "LayerNorm"])
+def test_an_empty_batch_is_refused(build):
+    model = build()
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match="empty batch"):
+        model(torch.randn(0, 4)).sum().backward()
+    assert model.weight.grad is None
+
+
 def test_batch_sizes_that_disagree_between_modules():
     model = Net(lambda m, x: m.b(m.a(x)[:3]), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'b' got an input of shape \(3, 4\) in a batch of 6 samples"):

@@ -262,7 +262,7 @@ class Preconditioner:
             raise RuntimeError(SECOND_DERIVATIVE)
         task = _current_graph_task_id()
         if task != self._task or record.inside != -1:
-            self._check_place(record)
+            self._check_start(record)
             self._begin(task, record.batch_size)
         if record.batch_size != self._size:
             raise ValueError(
@@ -273,7 +273,9 @@ class Preconditioner:
         with _full_precision(record.parameters[names[0]].device):
             self._keep(record, names, contributions())
 
-    def _check_place(self, record: Record) -> None:
+    def _check_start(self, record: Record) -> None:
+        if record.batch_size == 0:
+            raise ValueError(f"empty batch: '{record.name}' ran with no samples; RGD needs at least one")
         if self._pauses or self._removed:
             raise RuntimeError(
                 f"the forward of '{record.name}' was recorded, but its backward runs"
