@@ -342,6 +342,33 @@ def test_backward_to_some_parameters_only():
     assert_close(flat([p.grad for p in model[4].parameters()]), captured_grad(frozen, x))
 
 
+def test_linear_layers_that_change_from_backward_to_backward():
+    # Layers with one vector per sample are planned together, and not again while all stays as it was.
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def check_one(batch_size):
+        model.zero_grad()
+        x = double(batch_size, 4)
+        expected = weak_field(per_sample_gradients(model, loss_of, (x,)))
+        loss_of(model(x)).backward()
+        assert_close(flat([p.grad for p in model.parameters() if p.requires_grad]), expected)
+        assert [layer.name for layer in handle.plan().layers] == ["0", "2", "4"]
+
+    with rgd_ext.precondition(model) as handle:
+        check_one(5)
+        check_one(5)
+        check_one(3)
+        model[2].bias.requires_grad_(False)
+        check_one(3)
+        model[2].bias.requires_grad_(True)
+        check_one(3)
+        held = handle.plan().bytes
+        check_one(5)
+        assert handle.plan().bytes == held // 3 * 5
+        model[1] = model[0]  # called twice from now on
+        check_one(5)
+
+
 def test_create_graph_names_paused():
     model = mlp()
     with (

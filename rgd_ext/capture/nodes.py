@@ -25,7 +25,7 @@ Wanted: TypeAlias = Sequence[bool] | None
 class Record:
     """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    __slots__ = ("batch_size", "capture", "inside", "name", "parameters", "rule")
+    __slots__ = ("batch_size", "capture", "inside", "is_linear", "name", "parameters", "rule")
 
     def __init__(
         self,
@@ -34,18 +34,30 @@ class Record:
         parameters: dict[str, nn.Parameter],
         batch_size: int,
         rule: BoundRule | None = None,
+        is_linear: bool = False,
     ) -> None:
         self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
-        self.rule = rule
+        # Linear are layers with the rule `linear` as it stands.
+        self.rule, self.is_linear = rule, is_linear
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
         self.inside = _current_graph_task_id()
 
     def receive(self, inputs: Sequence[Tensor], grad: Tensor, wanted: Wanted) -> Tensor:
         """Called in the backward of a layer that was watched; returns the gradient to pass on."""
-        self.capture.receive(self, wanted, partial(self._contributions, inputs, grad))
+        capture = self.capture
+        names = capture.admitted(self, wanted)
+        if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], grad):
+            capture.put_aside(self, inputs[0], grad)
+        elif names:
+            capture.keep(self, names, partial(self._contributions, inputs, grad))
         if torch.is_grad_enabled():
             return _Differentiated.apply(self.capture, grad, *self.parameters.values())
         return grad
+
+    def _is_one_vector(self, x: Tensor, grad: Tensor) -> bool:
+        """Per sample, in the dtype of the parameters."""
+        dtype = grad.dtype
+        return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
     def _contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
@@ -84,8 +96,9 @@ class _Spread(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         record = ctx.record
         contributions = dict(zip(record.parameters, grads, strict=True))
-        wanted = _will_accumulate(ctx.next_functions)
-        record.capture.receive(record, wanted, lambda: {k: g for k, g in contributions.items() if g is not None})
+        names = record.capture.admitted(record, _will_accumulate(ctx.next_functions))
+        if names:
+            record.capture.keep(record, names, lambda: {k: g for k, g in contributions.items() if g is not None})
         return None, *[None] * len(grads)
 
 

@@ -77,6 +77,7 @@ class Planner:
         self.budget = budget
         self._known: dict[tuple, Choice] = {}
         self._current: dict[str, Choice] = {}
+        self._remembered: tuple[object, dict[str, Choice]] = None, {}
         self._is_new = False
 
     def begin(self) -> None:
@@ -96,6 +97,17 @@ class Planner:
             self._is_new = True
         self._current[name] = choice
         return choice
+
+    def remember(self, key: object, names: list[str]) -> None:
+        """The choices for `names` in this backward can be had again under `key`, which stands for their shapes."""
+        self._remembered = key, {name: self._current[name] for name in names}
+
+    def recall(self, key: object) -> bool:
+        """Note what was remembered last, if that was under `key`."""
+        if key != self._remembered[0]:
+            return False
+        self._current |= self._remembered[1]
+        return True
 
     def _chosen(self, name: str, factor: Factor, needs_gram: bool) -> Choice:
         if len(self._known) > _MOST:

@@ -71,6 +71,7 @@ class Preconditioner:
         self._size: int | None = None
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
+        self._aside: list[tuple[Record, Tensor, Tensor]] = []
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
@@ -162,7 +163,7 @@ class Preconditioner:
         if not args and not kwargs:
             if not self._choices:
                 raise RuntimeError("there was no backward yet: call plan(x) with a batch of inputs of the model")
-            return plan_of(self._choices)
+            return plan_of(self._in_order(self._choices))
         if not self.recording():
             raise RuntimeError(
                 "the capture records nothing here: leave no_grad, `with handle.paused():` or the torch.func transform;"
@@ -173,11 +174,16 @@ class Preconditioner:
             dry_run(self.model, args, kwargs, times=1)
         finally:
             self._is_dry = False
-        choices = self._choices
+        choices = self._in_order(self._choices)
         with self._rehearsed():
             rgd_seconds = dry_run(self.model, args, kwargs, times=3)
         with self.paused():
             return plan_of(choices, rgd_seconds, dry_run(self.model, args, kwargs, times=3))
+
+    def _in_order(self, choices: list[Choice]) -> list[Choice]:
+        """As the model lists its parameters."""
+        places = {name: place for place, name in enumerate(self._names.values())}
+        return sorted(choices, key=lambda choice: places.get(choice.name, len(places)))
 
     @contextmanager
     def _rehearsed(self) -> Iterator[None]:
@@ -251,13 +257,13 @@ class Preconditioner:
             " backward of its own under `with handle.paused():`"
         )
 
-    def receive(self, record: Record, wanted: Wanted, contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
-        """Called in a backward with one record's contributions."""
+    def admitted(self, record: Record, wanted: Wanted) -> list[str]:
+        """Called in a backward with each record: the names of the parameters whose contributions belong to it."""
         if wanted is None:
             raise RuntimeError(RETURNED_GRADIENT)
         names = list(compress(record.parameters, wanted))
         if not names:
-            return
+            return names
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_DERIVATIVE)
         task = _current_graph_task_id()
@@ -270,8 +276,11 @@ class Preconditioner:
                 f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
                 " direction from all"
             )
-        with _full_precision(record.parameters[names[0]].device):
-            self._keep(record, names, contributions())
+        return names
+
+    def put_aside(self, record: Record, inputs: Tensor, output_grad: Tensor) -> None:
+        """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
+        self._aside.append((record, inputs, output_grad))
 
     def _check_start(self, record: Record) -> None:
         if record.batch_size == 0:
@@ -287,15 +296,34 @@ class Preconditioner:
                 " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
-    def _keep(self, record: Record, names: list[str], factors: dict[str, Tensor | Factor]) -> None:
-        for name in names:
-            factor = factors.get(name)
-            if factor is None:  # a parameter that took no part
-                continue
-            if isinstance(factor, Tensor):
-                factor = _checked(factor, name, record)
-            parameter = record.parameters[name]
-            self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+    def keep(self, record: Record, names: list[str], contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
+        """Keep what a record contributes to the parameters it was admitted with."""
+        with _full_precision(record.parameters[names[0]].device):
+            factors = contributions()
+            for name in names:
+                factor = factors.get(name)
+                if factor is None:  # a parameter that took no part
+                    continue
+                if isinstance(factor, Tensor):
+                    factor = _checked(factor, name, record)
+                parameter = record.parameters[name]
+                self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+
+    def _take_aside(self) -> None:
+        """Factors of what was put aside; the same parameters and shapes in every step, as a rule, are planned once."""
+        aside, self._aside = self._aside, []
+        shapes = [(*map(id, record.parameters.values()), x.shape, e.shape) for record, x, e in aside]
+        is_planned = self._planner.recall((self._with_gram, shapes))
+        names = []
+        for record, x, e in aside:
+            factors = record.rule((x,), e)
+            for name, parameter in record.parameters.items():
+                if not is_planned:
+                    self._settled(parameter, factors[name])
+                    names.append(self._names.get(parameter, "?"))
+                self._factors.setdefault(parameter, []).append(factors[name])
+        if not is_planned:
+            self._planner.remember((self._with_gram, shapes), names)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name, is_collected = self._names.get(parameter, "?"), self._union is not None
@@ -311,7 +339,7 @@ class Preconditioner:
 
     def _begin(self, task: int, batch_size: int) -> None:
         # Whatever is there is of a backward that ended in an exception.
-        self._task, self._size, self._factors = task, batch_size, {}
+        self._task, self._size, self._factors, self._aside = task, batch_size, {}, []
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
@@ -319,6 +347,8 @@ class Preconditioner:
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
+        if self._aside:
+            self._take_aside()
         factors, self._factors, self._task = self._factors, {}, -1
         if not factors:  # a module's output was used, but none of its parameters had a part in it
             return

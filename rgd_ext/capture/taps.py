@@ -22,7 +22,7 @@ from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, tensors_in
 from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
-from .rules import Registered
+from .rules import Registered, linear
 from .shared import Shared, share
 
 if TYPE_CHECKING:
@@ -132,13 +132,14 @@ class Tap(Released):
         rule: BoundRule,
         output: Tensor,
         inputs: tuple[Tensor, ...],
+        is_linear: bool = False,
     ) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(Record(self.capture, self.name, parameters, batch_size, rule), output, inputs)
+        return watch(Record(self.capture, self.name, parameters, batch_size, rule, is_linear), output, inputs)
 
 
 class Container(Tap):
@@ -164,6 +165,7 @@ class Layer(Tap):
         super().__init__(capture, module, name, slots)
         self.sample_ndim = registered.minimum(module)
         self._bound_rule = partial(registered.rule, module)
+        self._is_linear = registered.rule is linear
         self.batch_norms = batch_norms(module, name)
 
     def check_batch_norm(self):
@@ -192,7 +194,7 @@ class Layer(Tap):
         rule = self._rule_as_of_now()
         if dim != 0:
             rule = partial(_moved, rule, dim)
-        return self._watch(parameters, size, rule, output, inputs)
+        return self._watch(parameters, size, rule, output, inputs, self._is_linear and dim == 0)
 
     def _output(self, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict) -> Tensor:
         """The forward, of which autograd will compute no weight gradient."""
