@@ -278,10 +278,6 @@ class Preconditioner:
             )
         return names
 
-    def put_aside(self, record: Record, inputs: Tensor, output_grad: Tensor) -> None:
-        """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
-        self._aside.append((record, inputs, output_grad))
-
     def _check_start(self, record: Record) -> None:
         if record.batch_size == 0:
             raise ValueError(f"empty batch: '{record.name}' ran with no samples; RGD needs at least one")
@@ -308,6 +304,10 @@ class Preconditioner:
                     factor = _checked(factor, name, record)
                 parameter = record.parameters[name]
                 self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+
+    def put_aside(self, record: Record, inputs: Tensor, output_grad: Tensor) -> None:
+        """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
+        self._aside.append((record, inputs, output_grad))
 
     def _take_aside(self) -> None:
         """Factors of what was put aside; the same parameters and shapes in every step, as a rule, are planned once."""
