@@ -266,7 +266,7 @@ class DiffusionMatrix:
         return int(reference.rank(values, min(self.num_samples, self._dim), self._moments["largest"], self._ulp))
 
     def to_dense(self) -> Tensor:
-        """D as a tensor (d, d).
+        """D as a tensor (d, d), exactly symmetric.
 
         Raises:
             ValueError: if it would take more than 2 GiB.
@@ -286,7 +286,9 @@ class DiffusionMatrix:
             centred = _matrix(grads, self._source.like) - mean
             state["sum"].addmm_(centred.T, centred)
 
-        return self._source.fold("dense", {"sum": total}, step)["sum"] / self._denominator
+        total = self._source.fold("dense", {"sum": total}, step)["sum"]
+        # Not every BLAS gives the two halves of a product the same bits.
+        return (total + total.T) / (2 * self._denominator)
 
     def linear_operator(self) -> LinearOperator:
         """D as a symmetric `scipy.sparse.linalg.LinearOperator` on float64 arrays; `matmat` shares a pass."""
