@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
+from rgd_ext.capture.planner import Planner
 
 
 def check(model, *inputs):
@@ -156,7 +157,9 @@ def test_subclass_with_its_own_forward_is_not_taken_for_its_parent():
     check(nn.Sequential(nn.Linear(4, 4), Doubled(4, 4)).double(), double(*X))
 
 
-@pytest.mark.parametrize("bad", [{}, {"gain": torch.zeros(4)}], ids=["missing", "wrong shape"])
+@pytest.mark.parametrize(
+    "bad", [{}, {"gain": torch.zeros(4)}, {"gain": None}], ids=["missing", "wrong shape", "nothing"]
+)
 def test_rule_with_a_wrong_answer_is_named(bad):
     class Wrong(nn.Module):
         def __init__(self):
@@ -167,8 +170,19 @@ def test_rule_with_a_wrong_answer_is_named(bad):
             return x * self.gain
 
     rgd_ext.register_rule(Wrong, lambda module, inputs, output_grad: bad)
-    with pytest.raises((RuntimeError, ValueError), match=r"rule for 'Wrong' returned"):
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=r"rule for 'Wrong' returned"):
         captured_grad(Wrong(), torch.randn(*X))
+
+
+def test_subclass_with_a_parameter_the_rule_does_not_know_is_named():
+    class Gained(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.gain = nn.Parameter(torch.ones(3))
+
+    for shape in ((6, 4), (6, 2, 4)):
+        with pytest.raises(RuntimeError, match=r"rule for 'Gained' returned contributions for.*'gain'"):
+            captured_grad(Gained(), torch.randn(*shape))
 
 
 def test_nested_inputs_and_keyword_arguments():
@@ -340,6 +354,44 @@ def test_backward_to_some_parameters_only():
         loss_of(model(x)).backward(inputs=list(model[4].parameters()))
     assert model[0].weight.grad is None
     assert_close(flat([p.grad for p in model[4].parameters()]), captured_grad(frozen, x))
+
+
+def test_a_union_may_take_another_way_than_its_batches(monkeypatch):
+    def settle(self, name, factor, needs_gram, empty):
+        return factor.settled("ghost" if factor.batch_size == 1 else "materialise", empty)
+
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
+    x = double(5, 2, 4)
+    expected = captured_grad(model, x)
+    model.zero_grad()
+    monkeypatch.setattr(Planner, "settle", settle)
+    with rgd_ext.precondition(model) as handle, handle.accumulate():
+        for sample in x:
+            loss_of(model(sample[None])).div(len(x)).backward()
+    assert_close(flat_grad(model), expected)
+
+
+def test_a_node_called_by_hand_is_refused():
+    model = nn.Linear(4, 3)
+    with rgd_ext.precondition(model):
+        output = model(torch.randn(5, 4))
+        with pytest.raises((RuntimeError, TypeError)):  # nodes in Python cannot be called at all
+            output.grad_fn(torch.ones_like(output))
+
+
+class Tagged(torch.Tensor):
+    """A class of its own."""
+
+
+def test_classes_of_tensors_stay():
+    model, x = mlp(), torch.randn(5, 6)
+    expected = captured_grad(model, x)
+    model.zero_grad()
+    with rgd_ext.precondition(model):
+        output = model(x.as_subclass(Tagged))
+        loss_of(output.as_subclass(torch.Tensor)).backward()
+    assert type(output) is Tagged
+    assert_close(flat_grad(model), expected)
 
 
 def test_linear_layers_that_change_from_backward_to_backward():

@@ -9,7 +9,7 @@
 namespace rgd_ext::cpu {
 namespace {
 
-// Read B / 6 times from L2, where the next one arrives meanwhile, while six rows of it stay in L1.
+// A block of rows stays in L1 while all rows are read from L2, where the next tile arrives meanwhile.
 constexpr TileShape kGramTile{512 << 10, 1024};
 
 template <typename S>

@@ -22,7 +22,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// What a node keeps of one use of a layer. Nodes die in any thread, with or without the interpreter's lock.
+// What a node keeps of one use of a layer. Nodes die in any thread, with or without the interpreter's lock. Python's
+// garbage collector does not see into it: a module that keeps its layer's raw output lives as long as that.
 struct Use : torch::CustomClassHolder {
   py::object record;
   // Of the parameters; the node's edges keep them alive.
@@ -42,6 +43,7 @@ struct Use : torch::CustomClassHolder {
 // Which parameters' gradients the backward under way accumulates; none where it was asked to return one of them.
 std::optional<std::vector<bool>> wanted(const Use& use) {
   const auto* executed = torch::autograd::get_current_graph_task_exec_info();
+  if (!executed) return std::nullopt;  // called by hand, not by a backward
   std::vector<bool> found;
   for (torch::autograd::Node* accumulator : use.accumulators) {
     if (executed->empty()) {  // all of the graph
@@ -63,6 +65,7 @@ struct Watch : torch::autograd::Function<Watch> {
     context->saved_data["use"] = c10::IValue::make_capsule(use);
     context->save_for_backward(*inputs);
     context->set_materialize_grads(false);
+    // Detached, not viewed: in-place operations may follow, and version counters stay shared.
     return output.detach();
   }
 

@@ -37,7 +37,7 @@ class Record:
         is_linear: bool = False,
     ) -> None:
         self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
-        # Linear are layers with the rule `linear` as it stands.
+        # Is linear: has the rule `rules.linear` and samples along dimension 0, so that matrices need no work yet.
         self.rule, self.is_linear = rule, is_linear
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
         self.inside = _current_graph_task_id()
@@ -49,7 +49,7 @@ class Record:
         if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], grad):
             capture.put_aside(self, inputs[0], grad)
         elif names:
-            capture.keep(self, names, partial(self._contributions, inputs, grad))
+            capture.keep(self, names, partial(self.contributions, inputs, grad))
         if torch.is_grad_enabled():
             return _Differentiated.apply(self.capture, grad, *self.parameters.values())
         return grad
@@ -59,7 +59,8 @@ class Record:
         dtype = grad.dtype
         return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
-    def _contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
+    def contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
+        """What the rule gives, by parameter name."""
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
         found = self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
@@ -82,6 +83,8 @@ def spread(use: Record) -> dict[str, Tensor]:
 
 def watch(use: Record, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `use`."""
+    if type(output) is not Tensor:  # nodes make plain tensors
+        return watch(use, output.as_subclass(Tensor), inputs).as_subclass(type(output))
     return _watch(use, output, inputs, tuple(use.parameters.values()))
 
 
@@ -103,7 +106,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Watch(torch.autograd.Function):
-    """The identity.
+    """The identity: what csrc/python/watch.cpp does at a fraction of the price, where it was compiled.
 
     The output is detached, not viewed: in-place operations may follow, and version counters stay shared, so that
     autograd still notices when one of them spoils a saved tensor. Inputs are saved by autograd for the same reason.

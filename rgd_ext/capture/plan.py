@@ -38,7 +38,7 @@ class Plan:
     """The ways to the direction that were chosen for the layers of a model; printed, a table.
 
     Attributes:
-        layers: in the order of the backward.
+        layers: in the order in which the model lists its parameters.
         rgd_seconds: measured time of a forward and backward of the batch that writes the direction, or None.
         sgd_seconds: of an ordinary one, or None.
     """

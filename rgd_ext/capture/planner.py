@@ -99,11 +99,11 @@ class Planner:
         return choice
 
     def remember(self, key: object, names: list[str]) -> None:
-        """The choices for `names` in this backward can be had again under `key`, which stands for their shapes."""
+        """Keep this backward's choices for `names` under `key`, which stands for all that they depend on."""
         self._remembered = key, {name: self._current[name] for name in names}
 
     def recall(self, key: object) -> bool:
-        """Note what was remembered last, if that was under `key`."""
+        """Whether choices were kept under `key`; if so they are this backward's too."""
         if key != self._remembered[0]:
             return False
         self._current |= self._remembered[1]

@@ -105,6 +105,7 @@ class Preconditioner:
         for guard in self.guards.values():
             guard.remove()
         self._taps, self.guards, self._removed = [], {}, True
+        self._factors, self._aside = {}, []  # of a backward that failed
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -135,9 +136,10 @@ class Preconditioner:
         with self.collect() as parts:
             yield
         if parts:
-            parameters = dict.fromkeys(p for part in parts for p in part)
-            joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
-            self._write({p: self._settled(p, factor) for p, factor in joined.items()})
+            with torch.no_grad():
+                parameters = dict.fromkeys(p for part in parts for p in part)
+                joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
+                self._write({p: self._settled(p, factor) for p, factor in joined.items()})
 
     @contextmanager
     def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
@@ -258,7 +260,10 @@ class Preconditioner:
         )
 
     def admitted(self, record: Record, wanted: Wanted) -> list[str]:
-        """Called in a backward with each record: the names of the parameters whose contributions belong to it."""
+        """The names of the parameters whose contributions the backward under way collects from `record`.
+
+        With the first record a backward begins.
+        """
         if wanted is None:
             raise RuntimeError(RETURNED_GRADIENT)
         names = list(compress(record.parameters, wanted))
@@ -297,9 +302,13 @@ class Preconditioner:
         with _full_precision(record.parameters[names[0]].device):
             factors = contributions()
             for name in names:
-                factor = factors.get(name)
-                if factor is None:  # a parameter that took no part
+                if name not in factors:  # a parameter that took no part
                     continue
+                factor = factors[name]
+                if factor is None:
+                    raise TypeError(
+                        f"the rule for '{record.name}' returned None for '{name}': return a (B, *shape) tensor"
+                    )
                 if isinstance(factor, Tensor):
                     factor = _checked(factor, name, record)
                 parameter = record.parameters[name]
@@ -316,7 +325,7 @@ class Preconditioner:
         is_planned = self._planner.recall((self._with_gram, shapes))
         names = []
         for record, x, e in aside:
-            factors = record.rule((x,), e)
+            factors = record.contributions((x,), e)
             for name, parameter in record.parameters.items():
                 if not is_planned:
                     self._settled(parameter, factors[name])

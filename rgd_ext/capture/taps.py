@@ -1,8 +1,8 @@
 """Taps: forwards of modules that keep what a layer rule needs, and hand it to the capture in the backward.
 
 A tap sits in the place of its module's `forward`. It calls the real one with detached parameters, so that autograd
-computes no weight gradient, and ties the output to the parameters through an autograd node whose backward calls the
-layer's rule.
+computes no weight gradient, and ties the output to the parameters through an autograd node whose backward has the
+layer's rule called.
 """
 
 from __future__ import annotations
