@@ -4,13 +4,17 @@
 #include "watch.h"
 
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include <algorithm>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -19,18 +23,41 @@ namespace py = pybind11;
 namespace rgd_ext {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What a node keeps of one use of a layer. Nodes die in any thread, with or without the interpreter's lock. Python's
-// garbage collector does not see into it: a module that keeps its layer's raw output lives as long as that.
-struct Use : torch::CustomClassHolder {
-  py::object record;
-  // Of the parameters; the node's edges keep them alive.
-  std::vector<torch::autograd::Node*> accumulators;
+// Which parameters' gradients the backward under way accumulates, given the edges to them; none where it was asked to
+// return one of them.
+std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
+  const auto* executed = torch::autograd::get_current_graph_task_exec_info();
+  if (!executed) return std::nullopt;  // called by hand, not by a backward
+  std::vector<bool> found;
+  found.reserve(parameters.size());
+  for (const Edge& edge : parameters) {
+    if (executed->empty()) {  // all of the graph
+      found.push_back(true);
+      continue;
+    }
+    const auto entry = executed->find(edge.function.get());
+    if (entry != executed->end() && entry->second.captures_) return std::nullopt;
+    found.push_back(entry != executed->end() && entry->second.should_execute());
+  }
+  return found;
+}
 
-  explicit Use(py::object record) : record(std::move(record)) {}
-  ~Use() override {
+// The identity. Its first edge leads to the layer, the others to the parameters. Nodes die in any thread, with or
+// without the interpreter's lock. Python's garbage collector does not see into them: a module that keeps its layer's
+// raw output lives as long as that.
+struct Watch : torch::autograd::Node {
+  Watch(edge_list edges, py::object record, const variable_list& tensors)
+      : Node(std::move(edges)), record(std::move(record)) {
+    inputs.reserve(tensors.size());
+    for (const at::Tensor& tensor : tensors) inputs.emplace_back(tensor, /*is_output=*/false);
+  }
+
+  ~Watch() override {
     if (!Py_IsInitialized()) {
       record.release();
       return;
@@ -38,49 +65,25 @@ struct Use : torch::CustomClassHolder {
     const py::gil_scoped_acquire lock;
     record = py::object();
   }
-};
 
-// Which parameters' gradients the backward under way accumulates; none where it was asked to return one of them.
-std::optional<std::vector<bool>> wanted(const Use& use) {
-  const auto* executed = torch::autograd::get_current_graph_task_exec_info();
-  if (!executed) return std::nullopt;  // called by hand, not by a backward
-  std::vector<bool> found;
-  for (torch::autograd::Node* accumulator : use.accumulators) {
-    if (executed->empty()) {  // all of the graph
-      found.push_back(true);
-      continue;
-    }
-    const auto entry = executed->find(accumulator);
-    if (entry != executed->end() && entry->second.captures_) return std::nullopt;
-    found.push_back(entry != executed->end() && entry->second.should_execute());
-  }
-  return found;
-}
+  std::string name() const override { return "rgd_ext::Watch"; }
 
-struct Watch : torch::autograd::Function<Watch> {
-  static at::Tensor forward(AutogradContext* context, const c10::intrusive_ptr<Use>& use, const at::Tensor& output,
-                            const variable_list* inputs, at::TensorList parameters) {
-    for (const at::Tensor& parameter : parameters)
-      use->accumulators.push_back(torch::autograd::impl::gradient_edge(parameter).function.get());
-    context->saved_data["use"] = c10::IValue::make_capsule(use);
-    context->save_for_backward(*inputs);
-    context->set_materialize_grads(false);
-    // Detached, not viewed: in-place operations may follow, and version counters stay shared.
-    return output.detach();
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& input : inputs) input.reset_data();
   }
 
-  static variable_list backward(AutogradContext* context, variable_list grads) {
-    const auto use = c10::static_intrusive_pointer_cast<Use>(context->saved_data["use"].toCapsule());
-    variable_list result(3 + use->accumulators.size());  // the arguments of forward
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(num_outputs());
     at::Tensor& grad = grads[0];
     if (!grad.defined()) return result;
-    const auto which = wanted(*use);
+    const auto which = wanted(c10::ArrayRef<Edge>(next_edges()).slice(1));
     const bool any = !which || std::find(which->begin(), which->end(), true) != which->end();
     if (any || at::GradMode::is_enabled()) {
-      const variable_list inputs = any ? context->get_saved_variables() : variable_list();
+      const variable_list tensors = any ? unpacked() : variable_list();
       const py::gil_scoped_acquire lock;
       try {
-        grad = use->record.attr("receive")(inputs, grad, which).cast<at::Tensor>();
+        grad = record.attr("receive")(tensors, grad, which).cast<at::Tensor>();
       } catch (py::error_already_set& error) {
         error.restore();
         python_error raised;
@@ -88,14 +91,34 @@ struct Watch : torch::autograd::Function<Watch> {
         throw raised;
       }
     }
-    result[1] = grad;
+    result[0] = grad;
     return result;
   }
+
+  variable_list unpacked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list tensors;
+    tensors.reserve(inputs.size());
+    for (const SavedVariable& input : inputs) tensors.push_back(input.unpack());
+    return tensors;
+  }
+
+  py::object record;
+  std::vector<SavedVariable> inputs;
 };
 
 at::Tensor watch(py::object record, const at::Tensor& output, const variable_list& inputs,
                  const variable_list& parameters) {
-  return Watch::apply(c10::make_intrusive<Use>(std::move(record)), output, &inputs, at::TensorList(parameters));
+  edge_list edges = torch::autograd::collect_next_edges(output, parameters);
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  std::shared_ptr<Watch> node(new Watch(std::move(edges), std::move(record), inputs), torch::autograd::deleteNode);
+#else
+  auto node = c10::make_intrusive<Watch>(std::move(edges), std::move(record), inputs);
+#endif
+  // Detached, not viewed: in-place operations may follow, and version counters stay shared.
+  at::Tensor result = output.detach();
+  torch::autograd::create_gradient_edge(result, std::move(node));
+  return result;
 }
 
 }  // namespace

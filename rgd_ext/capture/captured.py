@@ -11,7 +11,39 @@ from ..reference import accumulate_dtype
 from .factors import Bias, Dense, Factor, Ghost, Moments, Outer, of_dense, of_gram
 
 
-@dataclass
+@dataclass(slots=True)
+class Singles:
+    """Weights and biases of layers that met one vector per sample, of one dtype and device.
+
+    Attributes:
+        inputs: A of each layer, (B, n), with n = 0 if its weight is frozen.
+        output_grads: E of each layer, (B, m).
+        biases: whether its bias is trained.
+    """
+
+    inputs: list[Tensor]
+    output_grads: list[Tensor]
+    biases: list[bool]
+
+    def gram(self) -> Tensor:
+        """<h_i, h_j> over all, (B, B)."""
+        return torch.ops.rgd_ext.ghost_gram(self.inputs, self.output_grads, self.biases)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n)."""
+        there = weights.to(self.output_grads[0].device)
+        return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
+
+    def factors(self) -> list[Factor]:
+        """One for each parameter, in the order of `combine`."""
+        found: list[Factor] = []
+        for x, e, has_bias in zip(self.inputs, self.output_grads, self.biases, strict=True):
+            outer = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
+            found += [Bias(outer)] * has_bias + [outer] * (x.shape[1] > 0)
+        return found
+
+
+@dataclass(slots=True)
 class _Single:
     """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
 
@@ -30,25 +62,31 @@ class _Single:
 
 
 class CapturedGradients:
-    """`PerSampleGradients` of a model after its backward: g_i = B h_i from one factor per parameter."""
+    """`PerSampleGradients` of a model after its backward: g_i = B h_i.
 
-    def __init__(self, factors: list[Factor]) -> None:
-        self._factors = factors
+    Args:
+        factors: one per parameter.
+        singles: more parameters, which follow.
+    """
+
+    def __init__(self, factors: list[Factor], singles: Singles | None = None) -> None:
+        self._factors, self._more = factors, singles
         # By dtype and device.
         self._dense: dict[tuple, list[int]] = {}
         self._singles: dict[tuple, list[_Single]] = {}
         self._others: list[int] = []
         weights: dict[Factor, _Single] = {}
         for index, factor in enumerate(self._factors):
-            if isinstance(factor, Dense):
+            kind = type(factor)
+            if kind is Dense:
                 self._dense.setdefault(_kind(factor.contributions), []).append(index)
-            elif isinstance(factor, Outer) and factor.is_single:
+            elif kind is Outer and factor.is_single:
                 inputs, output_grads = factor.rows()
                 weights[factor] = _Single(output_grads, inputs, factor.shape, weight=index)
                 self._singles.setdefault(_kind(output_grads), []).append(weights[factor])
-            elif isinstance(factor, Bias) and factor.weight in weights:
+            elif kind is Bias and factor.weight in weights:
                 weights[factor.weight].bias = index
-            elif isinstance(factor, Bias):
+            elif kind is Bias:
                 grads = factor.dense()
                 lone = _Single(grads, grads[:, :0], torch.Size(), bias=index)
                 self._singles.setdefault(_kind(grads), []).append(lone)
@@ -58,7 +96,7 @@ class CapturedGradients:
     @property
     def batch_size(self) -> int:
         """B, the number of samples."""
-        return self._factors[0].batch_size
+        return self._factors[0].batch_size if self._factors else self._more.output_grads[0].shape[0]
 
     def _groups(self) -> list[list[Tensor]]:
         return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
@@ -69,15 +107,18 @@ class CapturedGradients:
 
     def dense(self) -> list[Tensor]:
         """G as (B, *shape) tensors."""
-        return [self.batch_size * f.dense() for f in self._factors]
+        return [self.batch_size * f.dense() for f in self._all()]
+
+    def _all(self) -> list[Factor]:
+        return self._factors + (self._more.factors() if self._more else [])
 
     def _equal_weights(self) -> Tensor:
-        example = self._factors[0].example
+        example = self._factors[0].example if self._factors else self._more.output_grads[0]
         return example.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(example.dtype))
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
-        return self.batch_size * _sum([f.align(v) for f, v in zip(self._factors, vector, strict=True)])
+        return self.batch_size * _sum([f.align(v) for f, v in zip(self._all(), vector, strict=True)])
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
@@ -87,7 +128,8 @@ class CapturedGradients:
         return total.mul_(float(self.batch_size**2))
 
     def _single_grams(self) -> list[Tensor]:
-        return [torch.ops.rgd_ext.ghost_gram(*_arguments(layers)) for layers in self._singles.values()]
+        grams = [_gathered(layers).gram() for layers in self._singles.values()]
+        return grams + [self._more.gram()] if self._more else grams
 
     def scalars(self) -> Moments | None:
         """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
@@ -108,23 +150,22 @@ class CapturedGradients:
             there = weights.to(group[0].device)
             result |= zip(indices, torch.ops.rgd_ext.combine(group, there), strict=True)
         for layers in self._singles.values():
-            there = weights.to(layers[0].output_grads.device)
-            combined = iter(torch.ops.rgd_ext.ghost_combine(*_arguments(layers), there))
+            combined = iter(_gathered(layers).combine(weights))
             for layer in layers:
                 if layer.bias is not None:
                     result[layer.bias] = next(combined)
                 if layer.weight is not None:
                     weight = next(combined)
-                    result[layer.weight] = weight if weight.shape == layer.shape else weight.view(layer.shape)
+                    result[layer.weight] = weight if len(layer.shape) == 2 else weight.view(layer.shape)
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
-        return [result[index] for index in range(len(self._factors))]
+        found = [result[index] for index in range(len(self._factors))]
+        return found + self._more.combine(weights) if self._more else found
 
 
-def _arguments(layers: list[_Single]) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-    """Of ghost_gram and ghost_combine."""
-    return [s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers]
+def _gathered(layers: list[_Single]) -> Singles:
+    return Singles([s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers])
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

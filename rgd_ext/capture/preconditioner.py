@@ -15,7 +15,7 @@ from torch._C import _current_graph_task_id, _functorch
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
-from .captured import CapturedGradients
+from .captured import CapturedGradients, Singles
 from .dry_run import dry_run
 from .embedding import Rows
 from .factors import Dense, Factor, Outer
@@ -23,6 +23,7 @@ from .install import check_model, taps_for
 from .nodes import Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
+from .rules import linear
 from .shared import Shared
 from .sums import add, join
 from .workspace import Workspace, fresh
@@ -139,7 +140,8 @@ class Preconditioner:
             with torch.no_grad():
                 parameters = dict.fromkeys(p for part in parts for p in part)
                 joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
-                self._write({p: self._settled(p, factor) for p, factor in joined.items()})
+                gradients = CapturedGradients([self._settled(p, factor) for p, factor in joined.items()])
+                self._write(list(joined), gradients)
 
     @contextmanager
     def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
@@ -318,21 +320,35 @@ class Preconditioner:
         """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
         self._aside.append((record, inputs, output_grad))
 
-    def _take_aside(self) -> None:
-        """Factors of what was put aside; the same parameters and shapes in every step, as a rule, are planned once."""
+    def _take_aside(self) -> tuple[list[nn.Parameter], Singles | None]:
+        """What was put aside: parameters and their contributions, or among the factors.
+
+        The same layers with the same shapes in every step, as a rule, are planned once; small models pay for every
+        operation here.
+        """
         aside, self._aside = self._aside, []
-        shapes = [(*map(id, record.parameters.values()), x.shape, e.shape) for record, x, e in aside]
-        is_planned = self._planner.recall((self._with_gram, shapes))
+        layers = [(*map(id, record.parameters.values()), x.shape, e.shape, e.dtype, e.device) for record, x, e in aside]
+        key = layers, self._with_gram
+        if self._union is None and not self._is_dry and self._planner.recall(key):
+            parameters = [
+                record.parameters[name]
+                for record, _, _ in aside
+                for name in ("bias", "weight")
+                if name in record.parameters
+            ]
+            if self._factors.keys().isdisjoint(parameters):
+                inputs = [x if "weight" in record.parameters else x[:, :0] for record, x, _ in aside]
+                biases = ["bias" in record.parameters for record, _, _ in aside]
+                return parameters, Singles(inputs, [e for _, _, e in aside], biases)
         names = []
         for record, x, e in aside:
-            factors = record.contributions((x,), e)
+            factors = linear(record, (x,), e)
             for name, parameter in record.parameters.items():
-                if not is_planned:
-                    self._settled(parameter, factors[name])
-                    names.append(self._names.get(parameter, "?"))
-                self._factors.setdefault(parameter, []).append(factors[name])
-        if not is_planned:
-            self._planner.remember((self._with_gram, shapes), names)
+                names.append(self._names.get(parameter, "?"))
+                self._factors.setdefault(parameter, []).append(self._settled(parameter, factors[name]))
+        if len(set(names)) == len(names) and len({(e.dtype, e.device) for _, _, e in aside}) == 1:
+            self._planner.remember(key, names)
+        return [], None
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name, is_collected = self._names.get(parameter, "?"), self._union is not None
@@ -356,10 +372,9 @@ class Preconditioner:
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
-        if self._aside:
-            self._take_aside()
+        parameters, singles = self._take_aside() if self._aside else ([], None)
         factors, self._factors, self._task = self._factors, {}, -1
-        if not factors:  # a module's output was used, but none of its parameters had a part in it
+        if not factors and not parameters:  # a module's output was used, but none of its parameters had a part in it
             return
         if self._is_dry:  # what forms gradients forms them for each use
             factors = {p: parts for p, parts in factors.items() if all(isinstance(f, (Outer, Rows)) for f in parts)}
@@ -370,16 +385,15 @@ class Preconditioner:
         if self._union is not None:
             self._union.append(summed)
         else:
-            self._write(summed)
+            self._write([*summed, *parameters], CapturedGradients(list(summed.values()), singles))
 
     @torch.no_grad()
-    def _write(self, factors: dict[nn.Parameter, Factor]) -> None:
-        for parameter in factors:
+    def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
+        for parameter in parameters:
             self._check_hooks(parameter, 1)
-        with _full_precision(next(iter(factors)).device):
-            gradients = CapturedGradients(list(factors.values()))
+        with _full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
-        for parameter, step in zip(factors, direction, strict=True):
+        for parameter, step in zip(parameters, direction, strict=True):
             if parameter.grad is None:
                 parameter.grad = step
             else:

@@ -165,7 +165,7 @@ class Layer(Tap):
         super().__init__(capture, module, name, slots)
         self.sample_ndim = registered.minimum(module)
         self._bound_rule = partial(registered.rule, module)
-        self._is_linear = registered.rule is linear
+        self._is_linear = registered.rule is linear and {name for *_, name in slots} <= {"weight", "bias"}
         self.batch_norms = batch_norms(module, name)
 
     def check_batch_norm(self):
@@ -190,11 +190,10 @@ class Layer(Tap):
             )
         if dim is None:
             return self._for_all(parameters, batch, inputs, output)
-        size = batch.size_of(first, dim, self.name)
-        rule = self._rule_as_of_now()
-        if dim != 0:
-            rule = partial(_moved, rule, dim)
-        return self._watch(parameters, size, rule, output, inputs, self._is_linear and dim == 0)
+        size, rule = batch.size_of(first, dim, self.name), self._rule_as_of_now()
+        if dim == 0:
+            return self._watch(parameters, size, rule, output, inputs, self._is_linear)
+        return self._watch(parameters, size, partial(_moved, rule, dim), output, inputs)
 
     def _output(self, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict) -> Tensor:
         """The forward, of which autograd will compute no weight gradient."""
