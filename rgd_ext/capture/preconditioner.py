@@ -37,6 +37,7 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
+_UNCHANGED = nullcontext()
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -403,7 +404,7 @@ class Preconditioner:
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
     is_on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_on else _UNCHANGED
 
 
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:

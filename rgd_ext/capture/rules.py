@@ -109,7 +109,7 @@ def bilinear(module: nn.Bilinear, inputs: tuple[Tensor, ...], output_grad: Tenso
 
 def _sequences(x: Tensor) -> Tensor:
     """(B, ..., n) as (B, T, n)."""
-    return x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x[:, None]
+    return x if x.ndim == 3 else x.flatten(1, -2) if x.ndim > 3 else x.unsqueeze(1)
 
 
 def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
