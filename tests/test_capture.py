@@ -11,6 +11,7 @@ from capturing import captured_grad, loss_of
 from models import GPT, Net, ViT, mlp
 from oracle import assert_close, direction, flat, flat_grad, per_sample_gradients, weak_field
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
@@ -89,6 +90,13 @@ def test_one_parameter_in_two_modules_and_one_module_called_thrice():
 
 def test_embedding_tied_to_the_head():
     check(GPT().double(), torch.randint(11, (7, 9)))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_embedding_of_one_token_tied_to_the_head(shape):
+    embed, head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+    head.weight = embed.weight
+    check(Net(lambda m, x: m.head(m.embed(x).tanh()), embed=embed, head=head).double(), torch.randint(9, shape))
 
 
 def test_tokens_and_positions_in_one_table():
@@ -383,6 +391,19 @@ class Tagged(torch.Tensor):
     """A class of its own."""
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by forward_ad itself
+def test_forward_mode_is_refused_and_works_paused():
+    model, x = nn.Linear(3, 2).double(), double(4, 3)
+    with rgd_ext.precondition(model) as handle, forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="paused"):
+            model(dual)
+        assert model(x).requires_grad
+        with handle.paused():
+            tangent = forward_ad.unpack_dual(model(dual)).tangent
+    assert_close(tangent, model.weight.sum(1).expand(4, 2))
+
+
 def test_classes_of_tensors_stay():
     model, x = mlp(), torch.randn(5, 6)
     expected = captured_grad(model, x)
@@ -395,30 +416,54 @@ def test_classes_of_tensors_stay():
 
 
 def test_linear_layers_that_change_from_backward_to_backward():
-    # Layers with one vector per sample are planned together, and not again while all stays as it was.
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    # Layers with one vector per sample are planned together, and go to the products as they are while all stays.
+    layers = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers).double()
 
-    def check_one(batch_size):
-        model.zero_grad()
-        x = double(batch_size, 4)
-        expected = weak_field(per_sample_gradients(model, loss_of, (x,)))
-        loss_of(model(x)).backward()
-        assert_close(flat([p.grad for p in model.parameters() if p.requires_grad]), expected)
-        assert [layer.name for layer in handle.plan().layers] == ["0", "2", "4"]
+    def check_twice(batch_size):
+        for _ in range(2):
+            model.zero_grad()
+            x = double(batch_size, 4).to(model[0].weight)
+            expected = weak_field(per_sample_gradients(model, loss_of, (x,)))
+            loss_of(model(x)).backward()
+            assert_close(flat([p.grad for p in model.parameters() if p.requires_grad]), expected.to(x))
+            assert [layer.name for layer in handle.plan().layers] == ["0", "2", "4", "5"]
 
     with rgd_ext.precondition(model) as handle:
-        check_one(5)
-        check_one(5)
-        check_one(3)
-        model[2].bias.requires_grad_(False)
-        check_one(3)
-        model[2].bias.requires_grad_(True)
-        check_one(3)
+        check_twice(5)
+        check_twice(3)
+        for frozen in (model[2].bias, model[2].weight):
+            frozen.requires_grad_(False)
+            check_twice(3)
+            frozen.requires_grad_(True)
+        check_twice(3)
         held = handle.plan().bytes
-        check_one(5)
-        assert handle.plan().bytes == held // 3 * 5
+        check_twice(6)
+        assert handle.plan().bytes == 2 * held
+        model.float()
+        check_twice(6)
+        model.double()
         model[1] = model[0]  # called twice from now on
-        check_one(5)
+        check_twice(5)
+
+
+def test_a_linear_layer_whose_weight_has_a_second_use_in_some_backwards():
+    class Often(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.twice = nn.Linear(4, 4), False
+
+        def forward(self, x):
+            once = self.layer(x)
+            return once + self.layer(once[:, None].expand(-1, 3, -1).tanh()).sum(1) if self.twice else once
+
+    model = Often().double()
+    with rgd_ext.precondition(model):
+        for model.twice in (False, False, True, True, False):
+            model.zero_grad()
+            x = double(5, 4)
+            loss_of(model(x)).backward()
+            assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, (x,))))
 
 
 def test_create_graph_names_paused():
@@ -759,6 +804,7 @@ BAD_CALLS = {
     "no trainable parameters": (lambda: rgd_ext.precondition(mlp().requires_grad_(False)), ValueError, "no trainable"),
     "no parameters": (lambda: rgd_ext.precondition(nn.ReLU()), ValueError, "no trainable"),
     "lazy": (lambda: rgd_ext.precondition(nn.LazyLinear(3)), ValueError, "not initialised"),
+    "empty parameter": (lambda: rgd_ext.precondition(nn.Bilinear(2, 0, 2)), ValueError, r"'weight'.*\(2, 2, 0\)"),
     "batch_norm": (lambda: rgd_ext.precondition(mlp(), batch_norm="x"), ValueError, "'x'"),
     "inverse": (lambda: rgd_ext.precondition(mlp(), inverse="approximate"), ValueError, "'approximate'"),
     "epsilon": (lambda: rgd_ext.precondition(mlp(), epsilon="0.5"), TypeError, "'0.5'"),

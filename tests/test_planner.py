@@ -1,5 +1,6 @@
 """The planner: which way each layer takes, within which memory, and that all ways give one direction."""
 
+import gc
 import json
 import math
 
@@ -194,6 +195,18 @@ def test_by_default_a_layer_holds_three_times_what_it_is_given(budget, ways, mon
         loss_of(model(*inputs)).backward()
         assert [layer.way for layer in handle.plan().layers] == ways
     assert_close(flat_grad(model), expected, torch.float32)
+
+
+@pytest.mark.parametrize(("budget", "stays"), [(None, True), (math.inf, True), (1_000_000, False)])
+def test_gradients_stay_in_memory_between_steps_without_a_budget_only(budget, stays, monkeypatch):
+    monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e9, 1e9, 1e9))
+    model, x = nn.Linear(19, 17, bias=False), torch.randn(5, 13, 19)
+    with rgd_ext.precondition(model, memory_budget=budget) as handle:
+        for _ in range(2):
+            loss_of(model(x)).backward()
+        assert [layer.way for layer in handle.plan().layers] == ["materialise"]
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.nbytes == 5 * 19 * 17 * 4]
+        assert bool(found) == stays
 
 
 def test_a_budget_too_small_names_the_smallest_that_works_and_changes_nothing():

@@ -8,14 +8,10 @@
 #include <tuple>
 #include <vector>
 
-#include "../grads.h"
-#include "rows.h"
+#include "work.h"
 
 namespace rgd_ext::cpu {
 namespace {
-
-// Elements that are worth another thread.
-constexpr int64_t kWorth = 4096;
 
 // A group is read from memory for its mean, and again from cache.
 template <typename T>
@@ -25,10 +21,9 @@ void group_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
   const int64_t all = input.size(0) * groups, channels = input.size(1) / groups;
   const int64_t positions = input.numel() / std::max<int64_t>(1, all * channels);
   const double size = std::max<int64_t>(1, channels * positions);
-  const int64_t grain = std::max<int64_t>(1, kWorth / static_cast<int64_t>(size));
   const T *inputs = input.const_data_ptr<T>(), *grads = output_grad.const_data_ptr<T>();
   T *weights = weight.mutable_data_ptr<T>(), *biases = bias.mutable_data_ptr<T>();
-  at::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, all, grain(channels * positions), [&](int64_t begin, int64_t end) {
     std::vector<CentredSums> sums(channels);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * channels;

@@ -15,8 +15,6 @@ namespace {
 
 // Places whose gradients are summed in T; the sums of blocks are added up in double.
 constexpr int64_t kBlock = 64;
-// Elements that are worth another thread.
-constexpr int64_t kWorth = 4096;
 
 template <typename S>
 void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& input, double eps, bool centred,
@@ -26,9 +24,8 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
   const int64_t batch_size = input.size(0), places = input.size(1), columns = input.size(2);
   const int64_t blocks = at::divup(places, kBlock), padded = padded_columns(columns);
   const S *inputs = input.const_data_ptr<S>(), *grads = output_grad.const_data_ptr<S>();
-  const int64_t grain = at::divup(kWorth, std::max<int64_t>(1, std::min(kBlock, places) * columns));
   const Scratch<T> sums(batch_size * blocks * 2 * padded);
-  at::parallel_for(0, batch_size * blocks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch_size * blocks, grain(std::min(kBlock, places) * columns), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block % blocks * kBlock, count = std::min(kBlock, places - first);
       const int64_t offset = (block / blocks * places + first) * columns;
@@ -38,7 +35,7 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
     }
   });
   S *weights = weight.mutable_data_ptr<S>(), *biases = bias.mutable_data_ptr<S>();
-  at::parallel_for(0, batch_size, at::divup(kWorth, columns), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch_size, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t c = 0; c < columns; ++c) {
         const T* partial = sums.data() + sample * blocks * 2 * padded + c;

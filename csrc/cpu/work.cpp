@@ -46,7 +46,7 @@ Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
 void sum_chunks(const Work& work, const double* partials, int64_t stride, at::Tensor& out) {
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "sum_chunks", [&] {
     scalar_t* sums = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, out.numel(), 4096, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, out.numel(), grain(1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double sum = 0;
         for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) sum += partials[chunk * stride + i];

@@ -6,6 +6,7 @@
 
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -15,6 +16,9 @@
 #include "rows.h"
 
 namespace rgd_ext::cpu {
+
+// How many pieces of `elements` numbers each are worth another thread.
+constexpr int64_t grain(int64_t elements) { return std::max<int64_t>(1, 4096 / std::max<int64_t>(1, elements)); }
 
 // The columns [begin, begin + count) of one tensor.
 struct Columns {

@@ -44,7 +44,7 @@ class Singles:
 
 
 @dataclass(slots=True)
-class _Single:
+class _Layer:
     """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
 
     Attributes:
@@ -66,29 +66,29 @@ class CapturedGradients:
 
     Args:
         factors: one per parameter.
-        singles: more parameters, which follow.
+        given: the contributions of more parameters, which follow in the order of its `combine`.
     """
 
-    def __init__(self, factors: list[Factor], singles: Singles | None = None) -> None:
-        self._factors, self._more = factors, singles
+    def __init__(self, factors: list[Factor], given: Singles | None = None) -> None:
+        self._factors, self._given = factors, given
         # By dtype and device.
         self._dense: dict[tuple, list[int]] = {}
-        self._singles: dict[tuple, list[_Single]] = {}
+        self._singles: dict[tuple, list[_Layer]] = {}
         self._others: list[int] = []
-        weights: dict[Factor, _Single] = {}
+        weights: dict[Factor, _Layer] = {}
         for index, factor in enumerate(self._factors):
             kind = type(factor)
             if kind is Dense:
                 self._dense.setdefault(_kind(factor.contributions), []).append(index)
             elif kind is Outer and factor.is_single:
                 inputs, output_grads = factor.rows()
-                weights[factor] = _Single(output_grads, inputs, factor.shape, weight=index)
+                weights[factor] = _Layer(output_grads, inputs, factor.shape, weight=index)
                 self._singles.setdefault(_kind(output_grads), []).append(weights[factor])
             elif kind is Bias and factor.weight in weights:
                 weights[factor.weight].bias = index
             elif kind is Bias:
                 grads = factor.dense()
-                lone = _Single(grads, grads[:, :0], torch.Size(), bias=index)
+                lone = _Layer(grads, grads[:, :0], torch.Size(), bias=index)
                 self._singles.setdefault(_kind(grads), []).append(lone)
             else:
                 self._others.append(index)
@@ -96,7 +96,7 @@ class CapturedGradients:
     @property
     def batch_size(self) -> int:
         """B, the number of samples."""
-        return self._factors[0].batch_size if self._factors else self._more.output_grads[0].shape[0]
+        return self._factors[0].batch_size if self._factors else self._given.output_grads[0].shape[0]
 
     def _groups(self) -> list[list[Tensor]]:
         return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
@@ -110,10 +110,10 @@ class CapturedGradients:
         return [self.batch_size * f.dense() for f in self._all()]
 
     def _all(self) -> list[Factor]:
-        return self._factors + (self._more.factors() if self._more else [])
+        return self._factors + ([] if self._given is None else self._given.factors())
 
     def _equal_weights(self) -> Tensor:
-        example = self._factors[0].example if self._factors else self._more.output_grads[0]
+        example = self._factors[0].example if self._factors else self._given.output_grads[0]
         return example.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(example.dtype))
 
     def align(self, vector: list[Tensor]) -> Tensor:
@@ -129,7 +129,7 @@ class CapturedGradients:
 
     def _single_grams(self) -> list[Tensor]:
         grams = [_gathered(layers).gram() for layers in self._singles.values()]
-        return grams + [self._more.gram()] if self._more else grams
+        return grams if self._given is None else [*grams, self._given.gram()]
 
     def scalars(self) -> Moments | None:
         """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
@@ -161,10 +161,10 @@ class CapturedGradients:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
         found = [result[index] for index in range(len(self._factors))]
-        return found + self._more.combine(weights) if self._more else found
+        return found if self._given is None else found + self._given.combine(weights)
 
 
-def _gathered(layers: list[_Single]) -> Singles:
+def _gathered(layers: list[_Layer]) -> Singles:
     return Singles([s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers])
 
 

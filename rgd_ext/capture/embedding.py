@@ -117,8 +117,8 @@ class Tied(Blockwise):
         return *self.outer.signature, *self.rows.signature
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        of_outer, (of_rows,) = self.outer.ways(needs_gram), self.rows.ways(needs_gram).values()
-        return {way: of_outer[way] + of_rows for way in ("materialise", "recompute")}
+        (of_rows,) = self.rows.ways(needs_gram).values()
+        return {way: of_outer + of_rows for way, of_outer in self.outer.ways_to_form(needs_gram).items()}
 
     def plain(self) -> Cost:
         return self.outer.plain() + self.rows.plain()
@@ -126,7 +126,7 @@ class Tied(Blockwise):
     def settled(self, way: str, empty: Empty) -> Factor:
         if way == "recompute":
             return self
-        return Dense(self.rows.add_to(self.outer.settled(way, empty).dense()), is_own=True)
+        return Dense(self.rows.add_to(self.outer.formed(empty)), is_own=True)
 
     def blocks(self) -> Iterator[Tensor]:
         order = self.rows.indices.flatten().argsort(stable=True)

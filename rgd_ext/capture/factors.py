@@ -225,19 +225,18 @@ class Outer(Blockwise):
         return self._inputs.shape, self._output_grads.shape
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
-        batch_size, length, n = self.inputs.shape
-        m, size = self.output_grads.shape[2], self.output_grads.dtype.itemsize
-        product = 2 * batch_size * length * n * m
-        ghost = of_ghost(batch_size, length, n, m, size)
-        if self.is_single:
-            return {"ghost": ghost}
-        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=ghost.held)
-        shape, dtype = torch.Size((batch_size, m, n)), self.output_grads.dtype
-        formed = Cost(product=product, stream=shape.numel() * size, calls=1)
+        ghost = of_ghost(*self.inputs.shape, self.output_grads.shape[2], self.output_grads.dtype.itemsize)
+        return {"ghost": ghost} if self.is_single else self.ways_to_form(needs_gram) | {"ghost": ghost}
+
+    def ways_to_form(self, needs_gram: bool) -> dict[str, Cost]:
+        """Those of `ways` that form gradients, which serve any T."""
+        shape, dtype = torch.Size((self.batch_size, *self.shape)), self.output_grads.dtype
+        product, held = self.plain().product, self.plain().held
+        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
+        formed = Cost(product=product, stream=shape.numel() * dtype.itemsize, calls=1)
         return {
             "materialise": formed + of_gradients(shape, dtype, needs_gram),
             "recompute": Cost(product=product) + self._on_blocks(shape.numel(), needs_gram) + combination,
-            "ghost": ghost,
         }
 
     def plain(self) -> Cost:
@@ -249,9 +248,10 @@ class Outer(Blockwise):
             return self
         if way == "ghost":
             return Ghost(self.inputs, self.output_grads, self.shape)
-        return Dense(self._formed(empty), is_own=True)
+        return Dense(self.formed(empty), is_own=True)
 
-    def _formed(self, empty: Empty) -> Tensor:
+    def formed(self, empty: Empty) -> Tensor:
+        """(B, *shape), in memory from `empty`."""
         out = empty((self.batch_size, *self.shape), self.output_grads)
         matrices = out.view(self.batch_size, self.output_grads.shape[2], self.inputs.shape[2])
         torch.bmm(self.output_grads.mT, self.inputs, out=matrices)
@@ -281,7 +281,7 @@ class Outer(Blockwise):
         return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
 
     def dense(self) -> Tensor:
-        return self._formed(fresh)
+        return self.formed(fresh)
 
 
 class Ghost(Outer):

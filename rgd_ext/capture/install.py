@@ -25,6 +25,10 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise ValueError(f"parameter '{name}' is not initialised: run one batch through the model first")
+        if parameter.requires_grad and parameter.numel() == 0:
+            raise ValueError(
+                f"parameter '{name}' of shape {tuple(parameter.shape)} has no elements: freeze it, or remove it"
+            )
         if parameter.requires_grad and not parameter.dtype.is_floating_point:
             raise ValueError(f"parameter '{name}' has dtype {parameter.dtype}: trainable parameters must be real")
     if not any(p.requires_grad for p in parameters.values()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _will_engine_execute_node
+from torch.autograd import forward_ad
 
 from .._binary import _C
 from .factors import Factor
@@ -16,6 +17,10 @@ from .factors import Factor
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner
 
+FORWARD_MODE = (
+    "a forward-mode derivative through a captured model: run the forward under `with handle.paused():`, or take"
+    " torch.func.jvp, which goes past the capture"
+)
 # (inputs, output gradient), batch first and in the dtype of the parameters -> contributions by parameter name.
 BoundRule = Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
 # Which of a record's parameters the backward under way accumulates gradients of; None if it was asked to return one.
@@ -83,6 +88,8 @@ def spread(use: Record) -> dict[str, Tensor]:
 
 def watch(use: Record, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `use`."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(output).tangent is not None:
+        raise RuntimeError(FORWARD_MODE)
     if type(output) is not Tensor:  # nodes make plain tensors
         return watch(use, output.as_subclass(Tensor), inputs).as_subclass(type(output))
     return _watch(use, output, inputs, tuple(use.parameters.values()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import compress
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from .install import check_model, taps_for
 from .nodes import Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
-from .rules import linear
+from .rules import outer
 from .shared import Shared
 from .sums import add, join
 from .workspace import Workspace, fresh
@@ -37,7 +38,8 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
-_UNCHANGED = nullcontext()
+# A use of a linear layer with one vector per sample: its inputs (B, n) and output gradients (B, m).
+Aside: TypeAlias = tuple[Record, Tensor, Tensor]
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -73,11 +75,12 @@ class Preconditioner:
         self._size: int | None = None
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
-        self._aside: list[tuple[Record, Tensor, Tensor]] = []
+        self._aside: list[Aside] = []
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
         self._workspace = Workspace()
+        self._keeps_memory = memory_budget in (None, math.inf)
         self._is_dry = False
         self._taps = taps_for(self, model)
         for tap in self._taps:
@@ -321,42 +324,44 @@ class Preconditioner:
         """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
         self._aside.append((record, inputs, output_grad))
 
-    def _take_aside(self) -> tuple[list[nn.Parameter], Singles | None]:
-        """What was put aside: parameters and their contributions, or among the factors.
-
-        The same layers with the same shapes in every step, as a rule, are planned once; small models pay for every
-        operation here.
-        """
-        aside, self._aside = self._aside, []
+    def _key(self, aside: list[Aside]) -> object:
+        """Of all that the plan of what was put aside depends on."""
         layers = [(*map(id, record.parameters.values()), x.shape, e.shape, e.dtype, e.device) for record, x, e in aside]
-        key = layers, self._with_gram
-        if self._union is None and not self._is_dry and self._planner.recall(key):
-            parameters = [
-                record.parameters[name]
-                for record, _, _ in aside
-                for name in ("bias", "weight")
-                if name in record.parameters
-            ]
-            if self._factors.keys().isdisjoint(parameters):
-                inputs = [x if "weight" in record.parameters else x[:, :0] for record, x, _ in aside]
-                biases = ["bias" in record.parameters for record, _, _ in aside]
-                return parameters, Singles(inputs, [e for _, _, e in aside], biases)
+        return layers, self._with_gram
+
+    def _known(self, aside: list[Aside]) -> tuple[list[nn.Parameter], Singles] | None:
+        """Parameters of what was put aside and their contributions as they are, if planned before and all there is.
+
+        So it is in every step but the first, as a rule: small models pay for every operation here.
+        """
+        if self._union is not None or self._is_dry:
+            return None
+        records = [record.parameters for record, _, _ in aside]
+        order = "bias", "weight"
+        parameters = [of_layer[name] for of_layer in records for name in order if name in of_layer]
+        if not self._factors.keys().isdisjoint(parameters) or not self._planner.recall(self._key(aside)):
+            return None
+        inputs = [x if "weight" in record.parameters else x[:, :0] for record, x, _ in aside]
+        return parameters, Singles(inputs, [e for _, _, e in aside], ["bias" in of_layer for of_layer in records])
+
+    def _plan_aside(self, aside: list[Aside]) -> None:
+        """Make factors of what was put aside."""
         names = []
         for record, x, e in aside:
-            factors = linear(record, (x,), e)
+            factors = outer(x, e, "weight", "bias")
             for name, parameter in record.parameters.items():
                 names.append(self._names.get(parameter, "?"))
                 self._factors.setdefault(parameter, []).append(self._settled(parameter, factors[name]))
         if len(set(names)) == len(names) and len({(e.dtype, e.device) for _, _, e in aside}) == 1:
-            self._planner.remember(key, names)
-        return [], None
+            self._planner.remember(self._key(aside), names)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
-        name, is_collected = self._names.get(parameter, "?"), self._union is not None
+        name = self._names.get(parameter, "?")
         if self._is_dry:
             self._planner.note(name, factor, self._with_gram)
             return factor
-        return self._planner.settle(name, factor, self._with_gram, fresh if is_collected else self._workspace.empty)
+        empty = self._workspace.empty if self._keeps_memory and self._union is None else fresh
+        return self._planner.settle(name, factor, self._with_gram, empty)
 
     def refuse_second_derivative(self, wanted: Wanted) -> None:
         """Raise if a derivative of gradients that passed a layer is wanted for its parameters."""
@@ -373,7 +378,11 @@ class Preconditioner:
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
-        parameters, singles = self._take_aside() if self._aside else ([], None)
+        aside, self._aside = self._aside, []
+        known = self._known(aside) if aside else None
+        if aside and known is None:
+            self._plan_aside(aside)
+        parameters, singles = known or ([], None)
         factors, self._factors, self._task = self._factors, {}, -1
         if not factors and not parameters:  # a module's output was used, but none of its parameters had a part in it
             return
@@ -399,6 +408,9 @@ class Preconditioner:
                 parameter.grad = step
             else:
                 parameter.grad += step
+
+
+_UNCHANGED = nullcontext()
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
@@ -457,7 +469,7 @@ def precondition(
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
             a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
-            way takes.
+            way takes; with these two their memory on the CPU is kept from step to step.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
