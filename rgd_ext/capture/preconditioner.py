@@ -38,6 +38,9 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
+# What stays of the workspace between steps. Measured: a GPT takes 1.44 times SGD's memory with it, 2.24 times with all,
+# in about the same time; with nothing 1.36 times, and a tenth more time.
+_KEPT = 0.4
 # A use of a linear layer with one vector per sample: its inputs (B, n) and output gradients (B, m).
 Aside: TypeAlias = tuple[Record, Tensor, Tensor]
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
@@ -80,7 +83,7 @@ class Preconditioner:
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
         self._workspace = Workspace()
-        self._keeps_memory = memory_budget in (None, math.inf)
+        self._kept_share = _KEPT if memory_budget in (None, math.inf) else 0
         self._is_dry = False
         self._taps = taps_for(self, model)
         for tap in self._taps:
@@ -360,7 +363,7 @@ class Preconditioner:
         if self._is_dry:
             self._planner.note(name, factor, self._with_gram)
             return factor
-        empty = self._workspace.empty if self._keeps_memory and self._union is None else fresh
+        empty = self._workspace.empty if self._union is None else fresh
         return self._planner.settle(name, factor, self._with_gram, empty)
 
     def refuse_second_derivative(self, wanted: Wanted) -> None:
@@ -408,6 +411,7 @@ class Preconditioner:
                 parameter.grad = step
             else:
                 parameter.grad += step
+        self._workspace.release(self._kept_share)
 
 
 _UNCHANGED = nullcontext()
@@ -469,7 +473,7 @@ def precondition(
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
             a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
-            way takes; with these two their memory on the CPU is kept from step to step.
+            way takes; with these two a part of the memory is kept from step to step, on the CPU.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.

@@ -17,7 +17,7 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 class Workspace:
-    """Memory on the CPU that one backward, or one block of gradients, after the other uses.
+    """Memory on the CPU that one backward, or one block of gradients, after the other uses, all or some of it.
 
     The allocator gives large blocks back to the system, and has every page of new ones filled with zeros on first use;
     measured, that takes longer than writing the gradients. On CUDA PyTorch keeps its blocks itself.
@@ -32,6 +32,14 @@ class Workspace:
     def restart(self) -> None:
         """What was handed out so far is free again."""
         self._used = 0
+
+    def release(self, share: float) -> None:
+        """Give back what was handed out, but for the first of it that take up to `share` of the memory."""
+        left = share * sum(block.numel() for block in self._blocks)
+        for index, block in enumerate(self._blocks):
+            left -= block.numel()
+            if left < 0:
+                self._blocks[index] = self._tensors[index] = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """As `torch.empty(shape)`, valid until the next `restart`."""
