@@ -35,8 +35,9 @@ class Workspace:
 
     def release(self, share: float) -> None:
         """Give back what was handed out, but for the first of it that take up to `share` of the memory."""
-        left = share * sum(block.numel() for block in self._blocks)
-        for index, block in enumerate(self._blocks):
+        used = self._blocks[: self._used]
+        left = share * sum(block.numel() for block in used)
+        for index, block in enumerate(used):
             left -= block.numel()
             if left < 0:
                 self._blocks[index] = self._tensors[index] = torch.empty(0, dtype=torch.uint8)
