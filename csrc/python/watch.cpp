@@ -95,6 +95,7 @@ struct Watch : torch::autograd::Node {
     return result;
   }
 
+  // Locked as in autograd's own nodes: another thread may release what a second backward still reads.
   variable_list unpacked() {
     const std::lock_guard<std::mutex> lock(mutex_);
     variable_list tensors;

@@ -9,38 +9,7 @@ from torch import Tensor
 
 from ..reference import accumulate_dtype
 from .factors import Bias, Dense, Factor, Ghost, Moments, Outer, of_dense, of_gram
-
-
-@dataclass(slots=True)
-class Singles:
-    """Weights and biases of layers that met one vector per sample, of one dtype and device.
-
-    Attributes:
-        inputs: A of each layer, (B, n), with n = 0 if its weight is frozen.
-        output_grads: E of each layer, (B, m).
-        biases: whether its bias is trained.
-    """
-
-    inputs: list[Tensor]
-    output_grads: list[Tensor]
-    biases: list[bool]
-
-    def gram(self) -> Tensor:
-        """<h_i, h_j> over all, (B, B)."""
-        return torch.ops.rgd_ext.ghost_gram(self.inputs, self.output_grads, self.biases)
-
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n)."""
-        there = weights.to(self.output_grads[0].device)
-        return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
-
-    def factors(self) -> list[Factor]:
-        """One for each parameter, in the order of `combine`."""
-        found: list[Factor] = []
-        for x, e, has_bias in zip(self.inputs, self.output_grads, self.biases, strict=True):
-            outer = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
-            found += [Bias(outer)] * has_bias + [outer] * (x.shape[1] > 0)
-        return found
+from .singles import Singles
 
 
 @dataclass(slots=True)

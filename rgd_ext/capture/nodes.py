@@ -52,7 +52,7 @@ class Record:
         capture = self.capture
         names = capture.admitted(self, wanted)
         if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], grad):
-            capture.put_aside(self, inputs[0], grad)
+            capture.aside.add(self.parameters, inputs[0], grad)
         elif names:
             capture.keep(self, names, partial(self.contributions, inputs, grad))
         if torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import compress
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch._C import _current_graph_task_id, _functorch
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .batch import Batch, modules_in, tensors_in
-from .captured import CapturedGradients, Singles
+from .captured import CapturedGradients
 from .dry_run import dry_run
 from .embedding import Rows
 from .factors import Dense, Factor, Outer
@@ -24,8 +24,8 @@ from .install import check_model, taps_for
 from .nodes import Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
-from .rules import outer
 from .shared import Shared
+from .singles import Aside
 from .sums import add, join
 from .workspace import Workspace, fresh
 
@@ -41,8 +41,6 @@ RETURNED_GRADIENT = (
 # What stays of the workspace between steps. Measured: a GPT takes 1.44 times SGD's memory with it, 2.24 times with all,
 # in about the same time; with nothing 1.36 times, and a tenth more time.
 _KEPT = 0.4
-# A use of a linear layer with one vector per sample: its inputs (B, n) and output gradients (B, m).
-Aside: TypeAlias = tuple[Record, Tensor, Tensor]
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -52,6 +50,7 @@ class Preconditioner:
     Attributes:
         stats: `Stats` of the last backward, or None before the first.
         batch: of the call of the model under way, or None.
+        aside: of the backward under way, linear layers with one vector per sample.
         guards: the trainable parameters, each with the hook that notices gradients past the taps.
     """
 
@@ -78,7 +77,7 @@ class Preconditioner:
         self._size: int | None = None
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
-        self._aside: list[Aside] = []
+        self.aside = Aside()
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
@@ -113,7 +112,7 @@ class Preconditioner:
         for guard in self.guards.values():
             guard.remove()
         self._taps, self.guards, self._removed = [], {}, True
-        self._factors, self._aside = {}, []  # of a backward that failed
+        self._factors, self.aside = {}, Aside()  # of a backward that failed
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -323,40 +322,19 @@ class Preconditioner:
                 parameter = record.parameters[name]
                 self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
 
-    def put_aside(self, record: Record, inputs: Tensor, output_grad: Tensor) -> None:
-        """Keep what a linear layer with one vector per sample, (B, n) and (B, m), contributes: nothing is formed."""
-        self._aside.append((record, inputs, output_grad))
+    def _is_known(self, aside: Aside) -> bool:
+        """Whether what was put aside is planned and all that its parameters get."""
+        if self._union is not None or self._is_dry or not self._factors.keys().isdisjoint(aside.parameters()):
+            return False
+        return self._planner.recall((aside.signature(), self._with_gram))
 
-    def _key(self, aside: list[Aside]) -> object:
-        """Of all that the plan of what was put aside depends on."""
-        layers = [(*map(id, record.parameters.values()), x.shape, e.shape, e.dtype, e.device) for record, x, e in aside]
-        return layers, self._with_gram
-
-    def _known(self, aside: list[Aside]) -> tuple[list[nn.Parameter], Singles] | None:
-        """Parameters of what was put aside and their contributions as they are, if planned before and all there is.
-
-        So it is in every step but the first, as a rule: small models pay for every operation here.
-        """
-        if self._union is not None or self._is_dry:
-            return None
-        records = [record.parameters for record, _, _ in aside]
-        order = "bias", "weight"
-        parameters = [of_layer[name] for of_layer in records for name in order if name in of_layer]
-        if not self._factors.keys().isdisjoint(parameters) or not self._planner.recall(self._key(aside)):
-            return None
-        inputs = [x if "weight" in record.parameters else x[:, :0] for record, x, _ in aside]
-        return parameters, Singles(inputs, [e for _, _, e in aside], ["bias" in of_layer for of_layer in records])
-
-    def _plan_aside(self, aside: list[Aside]) -> None:
+    def _plan(self, aside: Aside) -> None:
         """Make factors of what was put aside."""
-        names = []
-        for record, x, e in aside:
-            factors = outer(x, e, "weight", "bias")
-            for name, parameter in record.parameters.items():
-                names.append(self._names.get(parameter, "?"))
-                self._factors.setdefault(parameter, []).append(self._settled(parameter, factors[name]))
-        if len(set(names)) == len(names) and len({(e.dtype, e.device) for _, _, e in aside}) == 1:
-            self._planner.remember(self._key(aside), names)
+        for parameter, factor in aside.factors():
+            self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+        if aside.is_uniform():
+            names = [self._names.get(parameter, "?") for parameter in aside.parameters()]
+            self._planner.remember((aside.signature(), self._with_gram), names)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name = self._names.get(parameter, "?")
@@ -373,7 +351,7 @@ class Preconditioner:
 
     def _begin(self, task: int, batch_size: int) -> None:
         # Whatever is there is of a backward that ended in an exception.
-        self._task, self._size, self._factors, self._aside = task, batch_size, {}, []
+        self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
@@ -381,11 +359,12 @@ class Preconditioner:
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
-        aside, self._aside = self._aside, []
-        known = self._known(aside) if aside else None
-        if aside and known is None:
-            self._plan_aside(aside)
-        parameters, singles = known or ([], None)
+        aside, self.aside = self.aside, Aside()
+        parameters, singles = [], None
+        if aside and self._is_known(aside):
+            parameters, singles = aside.parameters(), aside.singles()
+        elif aside:
+            self._plan(aside)
         factors, self._factors, self._task = self._factors, {}, -1
         if not factors and not parameters:  # a module's output was used, but none of its parameters had a part in it
             return
