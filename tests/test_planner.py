@@ -197,8 +197,12 @@ def test_by_default_a_layer_holds_three_times_what_it_is_given(budget, ways, mon
     assert_close(flat_grad(model), expected, torch.float32)
 
 
-@pytest.mark.parametrize(("budget", "most"), [(None, 2), (math.inf, 2), (1_000_000, 0)])
-def test_some_gradients_stay_in_memory_between_steps_and_none_with_a_budget(budget, most, monkeypatch):
+@pytest.mark.parametrize(
+    ("budget", "small", "most"),
+    [(None, 0, 2), (math.inf, 0, 2), (1_000_000, 0, 0), (None, 1 << 20, 5), (1_000_000, 1 << 20, 0)],
+)
+def test_some_gradients_stay_in_memory_between_steps_and_none_with_a_budget(budget, small, most, monkeypatch):
+    monkeypatch.setattr("rgd_ext.capture.workspace._SMALL", small)
     monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e9, 1e9, 1e9))
     model, x = nn.Sequential(*[nn.Linear(19, 19, bias=False) for _ in range(5)]), torch.randn(5, 13, 19)
 

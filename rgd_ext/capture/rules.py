@@ -134,7 +134,7 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tens
     if module.weight.requires_grad:  # frozen weights are common, and theirs is the cost
         contributions["weight"] = _convolution(module, output_grad, x, padding)
     if module.bias is not None:
-        contributions["bias"] = output_grad.flatten(2).sum(2)
+        contributions["bias"] = _over_space(output_grad)
     return contributions
 
 
@@ -146,7 +146,7 @@ def transposed_convolution(
     if module.weight.requires_grad:
         contributions["weight"] = _convolution(module, inputs[0], output_grad, module.padding)
     if module.bias is not None:
-        contributions["bias"] = output_grad.flatten(2).sum(2)
+        contributions["bias"] = _over_space(output_grad)
     return contributions
 
 
@@ -206,7 +206,12 @@ def batch_norm(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tenso
 def _per_channel(normalised: Tensor, output_grad: Tensor) -> dict[str, Tensor | Factor]:
     if normalised.ndim == 2:
         return {"weight": normalised * output_grad, "bias": output_grad}
-    return {"weight": (normalised * output_grad).flatten(2).sum(2), "bias": output_grad.flatten(2).sum(2)}
+    return {"weight": _over_space(normalised * output_grad), "bias": _over_space(output_grad)}
+
+
+def _over_space(x: Tensor) -> Tensor:
+    """The sum of (B, m, *space) over space, (B, m)."""
+    return x.sum(tuple(range(2, x.ndim)))
 
 
 _registry |= {

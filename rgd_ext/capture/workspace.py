@@ -16,6 +16,10 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
+# Bytes of all blocks together up to which they stay where any are to: small models would feel asking for them again.
+_SMALL = 16 << 20
+
+
 class Workspace:
     """Memory on the CPU that one backward, or one block of gradients, after the other uses, all or some of it.
 
@@ -34,9 +38,15 @@ class Workspace:
         self._used = 0
 
     def release(self, share: float) -> None:
-        """Give back what was handed out, but for the first of it that take up to `share` of the memory."""
+        """Give back what was handed out, but for the first of it that take up to `share` of its memory.
+
+        Little memory stays, unless `share` is 0.
+        """
         used = self._blocks[: self._used]
-        left = share * sum(block.numel() for block in used)
+        total = sum(block.numel() for block in used)
+        if share and total <= _SMALL:
+            return
+        left = share * total
         for index, block in enumerate(used):
             left -= block.numel()
             if left < 0:
