@@ -47,6 +47,40 @@ inline double sum_lanes(typename VectorOf<T, bytes>::type vector) {
   }
 }
 
+// Exchanges bit S of the number of a vector with that of a lane, for two vectors whose numbers differ in it.
+template <int64_t S, typename T, int64_t... lane>
+inline void exchange(Vector<T>& even, Vector<T>& odd, std::integer_sequence<int64_t, lane...>) {
+  constexpr int64_t L = kLanes<T>;
+  const Vector<T> low = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane - S : lane)...);
+  odd = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane : lane + S)...);
+  even = low;
+}
+
+// Of 2 S vectors, added up lane by lane in the tree of sum_lanes: lane i of the first gets the sum of vector i.
+template <int64_t S, typename T>
+inline void fold(Vector<T>* vectors) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < S; ++i) {
+    exchange<S, T>(vectors[i], vectors[i + S], std::make_integer_sequence<int64_t, kLanes<T>>{});
+    vectors[i] += vectors[i + S];
+  }
+  if constexpr (S > 1) fold<S / 2, T>(vectors);
+}
+
+// The sums over the lanes of N vectors, padded to a whole number of vectors.
+template <int N, typename T>
+inline void sum_lanes(const Vector<T>* vectors, T* sums) {
+  constexpr int L = kLanes<T>;
+#pragma GCC unroll 16
+  for (int first = 0; first < N; first += L) {
+    Vector<T> some[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) some[i] = first + i < N ? vectors[first + i] : Vector<T>{};
+    fold<L / 2, T>(some);
+    store(some[0], sums + first);
+  }
+}
+
 template <int R, typename S, typename T>
 inline void add_rows(const S* rows, int64_t stride, const Vector<T>* weights, T* sums) {
   Vector<T> sum = load(sums);
@@ -199,8 +233,10 @@ void multiply(const S* a, int64_t a_stride, const T* b, int64_t b_stride, int64_
   if (c < columns)
     multiply<R, C>(Tail<R, S, L>(a + c, a_stride, columns - c).data, L,
                    Tail<C, T, L>(b + c, b_stride, columns - c).data, L, sums);
+  T totals[(R * C + L - 1) / L * L];
+  sum_lanes<R * C, T>(&sums[0][0], totals);
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < C; ++j) out[i * out_stride + j] += sum_lanes<T>(sums[i][j]);
+    for (int j = 0; j < C; ++j) out[i * out_stride + j] += totals[i * C + j];
 }
 
 template <typename S, typename T>
@@ -236,19 +272,26 @@ struct Lines {
   }
 };
 
+// Rows i to i + R against C columns from j on, without pairs of rows above the diagonal.
+template <int R, int C, typename T>
+void multiply_below(const Tile<T>& tile, int64_t i, int64_t j, double* gram) {
+  if constexpr (R > 2) {
+    if (j - i >= 2) return multiply_below<R - 2, C>(tile, i + 2, j, gram);
+  }
+  multiply<R, C>(tile.data + i * tile.stride, tile.stride, tile.data + j * tile.stride, tile.stride, tile.columns,
+                 gram + i * tile.rows + j, tile.rows);
+}
+
 // Blocks on and below the diagonal; a block on it also writes some of what is above.
 template <int R, typename S, typename T>
 void gram_rows(const Tile<T>& tile, int64_t i, Lines<S>& next, double* gram) {
   constexpr int C = kGramColumns;
-  const T* rows = tile.data + i * tile.stride;
-  double* out = gram + i * tile.rows;
   int64_t j = 0;
   for (; j < i + R && j + C <= tile.rows; j += C) {
     next.fetch_some();
-    multiply<R, C>(rows, tile.stride, tile.data + j * tile.stride, tile.stride, tile.columns, out + j, tile.rows);
+    multiply_below<R, C>(tile, i, j, gram);
   }
-  for (; j < i + R; ++j)
-    multiply<R, 1>(rows, tile.stride, tile.data + j * tile.stride, tile.stride, tile.columns, out + j, tile.rows);
+  for (; j < i + R; ++j) multiply_below<R, 1>(tile, i, j, gram);
 }
 
 template <int R, typename S, typename T>
@@ -429,15 +472,6 @@ template <typename T>
 void tap_products(const T* image, const int64_t* taps, int64_t tap_count, const int64_t* positions, int64_t count,
                   const T* grads, int64_t channels, T* products) {
   tap_products_from<kTapVectors>(0, image, taps, tap_count, positions, count, grads, channels, products);
-}
-
-// Exchanges bit S of the number of a vector with that of a lane, for two vectors whose numbers differ in it.
-template <int64_t S, typename T, int64_t... lane>
-inline void exchange(Vector<T>& even, Vector<T>& odd, std::integer_sequence<int64_t, lane...>) {
-  constexpr int64_t L = kLanes<T>;
-  const Vector<T> low = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane - S : lane)...);
-  odd = RGD_EXT_SHUFFLE(T, even, odd, (lane & S ? L + lane : lane + S)...);
-  even = low;
 }
 
 template <int64_t S, typename T>
