@@ -3,10 +3,10 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-BUILT := $(VENV)/.built
+BUILT := build/.built
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench cpp sanitize cuda clean
+.PHONY: demo test lint bench cpp sanitize cuda clean FORCE
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
@@ -42,11 +42,17 @@ cuda:
 clean:
 	rm -rf build $(VENV) .venv-cuda rgd_ext/_C*.so *.egg-info
 
-$(VENV)/.requirements: requirements-dev.txt Makefile
+# What was asked for last: another choice builds anew.
+build/.choice: FORCE
+	@mkdir -p build
+	@echo '$(RGD_EXT_BUILD) $(TORCH) $(abspath $(VENV))' | cmp -s - $@ || echo '$(RGD_EXT_BUILD) $(TORCH) $(abspath $(VENV))' > $@
+
+$(VENV)/.requirements: requirements-dev.txt Makefile build/.choice
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) -r requirements-dev.txt
 	touch $@
 
 $(BUILT): $(VENV)/.requirements setup.py pyproject.toml $(shell find csrc -type f)
+	rm -f rgd_ext/_C*.so
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -98,7 +98,7 @@ def architectures() -> list[str]:
 
 def cxx_compiler() -> str | None:
     """The C++ compiler that torch's BuildExtension runs, if it is installed."""
-    return shutil.which(os.environ.get("CXX", "c++").split()[0])
+    return shutil.which((os.environ.get("CXX") or "c++").split()[0])
 
 
 def chosen_build() -> str:

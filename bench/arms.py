@@ -102,7 +102,7 @@ def why_no_compile(case: Case, device: str, quick: bool) -> str | None:
         return "on the CPU only in the full run"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+    if shutil.which((os.environ.get("CXX") or "c++").split()[0]) is None:
         return "there is no C++ compiler"
     return None
 

@@ -311,7 +311,9 @@ class DiffusionMatrix:
         """
         self._check_number(k)
         if k in (None, self._dim) or self._is_exact(self._known_samples):
-            passes, size = 2, 3 * 8 * min(self._elements(self._known_samples), _EXACT**2)
+            # The CPU kernel sums up to eight Gramians of a batch.
+            matrices = 3 if self._held is None else 3 + 8
+            passes, size = 2, matrices * 8 * min(self._elements(self._known_samples), _EXACT**2)
         else:
             basis = _basis(k, self._dim)
             passes, size = 1 + basis + (basis - k) // 2, 8 * self._dim * (basis + 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,10 +40,26 @@ class PerSampleGradients(Protocol):
         ...
 
 
+# |g|^2, the centred alignments <g_i - g, g>, (B,), and the centred squared norms |g_i - g|^2, (B,).
+Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
 def squared_norm(vector: list[Tensor]) -> Tensor:
     """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
     norms = torch._foreach_norm(vector, dtype=accumulate_dtype(vector[0].dtype))
     return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+
+
+def moments_of(grads: ops.Tensors) -> Moments:
+    """Moments of gradients held as (B, *shape) tensors, in one read of them."""
+    mean, alignments, squared_norms = ops.moments(grads)
+    return squared_norm(mean), alignments, squared_norms
+
+
+def aligned(grads: Tensor, vector: Tensor) -> Tensor:
+    """<g_i, v> for g (B, *shape) and v (*shape), in the accumulation dtype."""
+    dtype = accumulate_dtype(grads.dtype)
+    return grads.flatten().view(grads.shape[0], -1).to(dtype) @ vector.flatten().to(dtype)
 
 
 class DenseGradients:
@@ -68,17 +84,13 @@ class DenseGradients:
         """g = mean_i g_i."""
         return ops.moments(self.grads)[0]
 
-    def scalars(self) -> tuple[Tensor, Tensor, Tensor]:
+    def scalars(self) -> Moments:
         """|g|^2, the centred alignments and the centred squared norms, in one read of G."""
-        mean, alignments, squared_norms = ops.moments(self.grads)
-        return squared_norm(mean), alignments, squared_norms
+        return moments_of(self.grads)
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
-        dtype = accumulate_dtype(self.grads[0].dtype)
-        pairs = zip(self.grads, vector, strict=True)
-        products = [g.reshape(self.batch_size, -1).to(dtype) @ v.reshape(-1).to(dtype) for g, v in pairs]
-        return torch.stack(products).sum(0)
+        return torch.stack([aligned(g, v) for g, v in zip(self.grads, vector, strict=True)]).sum(0)
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""

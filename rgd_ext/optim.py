@@ -78,7 +78,10 @@ class RGD(torch.optim.SGD):
     def add_param_group(self, param_group: dict) -> None:
         """As `torch.optim.Optimizer.add_param_group`; ValueError for trainable parameters that are not captured."""
         params = param_group["params"]
-        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        if isinstance(params, torch.Tensor):
+            params = [params]
+        elif not isinstance(params, set):  # torch refuses sets, whose order changes
+            params = list(params)
         for position, entry in enumerate(params):
             name, parameter = entry if isinstance(entry, tuple) else (f"number {position}", entry)
             if isinstance(parameter, torch.Tensor) and parameter.requires_grad and not is_captured(parameter):

@@ -59,6 +59,53 @@ def test_gradient_hooks_on_parameters_are_refused(hook, when):
 # The model changes
 
 
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_backward_that_ran_inside_another_is_noticed(where):
+    model, x, other = mlp(), torch.randn(5, 6), torch.randn(4, 6)
+
+    with rgd_ext.precondition(model):
+        loss = loss_of(model(other))
+        hidden = model[:where](x.requires_grad_())
+        hidden.register_hook(lambda grad: loss.backward())
+        with pytest.raises(RuntimeError, match=r"ran inside another one.*paused\(\)"):
+            loss_of(model[where:](hidden)).backward()
+        written = flat_grad(model)
+        model.zero_grad()
+        loss_of(model(other)).backward()
+        assert torch.equal(flat_grad(model), written)
+
+
+def test_a_backward_inside_another_that_has_not_met_the_model_yet():
+    model, x, other = mlp().double(), torch.randn(5, 6).double(), torch.randn(4, 6).double()
+    directions = []
+    with rgd_ext.precondition(model):
+        output, loss = model(x), loss_of(model(other))
+
+        def inner(grad):
+            loss.backward()
+            directions.append(flat_grad(model))
+            model.zero_grad()
+
+        output.register_hook(inner)
+        loss_of(output).backward()
+        directions.append(flat_grad(model))
+    for inputs, found in zip((other, x), directions, strict=True):
+        assert_close(found, captured_grad(copy.deepcopy(model), inputs))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv1d(4, 3, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_parameter_frozen_between_forward_and_backward_gets_no_gradient(layer, frozen):
+    model = copy.deepcopy(layer).double()
+    x = torch.randn(5, 4, 1).double() if isinstance(layer, nn.Conv1d) else torch.randn(5, 4).double()
+    with rgd_ext.precondition(model):
+        loss = loss_of(model(x))
+        getattr(model, frozen).requires_grad_(False)
+        loss.backward()
+    assert getattr(model, frozen).grad is None
+    assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
 def test_module_that_came_after_the_capture_is_refused():
     model = Net(lambda m, x: m.head(m.body(x).tanh()), body=nn.Linear(4, 5), head=nn.Linear(5, 3))
     with rgd_ext.precondition(model):
@@ -93,10 +140,8 @@ def test_mode_is_that_of_the_forward():
     with rgd_ext.precondition(model):
         loss = loss_of(model(x))
         model.train()
-        model[0].weight.requires_grad_(False)
         loss.backward()
-    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    assert_close(got, expected[-len(got) :])
+    assert_close(flat_grad(model), expected)
 
 
 # Values that all samples share

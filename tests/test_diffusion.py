@@ -15,6 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import rgd_ext
 from rgd_ext import DiffusionMatrix, diffusion, streaming
 from rgd_ext.capture.collect import collecting
+from rgd_ext.capture.convolution import Convolution
+from rgd_ext.capture.embedding import Rows
+from rgd_ext.capture.factors import Bias, Dense, Outer
+from rgd_ext.reference import Geometry
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +187,28 @@ def test_a_large_mean_does_not_leak_into_d():
     half = (rows - 260).bfloat16()
     expected = (half.double() @ vector.bfloat16().double()).var(correction=0)
     assert_close(DiffusionMatrix(half).quadratic_form(vector.double() + 1e-4), expected, torch.bfloat16)
+
+
+FACTORS = {
+    "dense": lambda e, x: Dense(e),
+    "outer": lambda e, x: Outer(x, e, torch.Size((7, 6))),
+    "bias": lambda e, x: Bias(Outer(x, e, torch.Size((7, 6)))),
+    "rows": lambda e, x: Rows(torch.arange(48).view(16, 3) % 5, e, torch.Size((5, 7))),
+    "convolution": lambda e, x: Convolution(e, x, torch.Size((3, 3, 1)), Geometry((1,), (1,), (0,), (1,), 1)),
+}
+
+
+@pytest.mark.parametrize("kind", FACTORS)
+def test_products_with_gradients_of_low_precision_are_not_rounded(kind):
+    e, x = torch.randn(16, 3, 7).bfloat16(), torch.randn(16, 3, 6).bfloat16()
+    x = torch.randn(16, 3, 7).bfloat16() if kind == "convolution" else x
+    exact = FACTORS[kind](e.double(), x.double())
+    vector = torch.randn(exact.dense().shape[1:]).bfloat16()
+    # A bias's terms are summed in the backward, in the dtype of the layer.
+    tolerance = torch.bfloat16 if kind == "bias" else torch.float32
+    found = FACTORS[kind](e, x).align(vector)
+    assert found.dtype == torch.float32
+    assert_close(found, exact.align(vector.double()), tolerance)
 
 
 @pytest.mark.parametrize("correction", [0, 1, 2.5])

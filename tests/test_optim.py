@@ -187,6 +187,12 @@ def test_parameters_that_were_never_captured_are_refused():
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_set_of_parameters_has_no_order():
+    model = mlp()
+    with rgd_ext.precondition(model), pytest.raises(TypeError, match="ordered collections"):
+        rgd_ext.RGD([{"params": set(model.parameters())}], lr=0.1)
+
+
 def test_options_of_the_capture_belong_to_the_capture():
     model = mlp()
     with rgd_ext.precondition(model), pytest.raises(TypeError, match="epsilon with parameters"):

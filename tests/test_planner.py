@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgd_ext
 from rgd_ext.__main__ import main
-from rgd_ext.capture import cost
+from rgd_ext.capture import rates as of_device
 from rgd_ext.capture.cost import Cost, Rates
 from rgd_ext.capture.embedding import Rows
 from rgd_ext.capture.planner import Choice, Planner, fit
@@ -220,6 +220,16 @@ def test_some_gradients_stay_in_memory_between_steps_and_none_with_a_budget(budg
         assert stay() == most
 
 
+def test_another_dtype_is_planned_anew():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)), torch.randn(5, 3, 4, 4)
+    with rgd_ext.precondition(model) as handle:
+        loss_of(model(x)).backward()
+        single = handle.plan().bytes
+        model.zero_grad()
+        loss_of(model.double()(x.double())).backward()
+        assert handle.plan().bytes == 2 * single
+
+
 def test_a_budget_too_small_names_the_smallest_that_works_and_changes_nothing():
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3)), torch.randn(8, 3, 8, 8)
     with rgd_ext.precondition(model, memory_budget=100) as handle:
@@ -391,20 +401,20 @@ def cache(tmp_path, monkeypatch):
     """A file of rates of its own, and how often they are measured."""
     measured = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cost, "_measured", lambda *device: measured.append(device) or Rates(1, 2, 3, 4, 5))
+    monkeypatch.setattr(of_device, "_measured", lambda *device: measured.append(device) or Rates(1, 2, 3, 4, 5))
     return tmp_path / "rgd_ext" / "rates.json", measured
 
 
 def rates():
     """As a new process finds them."""
-    cost.rates.cache_clear()
-    return cost.rates(torch.device("cpu"), torch.float32)
+    of_device.rates.cache_clear()
+    return of_device.rates(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(autouse=True)
 def _forget_rates():
     yield
-    cost.rates.cache_clear()
+    of_device.rates.cache_clear()
 
 
 def test_rates_are_measured_once_and_kept(cache):
@@ -413,7 +423,7 @@ def test_rates_are_measured_once_and_kept(cache):
     assert len(measured) == 1
     assert len(json.loads(path.read_text())) == 1
     assert [file.name for file in path.parent.iterdir()] == ["rates.json"]
-    cost.rates(torch.device("cpu"), torch.float64)
+    of_device.rates(torch.device("cpu"), torch.float64)
     assert len(measured) == 2
     assert len(json.loads(path.read_text())) == 2
 
@@ -434,8 +444,17 @@ def test_a_cache_that_cannot_be_written_does_no_harm(cache):
     assert len(measured) == 2
 
 
+def test_rates_are_measured_for_a_user_without_a_home(cache, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(of_device.Path, "home", homeless)
+    assert rates() == Rates(1, 2, 3, 4, 5)
+
+
 def test_measured_rates_are_positive_numbers():
-    found = cost._measured(torch.device("cpu"), torch.float32)
+    found = of_device._measured(torch.device("cpu"), torch.float32)
     assert all(0 < rate < 1e16 for rate in vars(found).values())
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..gradients import Moments, moments_of
 from ..reference import accumulate_dtype
-from .factors import Bias, Dense, Factor, Ghost, Moments, Outer, of_dense, of_gram
+from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
 from .singles import Singles
 
 
@@ -105,7 +106,7 @@ class CapturedGradients:
         others = [self._factors[index] for index in self._others]
         if not self._dense and all(isinstance(f, Ghost) for f in others):
             return None
-        parts = [of_dense(group) for group in self._groups()] + [f.moments() for f in others]
+        parts = [moments_of(group) for group in self._groups()] + [f.moments() for f in others]
         parts += [of_gram(gram) for gram in self._single_grams()]
         squared, alignments, squared_norms = map(_sum, zip(*parts, strict=True))
         scale = self.batch_size**2

@@ -101,7 +101,8 @@ class Convolution(Blockwise):
 
     def align(self, vector: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel) - 1]
-        output = convolve(self.inputs, vector, None, *self.geometry[1:])
+        dtype = accumulate_dtype(self.output_grads.dtype)
+        output = convolve(self.inputs.to(dtype), vector.to(dtype), None, *self.geometry[1:])
         used = tuple(slice(places) for places in self.output_grads.shape[2:])
         return (output[(..., *used)] * self.output_grads).flatten(1).sum(1)
 

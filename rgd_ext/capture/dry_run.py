@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .batch import tensors_in
-from .cost import now
+from .rates import now
 
 
 @contextmanager

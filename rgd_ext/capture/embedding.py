@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..gradients import Moments
 from ..reference import accumulate_dtype
 from .cost import Cost
-from .factors import Blockwise, Dense, Factor, Moments, Outer, of_gram
+from .factors import Blockwise, Dense, Factor, Outer, of_gram
 from .workspace import Empty
 
 
@@ -79,7 +80,7 @@ class Rows:
         return of_gram(self.gram())
 
     def align(self, vector: Tensor) -> Tensor:
-        return (vector[self.indices] * self.output_grads).sum((1, 2))
+        return (vector.to(accumulate_dtype(vector.dtype))[self.indices] * self.output_grads).sum((1, 2))
 
     def combine(self, weights: Tensor) -> Tensor:
         weighted = self.output_grads * weights[:, None, None]

@@ -8,25 +8,16 @@ asked of what `settled` gives.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..gradients import squared_norm
+from ..gradients import Moments, aligned, moments_of
 from ..reference import accumulate_dtype
 from .cost import Cost, of_ghost, of_gradients
 from .workspace import Empty, Workspace, fresh
-
-# |h|^2 of the mean h, and <h_i - h, h> and |h_i - h|^2, (B,).
-Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-def of_dense(contributions: ops.Tensors) -> Moments:
-    """Moments of contributions in memory."""
-    mean, alignments, squared_norms = ops.moments(contributions)
-    return squared_norm(mean), alignments, squared_norms
 
 
 def of_gram(gram: Tensor) -> Moments:
@@ -68,6 +59,18 @@ class Factor(Protocol):
         """These contributions as `way` has them, in memory from `empty`."""
         ...
 
+    def align(self, vector: Tensor) -> Tensor:
+        """<h_i, v>, (B,), in the accumulation dtype."""
+        ...
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        ...
+
+
+class Unformed(Factor, Protocol):
+    """Contributions whose statistics and combination come from something else than a tensor of all of them."""
+
     def gram(self) -> Tensor:
         """<h_i, h_j>, (B, B), in the accumulation dtype."""
         ...
@@ -76,16 +79,8 @@ class Factor(Protocol):
         """Of all that the statistics but the Gramian need."""
         ...
 
-    def align(self, vector: Tensor) -> Tensor:
-        """<h_i, v>, (B,)."""
-        ...
-
     def combine(self, weights: Tensor) -> Tensor:
         """sum_i w_i h_i, (*shape), for weights in the dtype and on the device of the contributions."""
-        ...
-
-    def dense(self) -> Tensor:
-        """(B, *shape)."""
         ...
 
 
@@ -123,17 +118,8 @@ class Dense:
     def settled(self, way: str, empty: Empty) -> Factor:
         return self
 
-    def gram(self) -> Tensor:
-        return ops.gram(self.contributions)
-
-    def moments(self) -> Moments:
-        return of_dense(self.contributions)
-
     def align(self, vector: Tensor) -> Tensor:
-        return (self.contributions * vector).flatten().view(self.batch_size, -1).sum(1)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return ops.combine(self.contributions, weights)[0]
+        return aligned(self.contributions, vector)
 
     def dense(self) -> Tensor:
         return self.contributions
@@ -169,7 +155,7 @@ class Blockwise:
     def moments(self) -> Moments:
         total = None
         for block in self.blocks():
-            part = of_dense(block)
+            part = moments_of([block])
             total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
         return total
 
@@ -343,17 +329,8 @@ class Bias:
     def settled(self, way: str, empty: Empty) -> Factor:
         return self if way == "ghost" else Dense(self.dense(), is_own=True)
 
-    def gram(self) -> Tensor:
-        return ops.gram(self.dense())
-
-    def moments(self) -> Moments:
-        return of_dense(self.dense())
-
     def align(self, vector: Tensor) -> Tensor:
-        return self.dense() @ vector
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return weights @ self.dense()
+        return aligned(self.dense(), vector)
 
     def dense(self) -> Tensor:
         return self.weight.rows()[1] if self.weight.is_single else self.output_grads.sum(1)

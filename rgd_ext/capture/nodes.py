@@ -54,7 +54,7 @@ class Record:
         if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], grad):
             capture.aside.add(self.parameters, inputs[0], grad)
         elif names:
-            capture.keep(self, names, partial(self.contributions, inputs, grad))
+            capture.keep(self, names, partial(self.contributions, names, inputs, grad))
         if torch.is_grad_enabled():
             return _Differentiated.apply(self.capture, grad, *self.parameters.values())
         return grad
@@ -64,15 +64,15 @@ class Record:
         dtype = grad.dtype
         return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
-    def contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
-        """What the rule gives, by parameter name."""
+    def contributions(self, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
+        """What the rule gives, by parameter name, those of `names` among them."""
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
         found = self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
-        if not found.keys() >= self.parameters.keys():
+        if not found.keys() >= set(names):
             raise RuntimeError(
                 f"the rule for '{self.name}' returned contributions for {sorted(found)}, but its trainable"
-                f" parameters are {sorted(self.parameters)}: return one (B, *shape) tensor for each"
+                f" parameters are {sorted(names)}: return one (B, *shape) tensor for each"
             )
         return found
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .cost import Cost, rates
+from .cost import Cost
 from .factors import Factor
+from .rates import rates
 from .workspace import Empty
 
 # Without a budget gradients may take so many times what their layer's inputs and output gradients take.
@@ -90,7 +91,8 @@ class Planner:
 
     def note(self, name: str, factor: Factor, needs_gram: bool) -> Choice:
         """The choice for `factor`, made if its shapes are new."""
-        key = name, needs_gram, factor.signature
+        example = factor.example
+        key = name, needs_gram, factor.signature, example.dtype, example.device
         choice = self._known.get(key)
         if choice is None:
             choice = self._known[key] = self._chosen(name, factor, needs_gram)

@@ -29,6 +29,11 @@ from .singles import Aside
 from .sums import add, join
 from .workspace import Workspace, fresh
 
+NESTED = (
+    "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
+    " place of the outer one, whose direction is lost. Run them one after the other, or the forward and the backward of"
+    " one under `with handle.paused():`"
+)
 SECOND_DERIVATIVE = (
     "create_graph=True through a captured model: directions have no derivative, and the gradient of a gradient does not"
     " reach the parameters. Run the forward and the backward, or the whole gradient penalty, under"
@@ -74,6 +79,8 @@ class Preconditioner:
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
+        # Of backwards that had not ended when another one began: as a rule they failed.
+        self._unfinished: set[int] = set()
         self._size: int | None = None
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
@@ -274,14 +281,15 @@ class Preconditioner:
         """
         if wanted is None:
             raise RuntimeError(RETURNED_GRADIENT)
-        names = list(compress(record.parameters, wanted))
+        # Some may have been frozen since the forward.
+        names = [name for name, p in compress(record.parameters.items(), wanted) if p.requires_grad]
         if not names:
             return names
         if torch.is_grad_enabled():
             raise RuntimeError(SECOND_DERIVATIVE)
         task = _current_graph_task_id()
         if task != self._task or record.inside != -1:
-            self._check_start(record)
+            self._check_start(record, task)
             self._begin(task, record.batch_size)
         if record.batch_size != self._size:
             raise ValueError(
@@ -291,7 +299,9 @@ class Preconditioner:
             )
         return names
 
-    def _check_start(self, record: Record) -> None:
+    def _check_start(self, record: Record, task: int) -> None:
+        if task in self._unfinished:
+            raise RuntimeError(NESTED)
         if record.batch_size == 0:
             raise ValueError(f"empty batch: '{record.name}' ran with no samples; RGD needs at least one")
         if self._pauses or self._removed:
@@ -350,15 +360,19 @@ class Preconditioner:
             raise RuntimeError(SECOND_DERIVATIVE)
 
     def _begin(self, task: int, batch_size: int) -> None:
-        # Whatever is there is of a backward that ended in an exception.
+        # Whatever is there is of a backward that ended in an exception, as a rule.
+        if self._task != -1:
+            self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
         self._workspace.restart()
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
 
-    def _finish(self) -> None:
+    def _finish(self, task: int) -> None:
+        if task != self._task:
+            raise RuntimeError(NESTED)
         aside, self.aside = self.aside, Aside()
         parameters, singles = [], None
         if aside and self._is_known(aside):
