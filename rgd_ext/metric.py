@@ -230,7 +230,11 @@ Policy: TypeAlias = Fixed | Spectral | Trace | Rayleigh | Callable[[Stats], floa
 
 
 def _check_finite(policy: str, name: str, value: float) -> None:
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except TypeError as error:
+        raise TypeError(f"{policy}({name}={value!r}): pass a number") from error
+    if not is_finite:
         raise ValueError(f"{policy}({name}={value}): pass a finite number")
 
 
@@ -252,9 +256,9 @@ def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
         raise ValueError(f"inverse is {inverse!r}: choose 'weak-field' or 'exact'")
     if isinstance(epsilon, (int, float)):
         epsilon = Fixed(float(epsilon))
-    if not callable(epsilon):
+    if not callable(epsilon) or isinstance(epsilon, type):
         raise TypeError(
-            f"epsilon is {epsilon!r}: pass a number, Fixed, Spectral, Trace, Rayleigh or a callable Stats -> epsilon"
+            f"epsilon is {epsilon!r}: pass a number, a policy like Spectral(0.5), or a callable Stats -> epsilon"
         )
     check = getattr(epsilon, "check", None)
     if check is not None:

@@ -26,7 +26,12 @@ _library = torch.library.Library("rgd_ext", "DEF")
 
 def as_list(tensors: Tensors) -> list[Tensor]:
     """A list of tensors from one tensor or a sequence of them."""
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    try:
+        return list(tensors)
+    except TypeError as error:
+        raise TypeError(f"got {tensors!r}: pass a tensor, or a sequence of tensors") from error
 
 
 def checked_grads(grads: Tensors) -> list[Tensor]:
@@ -120,6 +125,8 @@ def combine(grads: Tensors, weights: Tensor) -> list[Tensor]:
     """
     tensors = checked_grads(grads)
     batch_size, device = tensors[0].shape[0], tensors[0].device
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights is a {type(weights).__name__}: pass a tensor of shape (B,)")
     if weights.shape != (batch_size,):
         raise ValueError(
             f"weights has shape {tuple(weights.shape)} but grads holds {batch_size} samples: pass one weight per sample"

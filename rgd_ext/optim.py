@@ -16,7 +16,8 @@ class RGD(torch.optim.SGD):
     """Relativistic gradient descent, x <- x - lr (I - eps D) g, eq. (10).
 
     Everything but the direction is `torch.optim.SGD`: momentum, weight decay, parameter groups, schedulers, state_dict,
-    hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`.
+    hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`. A copy of model and
+    optimizer is not captured and goes on with plain gradients: capture it anew.
 
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of

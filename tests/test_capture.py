@@ -258,6 +258,22 @@ def _raise_after(function):
     raise ZeroDivisionError
 
 
+def test_accumulate_keeps_batches_that_came_in_one_buffer():
+    model = nn.Sequential(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batches, grads = torch.randint(11, (2, 6, 3)), torch.randn(2, 6, 3).double()
+    directions = []
+    for x, grad in ((torch.empty_like(batches[0]), torch.empty_like(grads[0])), (None, None)):
+        model.zero_grad()
+        with rgd_ext.precondition(model) as handle, handle.accumulate():
+            for batch, of_output in zip(batches, grads, strict=True):
+                x = batch if x is None else x.copy_(batch)
+                grad = of_output if grad is None else grad.copy_(of_output)
+                model(x).backward(grad)
+                x, grad = (None, None) if x is batch else (x, grad)
+        directions.append(flat_grad(model))
+    assert torch.equal(*directions)
+
+
 def test_accumulate_writes_nothing_when_its_block_raises():
     model = mlp()
     with rgd_ext.precondition(model) as handle:
@@ -586,6 +602,15 @@ def test_autocast_and_grad_scaler():
     assert error < 0.05
 
 
+def test_attention_under_autocast():
+    model, x = Net(lambda m, x: m.attention(x, x, x)[0], attention=nn.MultiheadAttention(8, 2, batch_first=True)), None
+    x = torch.randn(6, 5, 8)
+    expected = captured_grad(copy.deepcopy(model), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grad = captured_grad(model, x)
+    assert (grad - expected).norm() / expected.norm() < 0.05
+
+
 def test_backward_called_under_autocast_runs_rules_in_full_precision():
     class Product(nn.Linear):
         """Its rule multiplies by itself."""
@@ -809,6 +834,9 @@ BAD_CALLS = {
     "inverse": (lambda: rgd_ext.precondition(mlp(), inverse="approximate"), ValueError, "'approximate'"),
     "epsilon": (lambda: rgd_ext.precondition(mlp(), epsilon="0.5"), TypeError, "'0.5'"),
     "epsilon nan": (lambda: rgd_ext.precondition(mlp(), epsilon=float("nan")), ValueError, "nan"),
+    "epsilon class": (lambda: rgd_ext.precondition(mlp(), epsilon=rgd_ext.Rayleigh), TypeError, r"Spectral\(0\.5\)"),
+    "fraction of no number": (lambda: rgd_ext.Spectral("a"), TypeError, "'a'"),
+    "direction of nothing": (lambda: rgd_ext.direction(None), TypeError, "None"),
     "fraction": (lambda: rgd_ext.precondition(mlp(), epsilon=rgd_ext.Spectral(1.0)), ValueError, "fraction=1.0"),
     "sequence first": (
         lambda: rgd_ext.precondition(nn.TransformerEncoderLayer(4, 2, 8)),

@@ -114,6 +114,56 @@ def test_module_that_came_after_the_capture_is_refused():
             model(torch.randn(6, 4))
 
 
+def test_parameters_assigned_by_load_state_dict():
+    def state(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 3)), torch.randn(5, 4, 6, 6)
+    with rgd_ext.precondition(model, memory_budget=float("inf")) as handle:
+        for _ in range(3):
+            model.load_state_dict(state(model), assign=True)
+            rgd_ext.RGD(model.parameters(), lr=0.1)
+            loss_of(model(x)).backward()
+        assert [layer.name for layer in handle.plan().layers] == ["0", "2"]
+        assert handle.guards.keys() == set(model.parameters())
+    assert_close(flat_grad(model).double(), weak_field(per_sample_gradients(model, loss_of, [x])), torch.float32)
+
+
+def test_a_layer_thawed_in_a_forward_that_does_not_use_it():
+    model = Net(lambda m, x: m.b(m.a(x)) if m.is_deep else m.a(x), a=nn.Linear(4, 4), b=nn.Linear(4, 3)).double()
+    x, model.is_deep = torch.randn(6, 4).double(), False
+    model.b.requires_grad_(False)
+    with rgd_ext.precondition(model):
+        model.b.requires_grad_(True)
+        model(x)
+        model.is_deep = True
+        loss_of(model(x)).backward()
+    assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_functional_call_differentiates_its_own_values():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(5, 4)
+    values = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.autograd.grad(loss_of(model(x)), list(model.parameters()))
+    with rgd_ext.precondition(model):
+        loss_of(torch.func.functional_call(model, values, (x,))).backward()
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close([v.grad for v in values.values()], list(expected))
+
+
+def test_indices_of_32_bits_into_a_large_table():
+    model, x = nn.Embedding(6_000_000, 1), torch.randint(6_000_000, (500, 2))
+    x[:, 1] = x[:, 0] // 2  # rows that samples share
+    expected = captured_grad(model, x)
+    model.zero_grad()
+    assert torch.equal(captured_grad(model, x.int()), expected)
+
+
+def test_inputs_by_keyword_in_another_order():
+    model = Net(lambda m, a, b: m.layer(input2=b, input1=a), layer=nn.Bilinear(3, 3, 2))
+    check(model, torch.randn(5, 3), torch.randn(5, 3))
+
+
 def test_parameter_replaced_after_the_capture_is_captured():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double(), torch.randn(6, 4, dtype=torch.float64)
     with rgd_ext.precondition(model):
@@ -298,8 +348,76 @@ def test_module_that_couples_samples_is_refused():
         def forward(self, x):
             return (x - x.mean(0)) * self.gain
 
-    with pytest.raises(ValueError, match=r"\(Standardise\).*couples the samples"):
-        captured_grad(nn.Sequential(nn.Linear(4, 4), Standardise()), torch.randn(6, 4))
+    model = nn.Sequential(nn.Linear(4, 4), Standardise())
+    with rgd_ext.precondition(model):
+        model(torch.randn(1, 4))  # one sample shows nothing
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"\(Standardise\).*couples the samples"):
+                model(torch.randn(6, 4))
+
+
+def test_module_that_couples_samples_is_refused_when_it_draws_no_more():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return F.dropout(x, 0.5, self.training) * self.gain - x.mean()
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Noisy()), torch.randn(6, 4)
+    with rgd_ext.precondition(model):
+        model(x)
+        model.eval()
+        with pytest.raises(ValueError, match=r"\(Noisy\).*couples the samples"):
+            model(x)
+
+
+class Average(nn.Module):
+    """Keeps an average of what it saw, and counts."""
+
+    def __init__(self, of_input):
+        super().__init__()
+        self.gain, self.of_input = nn.Parameter(torch.ones(4)), of_input
+        self.register_buffer("average", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        if self.of_input:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+        return x * self.gain
+
+
+def test_buffers_of_a_unit():
+    model, x = nn.Sequential(nn.Linear(4, 4), Average(of_input=False)), torch.randn(6, 4)
+    with rgd_ext.precondition(model):
+        for _ in range(3):
+            model(x)
+    assert model[1].count == 3
+    model = nn.Sequential(nn.Linear(4, 4), Average(of_input=True))
+    buffers = dict(model[1]._buffers)
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"'1', .* gives 'average'.*register_rule"):
+        model(x)
+    assert all(model[1]._buffers[name] is buffer for name, buffer in buffers.items())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_learned_initial_state_of_a_recurrent_layer(kind):
+    def forward(model, x):
+        start = model.start.expand(-1, x.shape[0], -1)
+        return model.layer(x, (start, start) if kind is nn.LSTM else start)[0]
+
+    model = Net(forward, layer=kind(3, 4, 2, batch_first=True))
+    model.start = nn.Parameter(torch.randn(2, 1, 4))
+    check(model, torch.randn(5, 6, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 4), (4, 5, 4), (2, 1, 4), (5, 4)])
+def test_initial_state_of_another_shape_is_refused(shape):
+    model = nn.GRU(3, 4, 2, batch_first=True)
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"initial state.*\(2, 5, m\)"):
+        model(torch.randn(5, 6, 3), torch.zeros(shape))
 
 
 def test_one_row_of_the_batch_is_not_shared_by_all():

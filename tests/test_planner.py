@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from capturing import loss_of
-from models import MODELS
+from models import MODELS, Net
 from oracle import assert_close, direction, flat_grad, per_sample_gradients, weak_field
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -228,6 +228,19 @@ def test_another_dtype_is_planned_anew():
         model.zero_grad()
         loss_of(model.double()(x.double())).backward()
         assert handle.plan().bytes == 2 * single
+
+
+def test_known_shapes_that_come_together_anew_are_planned_within_the_budget():
+    model = Net(lambda m, x, y: m.a(x).tanh().mean(1) + m.b(y).tanh().mean(1), a=nn.Linear(9, 9), b=nn.Linear(9, 9))
+    short, long = torch.randn(8, 2, 9), torch.randn(8, 40, 9)
+    with rgd_ext.precondition(model) as handle:
+        loss_of(model(long, long)).backward()
+        least = handle.plan().bytes
+    with rgd_ext.precondition(model, memory_budget=least - 1):
+        loss_of(model(short, long)).backward()
+        loss_of(model(long, short)).backward()
+        with pytest.raises(ValueError, match=f"at least memory_budget={least}"):
+            loss_of(model(long, long)).backward()
 
 
 def test_a_budget_too_small_names_the_smallest_that_works_and_changes_nothing():

@@ -8,19 +8,25 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .batch import tensors_in
+from .batch import modules_in, tensors_in
 from .rates import now
 
 
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers have their values back afterwards."""
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    """Buffers are the same afterwards, with their values."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in modules_in(model)
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
+            for owner, name, buffer, before in buffers:
+                owner[name] = buffer
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 

@@ -58,7 +58,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
         if isinstance(value, torch.Tensor) and any(f"{key}_{part}" in module._parameters for part in ("g", "orig")):
             raise ValueError(
                 f"module '{name}' computes its '{key}' in a hook before its forward (torch.nn.utils.weight_norm,"
-                " spectral_norm or prune): use torch.nn.utils.parametrizations instead"
+                " spectral_norm or prune): use torch.nn.utils.parametrizations instead, spectral_norm in .eval() only"
             )
 
 

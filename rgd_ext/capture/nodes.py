@@ -51,10 +51,14 @@ class Record:
         """Called in the backward of a layer that was watched; returns the gradient to pass on."""
         capture = self.capture
         names = capture.admitted(self, wanted)
-        if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], grad):
-            capture.aside.add(self.parameters, inputs[0], grad)
+        kept = grad
+        if names and capture.is_collecting():
+            # What outlives the backward must not change with a buffer that the next batch is copied to.
+            inputs, kept = [x.clone() if x.grad_fn is None else x for x in inputs], grad.clone()
+        if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
+            capture.aside.add(self.parameters, inputs[0], kept)
         elif names:
-            capture.keep(self, names, partial(self.contributions, names, inputs, grad))
+            capture.keep(self, names, partial(self.contributions, names, inputs, kept))
         if torch.is_grad_enabled():
             return _Differentiated.apply(self.capture, grad, *self.parameters.values())
         return grad

@@ -135,7 +135,8 @@ class Planner:
             ValueError: if no choice of ways is within the budget.
         """
         choices = list(self._current.values())
-        if self._is_new and self.budget not in (None, math.inf):
+        # Known shapes may have come together anew.
+        if self.budget not in (None, math.inf) and (self._is_new or _held(choices) > self.budget):
             fit(choices, self.budget)
         self._is_new = False
         return choices
@@ -157,11 +158,15 @@ def fit(choices: Iterable[Choice], budget: float) -> None:
     for choice in choices:
         if len(choice.ways) > 1:
             choice.choose(choice.fastest(), "fastest")
-    held = sum(choice.ways[choice.way].held for choice in choices)
+    held = _held(choices)
     while held > budget:
         _, _, choice, way = min((_price(*move), number, *move) for number, move in enumerate(_moves(choices)))
         held -= choice.ways[choice.way].held - choice.ways[way].held
         choice.choose(way, "within memory_budget")
+
+
+def _held(choices: list[Choice]) -> int:
+    return sum(choice.ways[choice.way].held for choice in choices)
 
 
 def _moves(choices: list[Choice]) -> list[tuple[Choice, str]]:

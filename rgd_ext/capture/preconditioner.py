@@ -92,6 +92,8 @@ class Preconditioner:
         self._kept_share = _KEPT if memory_budget in (None, math.inf) else 0
         self._is_dry = False
         self._taps = taps_for(self, model)
+        # Where captured parameters are: others may come in their places.
+        self._slots = {(owner, key) for tap in self._taps for owner, key, _ in tap.slots}
         for tap in self._taps:
             tap.module.forward = tap
         for parameter in filter(lambda p: p.requires_grad, self._names):
@@ -165,6 +167,10 @@ class Preconditioner:
         finally:
             self._union = outer
 
+    def is_collecting(self) -> bool:
+        """Whether what backwards contribute outlives them."""
+        return self._union is not None
+
     def plan(self, *args, **kwargs) -> Plan:
         """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.
 
@@ -227,20 +233,24 @@ class Preconditioner:
         finally:
             self.batch = None
         for module in modules_in(self.model):
-            for parameter in module._parameters.values():
+            for key, parameter in module._parameters.items():
                 if parameter not in self.guards and parameter is not None and parameter.requires_grad:
-                    self._refuse_newcomer(parameter)
+                    self._admit_newcomer(module, key, parameter)
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             if isinstance(tensor, Shared):
                 self._refuse_shared(tensor)
         return output
 
-    def _refuse_newcomer(self, newcomer: nn.Parameter) -> None:
-        name = next(name for name, parameter in self.model.named_parameters() if parameter is newcomer)
-        raise ValueError(
-            f"parameter '{name}' came into the model after its capture, so backward would write its plain"
-            " gradient: call .remove() on the handle and capture the model again"
-        )
+    def _admit_newcomer(self, module: nn.Module, key: str, newcomer: Tensor) -> None:
+        """Of what was frozen, or took a captured parameter's place; ValueError for a place that nothing watches."""
+        if not isinstance(newcomer, nn.Parameter):  # of torch.func.functional_call
+            return
+        if (module, key) not in self._slots:
+            raise ValueError(
+                f"parameter '{self.name_of(newcomer)}' came into the model after its capture, so backward would write"
+                " its plain gradient: call .remove() on the handle and capture the model again"
+            )
+        self.guard(newcomer)
 
     def _refuse_shared(self, output: Shared) -> None:
         raise ValueError(
@@ -253,19 +263,32 @@ class Preconditioner:
         """Notice gradients that reach `parameter` past the taps."""
         if parameter not in self.guards:
             self._check_hooks(parameter, 0)
+            if parameter not in self._names:  # as after load_state_dict(assign=True)
+                self._names = {p: name for name, p in self.model.named_parameters()}
+                for replaced in self.guards.keys() - self._names.keys():
+                    self.guards.pop(replaced).remove()
             self.guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
+
+    def name_of(self, parameter: Tensor) -> str:
+        """Its name in the model."""
+        name = self._names.get(parameter)
+        return name or next((name for name, p in self.model.named_parameters() if p is parameter), "?")
+
+    def captures(self, parameter: Tensor) -> bool:
+        """Whether the gradient of `parameter` is written by this handle."""
+        return parameter in self._names or any(owner._parameters.get(key) is parameter for owner, key in self._slots)
 
     def _check_hooks(self, parameter: nn.Parameter, own: int) -> None:
         if len(parameter._backward_hooks or ()) > own or parameter._post_accumulate_grad_hooks:
             raise ValueError(
-                f"parameter '{self._names.get(parameter, '?')}' has gradient hooks, which would run before its"
+                f"parameter '{self.name_of(parameter)}' has gradient hooks, which would run before its"
                 " direction is written: remove them and change .grad after backward() instead"
             )
 
     def _check_outside(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
         if grad is None or self._pauses:
             return
-        name = self._names.get(parameter, "?")
+        name = self.name_of(parameter)
         raise RuntimeError(
             f"parameter '{name}' of shape {tuple(parameter.shape)} got gradient outside the forward of its module,"
             " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that"
@@ -343,11 +366,11 @@ class Preconditioner:
         for parameter, factor in aside.factors():
             self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
         if aside.is_uniform():
-            names = [self._names.get(parameter, "?") for parameter in aside.parameters()]
+            names = [self.name_of(parameter) for parameter in aside.parameters()]
             self._planner.remember((aside.signature(), self._with_gram), names)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
-        name = self._names.get(parameter, "?")
+        name = self.name_of(parameter)
         if self._is_dry:
             self._planner.note(name, factor, self._with_gram)
             return factor
@@ -439,7 +462,7 @@ def live_handle(model: nn.Module) -> Preconditioner | None:
 
 def is_captured(parameter: Tensor) -> bool:
     """Whether a live capture writes the gradient of `parameter`."""
-    return any(parameter in handle._names for handle in _live)
+    return any(handle.captures(parameter) for handle in _live)
 
 
 def precondition(

@@ -70,9 +70,22 @@ class Recurrent(Tap):
         module = self.module
         if state is not None:
             states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+            dim = 0 if index is None else 1
+            for given in states:
+                self._check_state(given, x.shape[0], dim)
+            states = tuple(_of_samples(s, dim) if isinstance(s, Shared) else s for s in states)
             return states if index is None else tuple(s[index] for s in states)
         hidden = x.new_zeros(x.shape[0], getattr(module, "proj_size", 0) or module.hidden_size)
         return (hidden, x.new_zeros(x.shape[0], module.hidden_size)) if _kind(module) == "LSTM" else (hidden,)
+
+    def _check_state(self, state: Tensor, batch_size: int, dim: int) -> None:
+        module = self.module
+        layers = module.num_layers * (2 if module.bidirectional else 1) if dim else None
+        if state.ndim != dim + 2 or state.shape[dim] != batch_size or (dim and state.shape[0] != layers):
+            expected = f"({layers}, {batch_size}, m)" if dim else f"({batch_size}, m)"
+            raise ValueError(
+                f"module '{self.name}' got an initial state of shape {tuple(state.shape)}: expected {expected}"
+            )
 
     def _step(self, parameters, suffix: str, product: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One time step from the product with the input, in the order of gates of torch.nn."""
@@ -101,6 +114,11 @@ class Recurrent(Tap):
         if not watched:
             return product
         return self._watch(watched, x.shape[0], lambda inputs, e: outer(inputs[0], e, weight, bias), product, (x,))
+
+
+def _of_samples(state: Shared, dim: int) -> Tensor:
+    """A state that all samples share, with samples along `dim`: each takes its own from its own copy."""
+    return state.per_sample.diagonal(0, 0, dim + 1).movedim(-1, dim)
 
 
 def _kind(module: nn.Module) -> str:

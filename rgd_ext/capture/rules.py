@@ -114,7 +114,7 @@ def _sequences(x: Tensor) -> Tensor:
 
 def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """Row x_it of the table gets e_it, except for padding."""
-    indices = inputs[0].reshape(inputs[0].shape[0], -1)
+    indices = inputs[0].reshape(inputs[0].shape[0], -1).long()  # products with B do not fit int32
     output_grad = output_grad.reshape(*indices.shape, -1)
     if module.padding_idx is not None:
         output_grad = output_grad.masked_fill((indices == module.padding_idx)[..., None], 0)

@@ -175,7 +175,7 @@ class Layer(Tap):
     def record(self, batch, parameters, args, kwargs):
         inputs = args
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
-            inputs = tuple(tensors_in((args, kwargs)))
+            inputs = tuple(tensors_in(self._in_order(args, kwargs)))
             if not inputs:
                 raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
             if any(isinstance(x, Shared) for x in inputs):
@@ -194,6 +194,11 @@ class Layer(Tap):
         if dim == 0:
             return self._watch(parameters, size, rule, output, inputs, self._is_linear)
         return self._watch(parameters, size, partial(_moved, rule, dim), output, inputs)
+
+    def _in_order(self, args: tuple, kwargs: dict) -> list[object]:
+        """All arguments, as the forward declares them."""
+        arguments = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs).arguments
+        return list(arguments.values())[1:]
 
     def _output(self, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict) -> Tensor:
         """The forward, of which autograd will compute no weight gradient."""

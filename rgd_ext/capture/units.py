@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 from ..batch_norm import batch_norms, check_frozen
-from .batch import Batch
+from .batch import Batch, modules_in
+from .dry_run import unchanged_buffers
 from .samples import Mapped, map_samples
 from .shared import Shared, share
 from .taps import Tap
@@ -21,7 +25,8 @@ class Unit(Tap):
     def __init__(self, capture, module, name, slots) -> None:
         super().__init__(capture, module, name, slots)
         self.batch_norms = batch_norms(module, name)
-        self._compared = False
+        # Modes in which the module was seen to keep the samples apart, or drew random numbers.
+        self._seen: set[bool] = set()
 
     def check_batch_norm(self):
         # One sample at a time, a batch's statistics would silently become the sample's.
@@ -30,7 +35,7 @@ class Unit(Tap):
     def record(self, batch, parameters, args, kwargs):
         if batch.size is None:
             batch = Batch.of(args, kwargs)
-        plain = self._plain_output(args, kwargs)
+        plain = self._plain_output(args, kwargs) if batch.size != 1 else None
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
 
@@ -39,7 +44,8 @@ class Unit(Tap):
                 return self.original(*args, **kwargs)
 
         try:
-            results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
+            with self._checked_buffers():
+                results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
         except RuntimeError as error:
             raise RuntimeError(
                 f"module '{self.name}' ({type(self.module).__name__}) cannot be run sample by sample under"
@@ -50,29 +56,53 @@ class Unit(Tap):
         joined = [self._joined(batch, r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
         if plain is not None:
             self._compare(joined, plain)
+            self._seen.add(self.module.training)
         return pytree.tree_unflatten(joined, spec)
 
     def _plain_output(self, args: tuple, kwargs: dict) -> list | None:
-        """What the module gives for the whole batch, once, to see that it keeps the samples apart."""
+        """What the module gives for the whole batch, once in each mode, to see that it keeps the samples apart."""
         leaves = pytree.tree_leaves((args, kwargs))
-        if self._compared or any(isinstance(leaf, Shared) for leaf in leaves):
+        if self.module.training in self._seen or any(isinstance(leaf, Shared) for leaf in leaves):
             return None
-        self._compared = True
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
         devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), torch.random.fork_rng(devices), unchanged_buffers(self.module):
             states = _random_states(devices)
             output = pytree.tree_leaves(self.original(*args, **kwargs))
             drew = any(not torch.equal(a, b) for a, b in zip(states, _random_states(devices), strict=True))
+        if drew:
+            self._seen.add(self.module.training)
         return None if drew else output
+
+    @contextmanager
+    def _checked_buffers(self) -> Iterator[None]:
+        """Raise ValueError if a buffer was given a value per sample. After an error all buffers are as they were."""
+        before = [(module, dict(module._buffers)) for module in modules_in(self.module)]
+        try:
+            yield
+            for module, _ in before:
+                for name, buffer in module._buffers.items():
+                    if isinstance(buffer, Tensor) and _functorch.is_functorch_wrapped_tensor(buffer):
+                        raise ValueError(
+                            f"module '{self.name}', captured sample by sample, gives '{name}', a buffer of its"
+                            f" {type(module).__name__}, a value that depends on its input: compute it outside the"
+                            " module, or teach the capture its gradient with rgd_ext.register_rule"
+                        )
+        except BaseException:
+            for module, buffers in before:
+                module._buffers |= buffers
+            raise
 
     def _compare(self, joined: list, plain: list) -> None:
         for got, want in zip(joined, plain, strict=True):
             if not isinstance(want, Tensor) or not want.is_floating_point() or isinstance(got, Shared):
                 continue
-            largest = torch.nan_to_num(want.detach().abs()).max().item() if want.numel() else 0.0
-            tolerance = 100 * torch.finfo(want.dtype).eps ** 0.75 * largest
-            if got.shape != want.shape or not torch.allclose(got.detach(), want, 0, tolerance, equal_nan=True):
+            # Under autocast the two may come in different precision.
+            eps = max(torch.finfo(got.dtype).eps, torch.finfo(want.dtype).eps)
+            got, want = got.detach().double(), want.double()
+            largest = torch.nan_to_num(want.abs()).max().item() if want.numel() else 0.0
+            tolerance = 100 * eps**0.75 * largest
+            if got.shape != want.shape or not torch.allclose(got, want, 0, tolerance, equal_nan=True):
                 raise ValueError(
                     f"module '{self.name}' ({type(self.module).__name__}) gives other values for a batch than for its"
                     " samples one by one: it couples the samples (as batch statistics do), or takes an input that all"
