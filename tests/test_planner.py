@@ -198,11 +198,11 @@ def test_by_default_a_layer_holds_three_times_what_it_is_given(budget, ways, mon
 
 
 @pytest.mark.parametrize(
-    ("budget", "small", "most"),
-    [(None, 0, 2), (math.inf, 0, 2), (1_000_000, 0, 0), (None, 1 << 20, 5), (1_000_000, 1 << 20, 0)],
+    ("budget", "little", "number"),
+    [(None, 1 << 20, 5), (math.inf, 1 << 20, 5), (None, 1 << 10, 0), (1_000_000, 1 << 20, 0)],
 )
-def test_some_gradients_stay_in_memory_between_steps_and_none_with_a_budget(budget, small, most, monkeypatch):
-    monkeypatch.setattr("rgd_ext.capture.workspace._SMALL", small)
+def test_little_memory_stays_between_steps_and_none_with_a_budget(budget, little, number, monkeypatch):
+    monkeypatch.setattr("rgd_ext.capture.preconditioner.LITTLE", little)
     monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e9, 1e9, 1e9))
     model, x = nn.Sequential(*[nn.Linear(19, 19, bias=False) for _ in range(5)]), torch.randn(5, 13, 19)
 
@@ -212,12 +212,12 @@ def test_some_gradients_stay_in_memory_between_steps_and_none_with_a_budget(budg
     with rgd_ext.precondition(model, memory_budget=budget) as handle:
         for _ in range(3):
             loss_of(model(x)).backward()
-            assert stay() == most
+            assert stay() == number
         assert {layer.way for layer in handle.plan().layers} == {"materialise"}
         with handle.accumulate():
             loss_of(model(x)).backward()
             loss_of(model(x)).backward()
-        assert stay() == most
+        assert stay() == number
 
 
 def test_another_dtype_is_planned_anew():

@@ -27,7 +27,7 @@ from .planner import Choice, Planner
 from .shared import Shared
 from .singles import Aside
 from .sums import add, join
-from .workspace import Workspace, fresh
+from .workspace import LITTLE, Workspace, fresh
 
 NESTED = (
     "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
@@ -43,9 +43,6 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
-# What stays of the workspace between steps. Measured: a GPT takes 1.44 times SGD's memory with it, 2.24 times with all,
-# in about the same time; with nothing 1.36 times, and a tenth more time.
-_KEPT = 0.4
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -88,8 +85,7 @@ class Preconditioner:
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
-        self._workspace = Workspace()
-        self._kept_share = _KEPT if memory_budget in (None, math.inf) else 0
+        self._workspace = Workspace(LITTLE if memory_budget in (None, math.inf) else 0)
         self._is_dry = False
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
@@ -427,7 +423,7 @@ class Preconditioner:
                 parameter.grad = step
             else:
                 parameter.grad += step
-        self._workspace.release(self._kept_share)
+        self._workspace.release()
 
 
 _UNCHANGED = nullcontext()
@@ -489,7 +485,7 @@ def precondition(
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
             a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
-            way takes; with these two a part of the memory is kept from step to step, on the CPU.
+            way takes; with these two up to 16 MiB are kept from step to step, on the CPU.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
