@@ -262,14 +262,12 @@ def test_accumulate_keeps_batches_that_came_in_one_buffer():
     model = nn.Sequential(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     batches, grads = torch.randint(11, (2, 6, 3)), torch.randn(2, 6, 3).double()
     directions = []
-    for x, grad in ((torch.empty_like(batches[0]), torch.empty_like(grads[0])), (None, None)):
+    x, grad = torch.empty_like(batches[0]), torch.empty_like(grads[0])
+    for fill in (torch.Tensor.copy_, lambda buffer, values: values):
         model.zero_grad()
         with rgd_ext.precondition(model) as handle, handle.accumulate():
             for batch, of_output in zip(batches, grads, strict=True):
-                x = batch if x is None else x.copy_(batch)
-                grad = of_output if grad is None else grad.copy_(of_output)
-                model(x).backward(grad)
-                x, grad = (None, None) if x is batch else (x, grad)
+                model(fill(x, batch)).backward(fill(grad, of_output))
         directions.append(flat_grad(model))
     assert torch.equal(*directions)
 

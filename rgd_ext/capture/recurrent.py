@@ -29,7 +29,7 @@ class Recurrent(Tap):
                 f" of {'vectors (B, n)' if is_cell else 'padded sequences'}; pack_padded_sequence and unbatched inputs"
                 " are not supported"
             )
-        batch.size_of(x, dim, self.name)
+        state = self._given(state, batch.size_of(x, dim, self.name), 0 if is_cell else 1)
         if is_cell:
             state = self._initial(x, state)
             state = self._step(parameters, "", self._product(parameters, x, "ih", ""), state)
@@ -69,23 +69,24 @@ class Recurrent(Tap):
         """The given state of one layer and direction, or zeros."""
         module = self.module
         if state is not None:
-            states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
-            dim = 0 if index is None else 1
-            for given in states:
-                self._check_state(given, x.shape[0], dim)
-            states = tuple(_of_samples(s, dim) if isinstance(s, Shared) else s for s in states)
-            return states if index is None else tuple(s[index] for s in states)
+            return state if index is None else tuple(s[index] for s in state)
         hidden = x.new_zeros(x.shape[0], getattr(module, "proj_size", 0) or module.hidden_size)
         return (hidden, x.new_zeros(x.shape[0], module.hidden_size)) if _kind(module) == "LSTM" else (hidden,)
 
-    def _check_state(self, state: Tensor, batch_size: int, dim: int) -> None:
+    def _given(self, state, batch_size: int, dim: int) -> tuple[Tensor, ...] | None:
+        """The state of the caller, with samples along `dim`."""
+        if state is None:
+            return None
         module = self.module
-        layers = module.num_layers * (2 if module.bidirectional else 1) if dim else None
-        if state.ndim != dim + 2 or state.shape[dim] != batch_size or (dim and state.shape[0] != layers):
-            expected = f"({layers}, {batch_size}, m)" if dim else f"({batch_size}, m)"
-            raise ValueError(
-                f"module '{self.name}' got an initial state of shape {tuple(state.shape)}: expected {expected}"
-            )
+        expected = (module.num_layers * (2 if module.bidirectional else 1), batch_size) if dim else (batch_size,)
+        states = tuple(state) if isinstance(state, (tuple, list)) else (state,)
+        for given in states:
+            if given.ndim != dim + 2 or given.shape[:-1] != expected:
+                raise ValueError(
+                    f"module '{self.name}' got an initial state of shape {tuple(given.shape)}: expected"
+                    f" ({', '.join(map(str, expected))}, m)"
+                )
+        return tuple(_of_samples(s, dim) if isinstance(s, Shared) else s for s in states)
 
     def _step(self, parameters, suffix: str, product: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """One time step from the product with the input, in the order of gates of torch.nn."""
