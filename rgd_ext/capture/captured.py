@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from ..gradients import Moments, moments_of
 from ..reference import accumulate_dtype
+from .aside import Aside, Singles
 from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
-from .singles import Singles
 
 
 @dataclass(slots=True)
@@ -36,20 +37,21 @@ class CapturedGradients:
 
     Args:
         factors: one per parameter.
-        given: the contributions of more parameters, which follow in the order of its `combine`.
+        given: the contributions of more parameters, uniform; they follow in the order of its `parameters`.
     """
 
-    def __init__(self, factors: list[Factor], given: Singles | None = None) -> None:
+    def __init__(self, factors: list[Factor], given: Aside | None = None) -> None:
         self._factors, self._given = factors, given
-        # By dtype and device.
-        self._dense: dict[tuple, list[int]] = {}
+        self._given_singles = given.singles() if given else None
+        # By dtype and device: their places among the parameters, and the contributions.
+        self._dense: dict[tuple, tuple[list[int], list[Tensor]]] = {}
         self._singles: dict[tuple, list[_Layer]] = {}
         self._others: list[int] = []
         weights: dict[Factor, _Layer] = {}
         for index, factor in enumerate(self._factors):
             kind = type(factor)
             if kind is Dense:
-                self._dense.setdefault(_kind(factor.contributions), []).append(index)
+                self._add_dense([index], [factor.contributions])
             elif kind is Outer and factor.is_single:
                 inputs, output_grads = factor.rows()
                 weights[factor] = _Layer(output_grads, inputs, factor.shape, weight=index)
@@ -62,14 +64,22 @@ class CapturedGradients:
                 self._singles.setdefault(_kind(grads), []).append(lone)
             else:
                 self._others.append(index)
+        if given and given.tensors:
+            self._add_dense(range(len(factors), len(factors) + len(given.tensors)), given.tensors)
+
+    def _add_dense(self, indices: Sequence[int], tensors: list[Tensor]) -> None:
+        places, contributions = self._dense.setdefault(_kind(tensors[0]), ([], []))
+        places += indices
+        contributions += tensors
 
     @property
     def batch_size(self) -> int:
         """B, the number of samples."""
-        return self._factors[0].batch_size if self._factors else self._given.output_grads[0].shape[0]
+        return self._example.shape[0]
 
-    def _groups(self) -> list[list[Tensor]]:
-        return [[self._factors[i].contributions for i in indices] for indices in self._dense.values()]
+    @property
+    def _example(self) -> Tensor:
+        return self._factors[0].example if self._factors else self._given.example
 
     def mean(self) -> list[Tensor]:
         """g = mean_i g_i, which is the gradient of the loss."""
@@ -80,10 +90,13 @@ class CapturedGradients:
         return [self.batch_size * f.dense() for f in self._all()]
 
     def _all(self) -> list[Factor]:
-        return self._factors + ([] if self._given is None else self._given.factors())
+        if not self._given:
+            return self._factors
+        given = dict(self._given.factors())
+        return self._factors + [given[parameter] for parameter in self._given.parameters()]
 
     def _equal_weights(self) -> Tensor:
-        example = self._factors[0].example if self._factors else self._given.output_grads[0]
+        example = self._example
         return example.new_full((self.batch_size,), 1 / self.batch_size, dtype=accumulate_dtype(example.dtype))
 
     def align(self, vector: list[Tensor]) -> Tensor:
@@ -93,20 +106,21 @@ class CapturedGradients:
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
         others = [self._factors[index].gram() for index in self._others]
-        total = _sum([torch.ops.rgd_ext.gram(group) for group in self._groups()] + self._single_grams() + others)
+        dense = [torch.ops.rgd_ext.gram(group) for _, group in self._dense.values()]
+        total = _sum(dense + self._single_grams() + others)
         # Of a float: torch converts an int first, with an operator of its own.
         return total.mul_(float(self.batch_size**2))
 
     def _single_grams(self) -> list[Tensor]:
         grams = [_gathered(layers).gram() for layers in self._singles.values()]
-        return grams if self._given is None else [*grams, self._given.gram()]
+        return grams if self._given_singles is None else [*grams, self._given_singles.gram()]
 
     def scalars(self) -> Moments | None:
         """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
         others = [self._factors[index] for index in self._others]
         if not self._dense and all(isinstance(f, Ghost) for f in others):
             return None
-        parts = [moments_of(group) for group in self._groups()] + [f.moments() for f in others]
+        parts = [moments_of(group) for _, group in self._dense.values()] + [f.moments() for f in others]
         parts += [of_gram(gram) for gram in self._single_grams()]
         squared, alignments, squared_norms = map(_sum, zip(*parts, strict=True))
         scale = self.batch_size**2
@@ -116,7 +130,7 @@ class CapturedGradients:
         """w^T G = sum_i w_i g_i."""
         weights = weights * float(self.batch_size)
         result: dict[int, Tensor] = {}
-        for indices, group in zip(self._dense.values(), self._groups(), strict=True):
+        for indices, group in self._dense.values():
             there = weights.to(group[0].device)
             result |= zip(indices, torch.ops.rgd_ext.combine(group, there), strict=True)
         for layers in self._singles.values():
@@ -130,8 +144,8 @@ class CapturedGradients:
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
-        found = [result[index] for index in range(len(self._factors))]
-        return found if self._given is None else found + self._given.combine(weights)
+        found = [result[index] for index in range(len(result))]
+        return found if self._given_singles is None else found + self._given_singles.combine(weights)
 
 
 def _gathered(layers: list[_Layer]) -> Singles:

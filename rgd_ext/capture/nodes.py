@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -21,8 +20,10 @@ FORWARD_MODE = (
     "a forward-mode derivative through a captured model: run the forward under `with handle.paused():`, or take"
     " torch.func.jvp, which goes past the capture"
 )
-# (inputs, output gradient), batch first and in the dtype of the parameters -> contributions by parameter name.
-BoundRule = Callable[[tuple[Tensor, ...], Tensor], dict[str, Tensor | Factor]]
+# By parameter name.
+Contributions: TypeAlias = dict[str, Tensor | Factor]
+# (inputs, output gradient), batch first and in the dtype of the parameters -> contributions.
+BoundRule: TypeAlias = Callable[[tuple[Tensor, ...], Tensor], Contributions]
 # Which of a record's parameters the backward under way accumulates gradients of; None if it was asked to return one.
 Wanted: TypeAlias = Sequence[bool] | None
 
@@ -56,9 +57,9 @@ class Record:
             # What outlives the backward must not change with a buffer that the next batch is copied to.
             inputs, kept = [x.clone() if x.grad_fn is None else x for x in inputs], grad.clone()
         if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
-            capture.aside.add(self.parameters, inputs[0], kept)
+            capture.aside.add_layer(self.parameters, inputs[0], kept)
         elif names:
-            capture.keep(self, names, partial(self.contributions, names, inputs, kept))
+            capture.keep(self, names, inputs, kept)
         if torch.is_grad_enabled():
             return _Differentiated.apply(self.capture, grad, *self.parameters.values())
         return grad
@@ -68,17 +69,11 @@ class Record:
         dtype = grad.dtype
         return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
-    def contributions(self, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> dict[str, Tensor | Factor]:
-        """What the rule gives, by parameter name, those of `names` among them."""
+    def contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> Contributions:
+        """What the rule gives."""
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
-        found = self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
-        if not found.keys() >= set(names):
-            raise RuntimeError(
-                f"the rule for '{self.name}' returned contributions for {sorted(found)}, but its trainable"
-                f" parameters are {sorted(names)}: return one (B, *shape) tensor for each"
-            )
-        return found
+        return self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,8 +106,9 @@ class _Spread(torch.autograd.Function):
         record = ctx.record
         contributions = dict(zip(record.parameters, grads, strict=True))
         names = record.capture.admitted(record, _will_accumulate(ctx.next_functions))
-        if names:
-            record.capture.keep(record, names, lambda: {k: g for k, g in contributions.items() if g is not None})
+        taking_part = [name for name in names if contributions[name] is not None]
+        if taking_part:
+            record.capture.contribute(record, taking_part, lambda: contributions)
         return None, *[None] * len(grads)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import compress
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch
 
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
+from .aside import Aside
 from .batch import Batch, modules_in, tensors_in
 from .captured import CapturedGradients
 from .dry_run import dry_run
 from .embedding import Rows
 from .factors import Dense, Factor, Outer
 from .install import check_model, taps_for
-from .nodes import Record, Wanted
+from .nodes import Contributions, Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
 from .shared import Shared
-from .singles import Aside
 from .sums import add, join
 from .workspace import LITTLE, Workspace, fresh
 
@@ -43,6 +43,9 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
+# Bytes of an output gradient up to which a rule waits for the end of the backward. Measured: in the midst of a backward
+# its code is not in the caches, which costs a convolution 40 us.
+_SMALL = 64 << 10
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -52,7 +55,7 @@ class Preconditioner:
     Attributes:
         stats: `Stats` of the last backward, or None before the first.
         batch: of the call of the model under way, or None.
-        aside: of the backward under way, linear layers with one vector per sample.
+        aside: of the backward under way, what can be had in one way only.
         guards: the trainable parameters, each with the hook that notices gradients past the taps.
     """
 
@@ -82,6 +85,9 @@ class Preconditioner:
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
         self.aside = Aside()
+        # Uses of layers that are so small that calling their rules one after the other, at the end, takes less time.
+        self._postponed: list[tuple[Record, list[str], Sequence[Tensor], Tensor]] = []
+        self._postponed_bytes = 0
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
@@ -118,6 +124,7 @@ class Preconditioner:
             guard.remove()
         self._taps, self.guards, self._removed = [], {}, True
         self._factors, self.aside = {}, Aside()  # of a backward that failed
+        self._take_postponed()
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -334,21 +341,28 @@ class Preconditioner:
                 " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
-    def keep(self, record: Record, names: list[str], contributions: Callable[[], dict[str, Tensor | Factor]]) -> None:
-        """Keep what a record contributes to the parameters it was admitted with."""
-        with _full_precision(record.parameters[names[0]].device):
-            factors = contributions()
-            for name in names:
-                if name not in factors:  # a parameter that took no part
-                    continue
-                factor = factors[name]
-                if factor is None:
-                    raise TypeError(
-                        f"the rule for '{record.name}' returned None for '{name}': return a (B, *shape) tensor"
-                    )
-                if isinstance(factor, Tensor):
-                    factor = _checked(factor, name, record)
-                parameter = record.parameters[name]
+    def keep(self, record: Record, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
+        """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
+        if grad.nbytes <= _SMALL and self._postponed_bytes < self._workspace.kept:
+            self._postponed.append((record, names, inputs, grad))
+            self._postponed_bytes += 2 * grad.nbytes
+        else:
+            self.contribute(record, names, partial(record.contributions, inputs, grad))
+
+    def contribute(self, record: Record, names: list[str], contributions: Callable[[], Contributions]) -> None:
+        """Keep the contributions to the parameters that a record was admitted with."""
+        device = record.parameters[names[0]].device.type
+        if torch.is_autocast_enabled(device):  # backward was called under it
+            with torch.autocast(device, enabled=False):
+                return self.contribute(record, names, contributions)
+        found = contributions()
+        for name in names:
+            factor, parameter = found.get(name), record.parameters[name]
+            if factor is None:
+                raise _missing(record, found)
+            if isinstance(factor, Tensor):
+                self.aside.add_formed(parameter, _checked(factor, name, record))
+            else:
                 self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
 
     def _is_known(self, aside: Aside) -> bool:
@@ -383,23 +397,29 @@ class Preconditioner:
         if self._task != -1:
             self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
+        self._take_postponed()
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
         self._workspace.restart()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
 
+    def _take_postponed(self) -> list[tuple[Record, list[str], Sequence[Tensor], Tensor]]:
+        postponed, self._postponed, self._postponed_bytes = self._postponed, [], 0
+        return postponed
+
     def _finish(self, task: int) -> None:
         if task != self._task:
             raise RuntimeError(NESTED)
-        aside, self.aside = self.aside, Aside()
-        parameters, singles = [], None
+        for record, names, inputs, grad in self._take_postponed():
+            self.contribute(record, names, partial(record.contributions, inputs, grad))
+        aside, self.aside, given = self.aside, Aside(), None
         if aside and self._is_known(aside):
-            parameters, singles = aside.parameters(), aside.singles()
+            given = aside
         elif aside:
             self._plan(aside)
         factors, self._factors, self._task = self._factors, {}, -1
-        if not factors and not parameters:  # a module's output was used, but none of its parameters had a part in it
+        if not factors and given is None:  # a module's output was used, but none of its parameters had a part in it
             return
         if self._is_dry:  # what forms gradients forms them for each use
             factors = {p: parts for p, parts in factors.items() if all(isinstance(f, (Outer, Rows)) for f in parts)}
@@ -410,7 +430,8 @@ class Preconditioner:
         if self._union is not None:
             self._union.append(summed)
         else:
-            self._write([*summed, *parameters], CapturedGradients(list(summed.values()), singles))
+            parameters = [*summed, *given.parameters()] if given else list(summed)
+            self._write(parameters, CapturedGradients(list(summed.values()), given))
 
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
@@ -440,15 +461,25 @@ def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor
     return Dense(parameter.new_zeros(size, *parameter.shape))
 
 
-def _checked(contributions: Tensor, name: str, record: Record) -> Dense:
+def _missing(record: Record, found: dict[str, Tensor | Factor | None]) -> Exception:
+    none = [name for name in record.parameters if found.get(name, "") is None]
+    if none:
+        return TypeError(f"the rule for '{record.name}' returned None for '{none[0]}': return a (B, *shape) tensor")
+    return RuntimeError(
+        f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable parameters are"
+        f" {sorted(record.parameters)}: return one (B, *shape) tensor for each"
+    )
+
+
+def _checked(contributions: Tensor, name: str, record: Record) -> Tensor:
     parameter = record.parameters[name]
     expected = (record.batch_size, *parameter.shape)
     if contributions.shape != expected:
         raise ValueError(
             f"the rule for '{record.name}' returned contributions of shape {tuple(contributions.shape)} for '{name}':"
-            f" expected (B, *shape) = {tuple(expected)}"
+            f" expected (B, *shape) = {expected}"
         )
-    return Dense(contributions if contributions.dtype == parameter.dtype else contributions.to(parameter.dtype))
+    return contributions if contributions.dtype == parameter.dtype else contributions.to(parameter.dtype)
 
 
 def live_handle(model: nn.Module) -> Preconditioner | None:

@@ -56,7 +56,7 @@ class Workspace:
     """
 
     def __init__(self, kept: int = LITTLE) -> None:
-        self._kept = kept
+        self.kept = kept
         # Memory, and what was handed out of it last.
         self._blocks: list[Tensor] = []
         self._tensors: list[Tensor] = []
@@ -68,7 +68,7 @@ class Workspace:
 
     def release(self) -> None:
         """Give the memory back, if it is more than may stay."""
-        if sum(block.numel() for block in self._blocks) > self._kept:
+        if sum(block.numel() for block in self._blocks) > self.kept:
             self._blocks, self._tensors, self._used = [], [], 0
 
     def empty(self, shape: Sequence[int], like: Tensor) -> Tensor:
