@@ -46,13 +46,27 @@ Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 def squared_norm(vector: list[Tensor]) -> Tensor:
     """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
-    norms = torch._foreach_norm(vector, dtype=accumulate_dtype(vector[0].dtype))
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+    groups: dict[tuple, list[Tensor]] = {}
+    for tensor in vector:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.unsqueeze(0))
+    # The Gramian of one sample.
+    return total([torch.ops.rgd_ext.gram(group).view(()) for group in groups.values()])
 
 
-def moments_of(grads: ops.Tensors) -> Moments:
+def total(parts: list[Tensor]) -> Tensor:
+    """The sum of statistics that may come from several devices and accumulation dtypes."""
+    if len(parts) == 1:
+        return parts[0]
+    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
+    result = parts[0].to(dtype, copy=True)
+    for part in parts[1:]:
+        result += part.to(result.device)
+    return result
+
+
+def moments_of(grads: list[Tensor]) -> Moments:
     """Moments of gradients held as (B, *shape) tensors, in one read of them."""
-    mean, alignments, squared_norms = ops.moments(grads)
+    mean, alignments, squared_norms = torch.ops.rgd_ext.moments(grads)
     return squared_norm(mean), alignments, squared_norms
 
 

@@ -556,7 +556,8 @@ _library.define("layer_norm_grads(Tensor output_grad, Tensor x, float eps, bool 
 
 @torch.library.register_fake("rgd_ext::layer_norm_grads", lib=_library)
 def _(output_grad, x, eps, centred):
-    return x.new_empty(x.shape[::2]), x.new_empty(x.shape[::2])
+    shape = x.shape[0], x.shape[-1]
+    return x.new_empty(shape), x.new_empty(shape)
 
 
 torch.library.impl(_library, "layer_norm_grads", "CompositeExplicitAutograd")(reference.layer_norm_grads)
@@ -569,7 +570,7 @@ def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool =
     x^ = (x - mean) / sqrt(variance + eps), or x^ = x / sqrt(mean(x^2) + eps) if not centred.
 
     Args:
-        output_grad, x: shape (B, T, n), of one dtype and device.
+        output_grad, x: shape (B, ..., n), of one dtype and device.
         eps: added to the variance.
         centred: True for LayerNorm, False for RMSNorm.
 
@@ -580,8 +581,8 @@ def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool =
         ValueError, TypeError: as `moments`; ValueError if the shapes disagree.
     """
     checked_grads([output_grad, x])
-    if x.ndim != 3 or output_grad.shape != x.shape:
+    if x.ndim < 2 or output_grad.shape != x.shape:
         raise ValueError(
-            f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass two of shape (B, T, n)"
+            f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass two of shape (B, ..., n)"
         )
     return torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)

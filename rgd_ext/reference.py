@@ -187,5 +187,6 @@ def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) ->
 
 def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
     """sum_t e_t o x^_t and sum_t e_t per sample, both (B, n), with x^ = LayerNorm(x), or RMSNorm(x) if not centred."""
-    norm = F.layer_norm if centred else F.rms_norm
-    return (norm(x, x.shape[2:], eps=eps) * output_grad).sum(1), output_grad.sum(1)
+    norm, places = F.layer_norm if centred else F.rms_norm, x.shape[1:-1].numel()
+    products = norm(x, x.shape[-1:], eps=eps) * output_grad
+    return tuple(t.reshape(len(x), places, x.shape[-1]).sum(1) for t in (products, output_grad))

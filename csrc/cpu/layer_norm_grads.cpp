@@ -21,7 +21,8 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
                              at::Tensor& weight, at::Tensor& bias) {
   using T = accumulate_t<S>;
   const RowKernels<S>& rows = row_kernels<S>();
-  const int64_t batch_size = input.size(0), places = input.size(1), columns = input.size(2);
+  const int64_t batch_size = input.size(0), columns = input.size(-1);
+  const int64_t places = input.numel() / (batch_size * columns);
   const int64_t blocks = at::divup(places, kBlock), padded = padded_columns(columns);
   const S *inputs = input.const_data_ptr<S>(), *grads = output_grad.const_data_ptr<S>();
   const Scratch<T> sums(batch_size * blocks * 2 * padded);
@@ -54,11 +55,11 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads(const at::Tensor& output_grad, const at::Tensor& input, double eps,
                                                     bool centred) {
   check_grads({output_grad, input});
-  TORCH_CHECK_VALUE(input.dim() == 3 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, T, n)");
+  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
+                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, ..., n)");
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
-  at::Tensor weight = at::empty({input.size(0), input.size(2)}, inputs.options());
-  at::Tensor bias = at::empty({input.size(0), input.size(2)}, inputs.options());
+  at::Tensor weight = at::empty({input.size(0), input.size(-1)}, inputs.options());
+  at::Tensor bias = at::empty({input.size(0), input.size(-1)}, inputs.options());
   if (weight.numel() == 0) return {weight, bias};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, inputs.scalar_type(), "layer_norm_grads", [&] {
     layer_norm_grads_kernel<scalar_t>(grads, inputs, eps, centred, weight, bias);

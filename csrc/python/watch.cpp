@@ -5,6 +5,7 @@
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
@@ -28,8 +29,13 @@ using torch::autograd::edge_list;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// Which parameters' gradients the backward under way accumulates, given the edges to them; none where it was asked to
-// return one of them.
+bool requires_grad(const Edge& parameter) {
+  const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(parameter.function.get());
+  return !leaf || leaf->variable.requires_grad();
+}
+
+// Which parameters' gradients the backward under way accumulates, given the edges to them, those aside that were frozen
+// since the forward; none where it was asked to return one of them.
 std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
   const auto* executed = torch::autograd::get_current_graph_task_exec_info();
   if (!executed) return std::nullopt;  // called by hand, not by a backward
@@ -37,12 +43,12 @@ std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
   found.reserve(parameters.size());
   for (const Edge& edge : parameters) {
     if (executed->empty()) {  // all of the graph
-      found.push_back(true);
+      found.push_back(requires_grad(edge));
       continue;
     }
     const auto entry = executed->find(edge.function.get());
     if (entry != executed->end() && entry->second.captures_) return std::nullopt;
-    found.push_back(entry != executed->end() && entry->second.should_execute());
+    found.push_back(entry != executed->end() && entry->second.should_execute() && requires_grad(edge));
   }
   return found;
 }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .factors import Bias, Dense, Factor, Outer
+
+if TYPE_CHECKING:
+    from .nodes import Record
 
 
 @dataclass(slots=True)
@@ -42,55 +46,60 @@ class Aside:
 
     def __init__(self) -> None:
         # Trainable parameters by their names in the layer, inputs (B, n) and output gradients (B, m).
-        self._layers: list[tuple[dict[str, nn.Parameter], Tensor, Tensor]] = []
-        # Parameters and their contributions (B, *shape).
-        self._formed: list[nn.Parameter] = []
-        self.tensors: list[Tensor] = []
+        self.layers: list[tuple[dict[str, nn.Parameter], Tensor, Tensor]] = []
+        # Contributions (B, *shape), as a rule returned them for a parameter of some name.
+        self.formed: list[tuple[Record, str, nn.Parameter, Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._layers or self.tensors)
-
-    def add_layer(self, parameters: dict[str, nn.Parameter], inputs: Tensor, output_grads: Tensor) -> None:
-        """Keep one use of a linear layer."""
-        self._layers.append((parameters, inputs, output_grads))
-
-    def add_formed(self, parameter: nn.Parameter, contributions: Tensor) -> None:
-        """Keep contributions that a rule formed."""
-        self._formed.append(parameter)
-        self.tensors.append(contributions)
+        return bool(self.layers or self.formed)
 
     def signature(self) -> tuple:
         """All that its plan depends on."""
-        layers = [(*map(id, layer.values()), x.shape, e.shape, e.dtype, e.device) for layer, x, e in self._layers]
-        return layers, list(map(id, self._formed)), [(t.shape, t.dtype, t.device) for t in self.tensors]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of `tensors`, and those of `singles` in the order of their `combine`."""
-        order = "bias", "weight"
-        return self._formed + [layer[name] for layer, _, _ in self._layers for name in order if name in layer]
+        layers = [(*map(id, layer.values()), x.shape, e.shape, e.dtype, e.device) for layer, x, e in self.layers]
+        return layers, [(id(p), t.shape, t.dtype, t.device) for _, _, p, t in self.formed]
 
     def is_uniform(self) -> bool:
         """Whether no parameter took part twice, and all are of one dtype and device."""
         parameters = self.parameters()
-        kinds = {(t.dtype, t.device) for t in self.tensors} | {(e.dtype, e.device) for _, _, e in self._layers}
+        kinds = {(t.dtype, t.device) for _, _, p, t in self.formed} | {(e.dtype, e.device) for _, _, e in self.layers}
+        kinds |= {(p.dtype, p.device) for p in parameters}
         return len(set(parameters)) == len(parameters) and len(kinds) == 1
 
-    @property
-    def example(self) -> Tensor:
-        """A tensor of its batch size, dtype and device, if it is uniform."""
-        return self.tensors[0] if self.tensors else self._layers[0][2]
-
-    def singles(self) -> Singles | None:
-        """The linear layers, if it is uniform; None without any."""
-        if not self._layers:
-            return None
-        inputs = [x if "weight" in layer else x[:, :0] for layer, x, _ in self._layers]
-        return Singles(inputs, [e for _, _, e in self._layers], ["bias" in layer for layer, _, _ in self._layers])
-
     def factors(self) -> list[tuple[nn.Parameter, Factor]]:
-        """The contributions one by one, whether it is uniform or not."""
-        found: list[tuple[nn.Parameter, Factor]] = list(zip(self._formed, map(Dense, self.tensors), strict=True))
-        for layer, x, e in self._layers:
+        """The contributions one by one, whether it is uniform or not.
+
+        Raises:
+            ValueError: if a rule returned another shape than (B, *shape).
+        """
+        found: list[tuple[nn.Parameter, Factor]] = [(entry[2], Dense(_checked(*entry))) for entry in self.formed]
+        for layer, x, e in self.layers:
             weight = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
             found += [(parameter, weight if name == "weight" else Bias(weight)) for name, parameter in layer.items()]
         return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of `tensors`, and those of `singles` in the order of their `combine`."""
+        order = "bias", "weight"
+        formed = [parameter for _, _, parameter, _ in self.formed]
+        return formed + [layer[name] for layer, _, _ in self.layers for name in order if name in layer]
+
+    def tensors(self) -> list[Tensor]:
+        """What rules returned, if it is uniform."""
+        return [tensor for *_, tensor in self.formed]
+
+    def singles(self) -> Singles | None:
+        """The linear layers, if it is uniform; None without any."""
+        if not self.layers:
+            return None
+        inputs = [x if "weight" in layer else x[:, :0] for layer, x, _ in self.layers]
+        return Singles(inputs, [e for _, _, e in self.layers], ["bias" in layer for layer, _, _ in self.layers])
+
+
+def _checked(record: Record, name: str, parameter: nn.Parameter, contributions: Tensor) -> Tensor:
+    expected = (record.batch_size, *parameter.shape)
+    if contributions.shape != expected:
+        raise ValueError(
+            f"the rule for '{record.name}' returned contributions of shape {tuple(contributions.shape)} for '{name}':"
+            f" expected (B, *shape) = {expected}"
+        )
+    return contributions.to(parameter.dtype)

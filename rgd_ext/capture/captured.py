@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gradients import Moments, moments_of
+from ..gradients import Moments, moments_of, total
 from ..reference import accumulate_dtype
 from .aside import Aside, Singles
 from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
@@ -42,7 +42,7 @@ class CapturedGradients:
 
     def __init__(self, factors: list[Factor], given: Aside | None = None) -> None:
         self._factors, self._given = factors, given
-        self._given_singles = given.singles() if given else None
+        self._given_tensors, self._given_singles = (given.tensors(), given.singles()) if given else ([], None)
         # By dtype and device: their places among the parameters, and the contributions.
         self._dense: dict[tuple, tuple[list[int], list[Tensor]]] = {}
         self._singles: dict[tuple, list[_Layer]] = {}
@@ -64,8 +64,8 @@ class CapturedGradients:
                 self._singles.setdefault(_kind(grads), []).append(lone)
             else:
                 self._others.append(index)
-        if given and given.tensors:
-            self._add_dense(range(len(factors), len(factors) + len(given.tensors)), given.tensors)
+        if self._given_tensors:
+            self._add_dense(range(len(factors), len(factors) + len(self._given_tensors)), self._given_tensors)
 
     def _add_dense(self, indices: Sequence[int], tensors: list[Tensor]) -> None:
         places, contributions = self._dense.setdefault(_kind(tensors[0]), ([], []))
@@ -79,7 +79,9 @@ class CapturedGradients:
 
     @property
     def _example(self) -> Tensor:
-        return self._factors[0].example if self._factors else self._given.example
+        if self._factors:
+            return self._factors[0].example
+        return self._given_tensors[0] if self._given_tensors else self._given_singles.output_grads[0]
 
     def mean(self) -> list[Tensor]:
         """g = mean_i g_i, which is the gradient of the loss."""
@@ -101,15 +103,15 @@ class CapturedGradients:
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
-        return self.batch_size * _sum([f.align(v) for f, v in zip(self._all(), vector, strict=True)])
+        return self.batch_size * total([f.align(v) for f, v in zip(self._all(), vector, strict=True)])
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
         others = [self._factors[index].gram() for index in self._others]
         dense = [torch.ops.rgd_ext.gram(group) for _, group in self._dense.values()]
-        total = _sum(dense + self._single_grams() + others)
+        gram = total(dense + self._single_grams() + others)
         # Of a float: torch converts an int first, with an operator of its own.
-        return total.mul_(float(self.batch_size**2))
+        return gram.mul_(float(self.batch_size**2))
 
     def _single_grams(self) -> list[Tensor]:
         grams = [_gathered(layers).gram() for layers in self._singles.values()]
@@ -122,7 +124,7 @@ class CapturedGradients:
             return None
         parts = [moments_of(group) for _, group in self._dense.values()] + [f.moments() for f in others]
         parts += [of_gram(gram) for gram in self._single_grams()]
-        squared, alignments, squared_norms = map(_sum, zip(*parts, strict=True))
+        squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
         scale = self.batch_size**2
         return scale * squared, scale * alignments, scale * squared_norms
 
@@ -154,14 +156,3 @@ def _gathered(layers: list[_Layer]) -> Singles:
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
     return tensor.dtype, tensor.device
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    """The sum of statistics that may come from several devices and accumulation dtypes."""
-    if len(parts) == 1:
-        return parts[0]
-    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
-    total = parts[0].to(dtype, copy=True)
-    for part in parts[1:]:
-        total += part.to(total.device)
-    return total

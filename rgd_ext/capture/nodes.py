@@ -24,7 +24,8 @@ FORWARD_MODE = (
 Contributions: TypeAlias = dict[str, Tensor | Factor]
 # (inputs, output gradient), batch first and in the dtype of the parameters -> contributions.
 BoundRule: TypeAlias = Callable[[tuple[Tensor, ...], Tensor], Contributions]
-# Which of a record's parameters the backward under way accumulates gradients of; None if it was asked to return one.
+# Which of a record's parameters the backward under way accumulates gradients of, those aside that were frozen since the
+# forward; None if it was asked to return one.
 Wanted: TypeAlias = Sequence[bool] | None
 
 
@@ -57,7 +58,7 @@ class Record:
             # What outlives the backward must not change with a buffer that the next batch is copied to.
             inputs, kept = [x.clone() if x.grad_fn is None else x for x in inputs], grad.clone()
         if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
-            capture.aside.add_layer(self.parameters, inputs[0], kept)
+            capture.aside.layers.append((self.parameters, inputs[0], kept))
         elif names:
             capture.keep(self, names, inputs, kept)
         if torch.is_grad_enabled():
@@ -73,11 +74,8 @@ class Record:
         """What the rule gives."""
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
-        return self.rule(tuple([_cast(x, dtype) for x in inputs]), _cast(grad, dtype))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x
+        inputs = [x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x for x in inputs]
+        return self.rule(tuple(inputs), grad if grad.dtype == dtype else grad.to(dtype))
 
 
 def spread(use: Record) -> dict[str, Tensor]:
@@ -108,7 +106,7 @@ class _Spread(torch.autograd.Function):
         names = record.capture.admitted(record, _will_accumulate(ctx.next_functions))
         taking_part = [name for name in names if contributions[name] is not None]
         if taking_part:
-            record.capture.contribute(record, taking_part, lambda: contributions)
+            record.capture.contribute(record, taking_part, contributions)
         return None, *[None] * len(grads)
 
 
@@ -148,7 +146,7 @@ _watch = _watch_in_python if _C is None else _C.watch
 def _will_accumulate(edges: Sequence[tuple[torch.autograd.graph.Node, int]]) -> Wanted:
     """Of the edges of a node to the gradients of parameters."""
     try:
-        return [_will_engine_execute_node(node) for node, _ in edges]
+        return [_will_engine_execute_node(node) and node.variable.requires_grad for node, _ in edges]
     except RuntimeError:  # for leaves whose gradient torch.autograd.grad was asked to return
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import compress
 from typing import Literal
@@ -45,7 +45,7 @@ RETURNED_GRADIENT = (
 )
 # Bytes of an output gradient up to which a rule waits for the end of the backward. Measured: in the midst of a backward
 # its code is not in the caches, which costs a convolution 40 us.
-_SMALL = 64 << 10
+_SMALL = 32 << 10
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -56,7 +56,8 @@ class Preconditioner:
         stats: `Stats` of the last backward, or None before the first.
         batch: of the call of the model under way, or None.
         aside: of the backward under way, what can be had in one way only.
-        guards: the trainable parameters, each with the hook that notices gradients past the taps.
+        guards: by its id, every trainable parameter and the hook that notices gradients past the taps. By id because
+            the hash of a tensor is a call of Python.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Preconditioner:
         self._pauses = 0
         self._removed = False
         self.batch: Batch | None = None
-        self.guards: dict[nn.Parameter, torch.utils.hooks.RemovableHandle] = {}
+        self.guards: dict[int, tuple[nn.Parameter, torch.utils.hooks.RemovableHandle]] = {}
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
@@ -120,11 +121,11 @@ class Preconditioner:
             del tap.module.forward
             if tap.previous is not None:
                 tap.module.forward = tap.previous
-        for guard in self.guards.values():
-            guard.remove()
+        for _, hook in self.guards.values():
+            hook.remove()
         self._taps, self.guards, self._removed = [], {}, True
         self._factors, self.aside = {}, Aside()  # of a backward that failed
-        self._take_postponed()
+        self._forget_postponed()
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -237,7 +238,7 @@ class Preconditioner:
             self.batch = None
         for module in modules_in(self.model):
             for key, parameter in module._parameters.items():
-                if parameter not in self.guards and parameter is not None and parameter.requires_grad:
+                if id(parameter) not in self.guards and parameter is not None and parameter.requires_grad:
                     self._admit_newcomer(module, key, parameter)
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             if isinstance(tensor, Shared):
@@ -264,13 +265,14 @@ class Preconditioner:
 
     def guard(self, parameter: nn.Parameter) -> None:
         """Notice gradients that reach `parameter` past the taps."""
-        if parameter not in self.guards:
+        if id(parameter) not in self.guards:
             self._check_hooks(parameter, 0)
             if parameter not in self._names:  # as after load_state_dict(assign=True)
                 self._names = {p: name for name, p in self.model.named_parameters()}
-                for replaced in self.guards.keys() - self._names.keys():
-                    self.guards.pop(replaced).remove()
-            self.guards[parameter] = parameter.register_hook(partial(self._check_outside, parameter))
+                for replaced in self.guards.keys() - set(map(id, self._names)):
+                    self.guards.pop(replaced)[1].remove()
+            hook = parameter.register_hook(partial(self._check_outside, parameter))
+            self.guards[id(parameter)] = parameter, hook
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name in the model."""
@@ -307,8 +309,7 @@ class Preconditioner:
         """
         if wanted is None:
             raise RuntimeError(RETURNED_GRADIENT)
-        # Some may have been frozen since the forward.
-        names = [name for name, p in compress(record.parameters.items(), wanted) if p.requires_grad]
+        names = list(record.parameters if all(wanted) else compress(record.parameters, wanted))
         if not names:
             return names
         if torch.is_grad_enabled():
@@ -347,23 +348,19 @@ class Preconditioner:
             self._postponed.append((record, names, inputs, grad))
             self._postponed_bytes += 2 * grad.nbytes
         else:
-            self.contribute(record, names, partial(record.contributions, inputs, grad))
+            with _full_precision(grad.device):
+                self.contribute(record, names, record.contributions(inputs, grad))
 
-    def contribute(self, record: Record, names: list[str], contributions: Callable[[], Contributions]) -> None:
+    def contribute(self, record: Record, names: list[str], found: Contributions) -> None:
         """Keep the contributions to the parameters that a record was admitted with."""
-        device = record.parameters[names[0]].device.type
-        if torch.is_autocast_enabled(device):  # backward was called under it
-            with torch.autocast(device, enabled=False):
-                return self.contribute(record, names, contributions)
-        found = contributions()
         for name in names:
             factor, parameter = found.get(name), record.parameters[name]
-            if factor is None:
-                raise _missing(record, found)
             if isinstance(factor, Tensor):
-                self.aside.add_formed(parameter, _checked(factor, name, record))
-            else:
+                self.aside.formed.append((record, name, parameter, factor))
+            elif factor is not None:
                 self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
+            else:
+                raise _missing(record, found)
 
     def _is_known(self, aside: Aside) -> bool:
         """Whether what was put aside is planned and all that its parameters get."""
@@ -397,22 +394,29 @@ class Preconditioner:
         if self._task != -1:
             self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
-        self._take_postponed()
+        self._forget_postponed()
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
         self._workspace.restart()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
 
-    def _take_postponed(self) -> list[tuple[Record, list[str], Sequence[Tensor], Tensor]]:
-        postponed, self._postponed, self._postponed_bytes = self._postponed, [], 0
-        return postponed
+    def _catch_up(self) -> None:
+        """Call the rules of the small layers."""
+        with ExitStack() as stack:
+            for device in {grad.device for *_, grad in self._postponed}:
+                stack.enter_context(_full_precision(device))
+            for record, names, inputs, grad in self._postponed:
+                self.contribute(record, names, record.contributions(inputs, grad))
+        self._forget_postponed()
+
+    def _forget_postponed(self) -> None:
+        self._postponed, self._postponed_bytes = [], 0
 
     def _finish(self, task: int) -> None:
         if task != self._task:
             raise RuntimeError(NESTED)
-        for record, names, inputs, grad in self._take_postponed():
-            self.contribute(record, names, partial(record.contributions, inputs, grad))
+        self._catch_up()
         aside, self.aside, given = self.aside, Aside(), None
         if aside and self._is_known(aside):
             given = aside
@@ -469,17 +473,6 @@ def _missing(record: Record, found: dict[str, Tensor | Factor | None]) -> Except
         f"the rule for '{record.name}' returned contributions for {sorted(found)}, but its trainable parameters are"
         f" {sorted(record.parameters)}: return one (B, *shape) tensor for each"
     )
-
-
-def _checked(contributions: Tensor, name: str, record: Record) -> Tensor:
-    parameter = record.parameters[name]
-    expected = (record.batch_size, *parameter.shape)
-    if contributions.shape != expected:
-        raise ValueError(
-            f"the rule for '{record.name}' returned contributions of shape {tuple(contributions.shape)} for '{name}':"
-            f" expected (B, *shape) = {expected}"
-        )
-    return contributions if contributions.dtype == parameter.dtype else contributions.to(parameter.dtype)
 
 
 def live_handle(model: nn.Module) -> Preconditioner | None:

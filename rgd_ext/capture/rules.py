@@ -172,7 +172,7 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor]:
     if len(shape) > 1:
         x, output_grad = x.flatten(-len(shape)), output_grad.flatten(-len(shape))
-    weight, bias = torch.ops.rgd_ext.layer_norm_grads(_sequences(output_grad), _sequences(x), eps, centred)
+    weight, bias = torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)
     return (weight.unflatten(1, shape), bias.unflatten(1, shape)) if len(shape) > 1 else (weight, bias)
 
 

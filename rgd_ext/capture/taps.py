@@ -102,7 +102,7 @@ class Tap(Released):
             parameter = owner._parameters.get(key)
             if parameter is None or not parameter.requires_grad:
                 continue
-            if parameter not in guards:
+            if id(parameter) not in guards:
                 # What is no Parameter was put there by torch.func.functional_call, which differentiates it itself.
                 if not isinstance(parameter, nn.Parameter):
                     continue

@@ -389,7 +389,7 @@ void test_errors() {
   expect_error([&] { conv_weight_grads(e[0], x, {3, 1, 0, 1}, 1); }, "batch sizes disagree");
   expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
-  expect_error([&] { layer_norm_grads(x, x, 1e-5, true); }, "(B, T, n)");
+  expect_error([&] { layer_norm_grads(e, x, 1e-5, true); }, "(B, ..., n)");
   expect_error([&] { layer_norm_grads(e[0], x[0], 1e-5, true); }, "batch sizes disagree");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
   expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
