@@ -66,8 +66,7 @@ def total(parts: list[Tensor]) -> Tensor:
 
 def moments_of(grads: list[Tensor]) -> Moments:
     """Moments of gradients held as (B, *shape) tensors, in one read of them."""
-    mean, alignments, squared_norms = torch.ops.rgd_ext.moments(grads)
-    return squared_norm(mean), alignments, squared_norms
+    return torch.ops.rgd_ext.scalar_moments(grads)
 
 
 def aligned(grads: Tensor, vector: Tensor) -> Tensor:

@@ -99,6 +99,27 @@ def moments(grads: Tensors) -> tuple[list[Tensor], Tensor, Tensor]:
     return torch.ops.rgd_ext.moments(checked_grads(grads))
 
 
+_library.define("scalar_moments(Tensor[] grads) -> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::scalar_moments", lib=_library)
+def _(grads):
+    statistic = grads[0].new_empty(grads[0].shape[0], dtype=accumulate_dtype(grads[0].dtype))
+    return statistic.new_empty(()), statistic, torch.empty_like(statistic)
+
+
+torch.library.impl(_library, "scalar_moments", "CompositeExplicitAutograd")(reference.scalar_moments)
+
+
+def scalar_moments(grads: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """|g|^2, and the alignments and squared norms of `moments`, without writing the mean.
+
+    Raises:
+        ValueError, TypeError: as `moments`.
+    """
+    return torch.ops.rgd_ext.scalar_moments(checked_grads(grads))
+
+
 _library.define("combine(Tensor[] grads, Tensor weights) -> Tensor[]")
 
 

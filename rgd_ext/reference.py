@@ -47,6 +47,13 @@ def moments(grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
     return _like_parameters(means, grads), alignments, squared_norms
 
 
+def scalar_moments(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """|g|^2, and the alignments and squared norms that `moments` gives."""
+    means, alignments, squared_norms = torch.ops.rgd_ext.moments(grads)
+    norms = torch._foreach_norm(means, dtype=alignments.dtype)
+    return torch.stack(norms).square().sum(), alignments, squared_norms
+
+
 def combine(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
     """p = sum_i w_i g_i."""
     return _like_parameters([_weighted_sum(weights, m) for m in _matrices(grads)], grads)

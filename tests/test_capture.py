@@ -1,8 +1,10 @@
 """The capture as its users meet it: handles, copies, odd models, bad input."""
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -165,21 +167,94 @@ def test_subclass_with_its_own_forward_is_not_taken_for_its_parent():
     check(nn.Sequential(nn.Linear(4, 4), Doubled(4, 4)).double(), double(*X))
 
 
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.gain
+
+
 @pytest.mark.parametrize(
     "bad", [{}, {"gain": torch.zeros(4)}, {"gain": None}], ids=["missing", "wrong shape", "nothing"]
 )
 def test_rule_with_a_wrong_answer_is_named(bad):
-    class Wrong(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(4))
-
-        def forward(self, x):
-            return x * self.gain
+    class Wrong(Gain):
+        pass
 
     rgd_ext.register_rule(Wrong, lambda module, inputs, output_grad: bad)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=r"rule for 'Wrong' returned"):
         captured_grad(Wrong(), torch.randn(*X))
+
+
+def test_contributions_of_the_batch_before_are_noticed():
+    class Stale(Gain):
+        memory = None
+
+    def rule(module, inputs, output_grad):
+        module.memory = inputs[0] * output_grad if module.memory is None else module.memory
+        return {"gain": module.memory}
+
+    rgd_ext.register_rule(Stale, rule)
+    model = Stale()
+    with rgd_ext.precondition(model):
+        for _ in range(2):
+            model(torch.randn(6, 4)).sum().backward()
+        with pytest.raises(ValueError, match=r"rule for 'Stale' returned contributions of shape \(6, 4\).*\(5, 4\)"):
+            model(torch.randn(5, 4)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "memory_budget", "is_late"), [(6, None, True), (6, 1e6, False), (20_000, None, False)]
+)
+def test_rules_of_small_layers_wait_for_the_end_of_the_backward(batch_size, memory_budget, is_late):
+    class Noted(Gain):
+        pass
+
+    events = []
+
+    def rule(module, inputs, output_grad):
+        events.append("rule")
+        return {"gain": inputs[0] * output_grad}
+
+    rgd_ext.register_rule(Noted, rule)
+    model = nn.Sequential(Noted(), nn.Tanh(), Noted())
+    x = torch.randn(batch_size, 4, requires_grad=True)
+    expected = weak_field(per_sample_gradients(copy.deepcopy(model).double(), loss_of, [x.detach().double()]))
+    x.register_hook(lambda grad: events.append("backward"))
+    with rgd_ext.precondition(model, memory_budget=memory_budget):
+        loss_of(model(x)).backward()
+    assert events == (["backward", "rule", "rule"] if is_late else ["rule", "rule", "backward"])
+    assert_close(flat_grad(model).double(), expected, torch.float32)
+
+
+def test_what_waits_is_forgotten_with_a_backward_that_fails():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).double(), double(*X)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+
+    def fail(grad):
+        raise OverflowError
+
+    with rgd_ext.precondition(model):
+        output = model(x.requires_grad_())
+        hook = x.register_hook(fail)
+        with pytest.raises(OverflowError):
+            (7 * loss_of(output)).backward()
+        hook.remove()
+        assert all(p.grad is None for p in model.parameters())
+        loss_of(model(x)).backward()
+    assert_close(flat_grad(model), expected)
+
+
+def test_a_captured_model_that_nobody_holds_is_collected():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    handle = rgd_ext.precondition(model)
+    loss_of(model(torch.randn(*X))).backward()
+    references = [weakref.ref(held) for held in (model, handle, *model.parameters())]
+    del model, handle
+    gc.collect()
+    assert all(reference() is None for reference in references)
 
 
 def test_subclass_with_a_parameter_the_rule_does_not_know_is_named():
@@ -323,6 +398,7 @@ def test_remove_leaves_the_model_as_it_was_found():
     handle.remove()
     assert before == [m.__dict__ for m in model.modules()]
     assert all(p is q and not p._backward_hooks for p, q in zip(parameters, model.parameters(), strict=True))
+    sum(p.square().sum() for p in parameters).backward()
     model.zero_grad()
     loss_of(model(x)).backward()
     plain = flat_grad(model)

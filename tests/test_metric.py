@@ -77,6 +77,15 @@ def test_policies_that_do_without_the_gramian_agree_with_those_that_have_it(poli
     assert "epsilon=" in repr(stats)
 
 
+def test_norms_of_large_models_keep_their_digits():
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's sums have fewer digits")
+    grads = [torch.randn(2, 3_000_000), torch.randn(2, 7)]
+    result, stats = rgd_ext.direction(grads, epsilon=Fixed(0.0))
+    for norm in (stats.grad_norm, stats.direction_norm):
+        torch.testing.assert_close(norm.double(), flat(result).double().norm(), rtol=5e-7, atol=0)
+
+
 batches = st.integers(2, 6).flatmap(
     lambda b: st.lists(st.lists(st.integers(-4, 4), min_size=3, max_size=3), min_size=b, max_size=b)
 )

@@ -59,6 +59,7 @@ def vectors_for(grads, number=None):
 
 CALLS = {
     "moments": lambda g: ops.moments(g),
+    "scalar_moments": lambda g: ops.scalar_moments(g),
     "combine": lambda g: ops.combine(g, weights_for(g)),
     "diffusion_mv": lambda g: ops.diffusion_mv(g, vectors_for(g)),
     "diffusion_mv of three": lambda g: ops.diffusion_mv(g, vectors_for(g, 3)),
@@ -70,6 +71,9 @@ CALLS = {
 
 def expected(name, grads):
     grads = [g.double().cpu() for g in grads]
+    if name == "scalar_moments":
+        mean, *scalars = reference.moments(grads)
+        return sum(g.square().sum() for g in mean), *scalars
     function = getattr(reference, name.split()[0])
     extra = {
         "moments": [],
@@ -563,12 +567,13 @@ def test_any_number_of_threads_gives_the_same_bits(name, shapes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "permuted"])
 @pytest.mark.parametrize("shapes", ["many", "empty parameter"])
-@pytest.mark.parametrize("name", ["moments", "combine", "diffusion_mv", "gram", "precondition"])
+@pytest.mark.parametrize("name", ["moments", "scalar_moments", "combine", "diffusion_mv", "gram", "precondition"])
 def test_opcheck(name, shapes, layout, dtype, device):
     grads = laid_out(sample_grads(shapes, dtype, device), layout)
     accumulate = reference.accumulate_dtype(dtype)
     extra = {
         "moments": (),
+        "scalar_moments": (),
         "gram": (),
         "combine": (weights_for(grads).to(accumulate),),
         "diffusion_mv": (vectors_for(grads, 2),),

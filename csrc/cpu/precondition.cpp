@@ -14,8 +14,7 @@ std::vector<at::Tensor> precondition(at::TensorList grads, const at::Tensor& eps
   check_grads(grads);
   const at::Tensor step = checked_epsilon(grads, epsilon);
   const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
-  at::Tensor alignments = empty_statistic(grads), squared_norms = empty_statistic(grads);
-  read_moments(matrices, {}, alignments, squared_norms);
+  const at::Tensor alignments = std::get<1>(read_moments(matrices, {}, false));
   const at::Tensor weights = at::rsub(at::mul(alignments, step), 1).div(alignments.numel());
   std::vector<at::Tensor> direction = empty_like_parameters(grads);
   read_combination(matrices, weights, direction);

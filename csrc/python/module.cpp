@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "guard.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -41,5 +42,6 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of rgd_ext.";
   m.def("build_info", &build_info, "What this binary was built with: cuda, architectures, torch, compiler.");
+  rgd_ext::bind_guard(m);
   rgd_ext::bind_watch(m);
 }

@@ -3,7 +3,6 @@
 
 #include "watch.h"
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -18,6 +17,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "object.h"
 
 namespace py = pybind11;
 
@@ -53,23 +54,13 @@ std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
   return found;
 }
 
-// The identity. Its first edge leads to the layer, the others to the parameters. Nodes die in any thread, with or
-// without the interpreter's lock. Python's garbage collector does not see into them: a module that keeps its layer's
-// raw output lives as long as that.
+// The identity. Its first edge leads to the layer, the others to the parameters. Python's garbage collector does not
+// see into it: a module that keeps its layer's raw output lives as long as that.
 struct Watch : torch::autograd::Node {
   Watch(edge_list edges, py::object record, const variable_list& tensors)
-      : Node(std::move(edges)), record(std::move(record)) {
+      : Node(std::move(edges)), record(shared(std::move(record))) {
     inputs.reserve(tensors.size());
     for (const at::Tensor& tensor : tensors) inputs.emplace_back(tensor, /*is_output=*/false);
-  }
-
-  ~Watch() override {
-    if (!Py_IsInitialized()) {
-      record.release();
-      return;
-    }
-    const py::gil_scoped_acquire lock;
-    record = py::object();
   }
 
   std::string name() const override { return "rgd_ext::Watch"; }
@@ -87,15 +78,8 @@ struct Watch : torch::autograd::Node {
     const bool any = !which || std::find(which->begin(), which->end(), true) != which->end();
     if (any || at::GradMode::is_enabled()) {
       const variable_list tensors = any ? unpacked() : variable_list();
-      const py::gil_scoped_acquire lock;
-      try {
-        grad = record.attr("receive")(tensors, grad, which).cast<at::Tensor>();
-      } catch (py::error_already_set& error) {
-        error.restore();
-        python_error raised;
-        raised.persist();
-        throw raised;
-      }
+      grad =
+          in_python([&] { return py::handle(record.get()).attr("receive")(tensors, grad, which).cast<at::Tensor>(); });
     }
     result[0] = grad;
     return result;
@@ -110,7 +94,7 @@ struct Watch : torch::autograd::Node {
     return tensors;
   }
 
-  py::object record;
+  const std::shared_ptr<PyObject> record;
   std::vector<SavedVariable> inputs;
 };
 

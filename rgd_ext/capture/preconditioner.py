@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch
 
+from .._binary import _C
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .aside import Aside
 from .batch import Batch, modules_in, tensors_in
@@ -43,9 +44,11 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
-# Bytes of an output gradient up to which a rule waits for the end of the backward. Measured: in the midst of a backward
-# its code is not in the caches, which costs a convolution 40 us.
-_SMALL = 32 << 10
+# Bytes of inputs and output gradient up to which a rule waits for the end of the backward. Measured: in the midst of a
+# backward its code is not in the caches, which costs a convolution 40 us; what is larger would itself leave them.
+_SMALL = 64 << 10
+# (parameter, callable) -> a hook that `remove` takes away; whether Python's list of hooks has it.
+_guard, _HOOKS = (Tensor.register_hook, 1) if _C is None else (_C.Guard, 0)
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -76,7 +79,7 @@ class Preconditioner:
         self._pauses = 0
         self._removed = False
         self.batch: Batch | None = None
-        self.guards: dict[int, tuple[nn.Parameter, torch.utils.hooks.RemovableHandle]] = {}
+        self.guards: dict[int, tuple[nn.Parameter, object]] = {}
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
         self._task = -1
@@ -271,8 +274,9 @@ class Preconditioner:
                 self._names = {p: name for name, p in self.model.named_parameters()}
                 for replaced in self.guards.keys() - set(map(id, self._names)):
                     self.guards.pop(replaced)[1].remove()
-            hook = parameter.register_hook(partial(self._check_outside, parameter))
-            self.guards[id(parameter)] = parameter, hook
+            # Weak: the garbage collector does not see into a guard that was compiled.
+            refuse = partial(_refuse, weakref.ref(self), id(parameter))
+            self.guards[id(parameter)] = parameter, _guard(parameter, refuse)
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name in the model."""
@@ -290,8 +294,9 @@ class Preconditioner:
                 " direction is written: remove them and change .grad after backward() instead"
             )
 
-    def _check_outside(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
-        if grad is None or self._pauses:
+    def refuse_outside(self, parameter: nn.Parameter) -> None:
+        """Raise for a gradient that reaches `parameter` past the taps, unless paused."""
+        if self._pauses:
             return
         name = self.name_of(parameter)
         raise RuntimeError(
@@ -344,9 +349,10 @@ class Preconditioner:
 
     def keep(self, record: Record, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
         """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
-        if grad.nbytes <= _SMALL and self._postponed_bytes < self._workspace.kept:
+        size = sum([x.nbytes for x in inputs], grad.nbytes)
+        if size <= _SMALL and self._postponed_bytes + size <= self._workspace.kept:
             self._postponed.append((record, names, inputs, grad))
-            self._postponed_bytes += 2 * grad.nbytes
+            self._postponed_bytes += size
         else:
             with _full_precision(grad.device):
                 self.contribute(record, names, record.contributions(inputs, grad))
@@ -366,7 +372,7 @@ class Preconditioner:
         """Whether what was put aside is planned and all that its parameters get."""
         if self._union is not None or self._is_dry or not self._factors.keys().isdisjoint(aside.parameters()):
             return False
-        return self._planner.recall((aside.signature(), self._with_gram))
+        return self._planner.recall((aside.signature(), self._size, self._with_gram))
 
     def _plan(self, aside: Aside) -> None:
         """Make factors of what was put aside."""
@@ -374,7 +380,7 @@ class Preconditioner:
             self._factors.setdefault(parameter, []).append(self._settled(parameter, factor))
         if aside.is_uniform():
             names = [self.name_of(parameter) for parameter in aside.parameters()]
-            self._planner.remember((aside.signature(), self._with_gram), names)
+            self._planner.remember((aside.signature(), self._size, self._with_gram), names)
 
     def _settled(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name = self.name_of(parameter)
@@ -440,7 +446,7 @@ class Preconditioner:
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         for parameter in parameters:
-            self._check_hooks(parameter, 1)
+            self._check_hooks(parameter, _HOOKS)
         with _full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):
@@ -449,6 +455,12 @@ class Preconditioner:
             else:
                 parameter.grad += step
         self._workspace.release()
+
+
+def _refuse(handle: weakref.ref[Preconditioner], parameter: int, grad: Tensor | None) -> None:
+    capture = handle()
+    if grad is not None and capture is not None:
+        capture.refuse_outside(capture.guards[parameter][0])
 
 
 _UNCHANGED = nullcontext()

@@ -157,23 +157,24 @@ def _convolution(module: nn.Module, output_grad: Tensor, x: Tensor, padding: tup
 
 def layer_norm(module: nn.LayerNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w + b over the trailing dimensions, x^ the normalised input."""
-    weight, bias = _layer_norm(inputs[0], output_grad, module.normalized_shape, module.eps, centred=True)
-    return {"weight": weight, "bias": bias}
+    return _layer_norm(inputs[0], output_grad, module.normalized_shape, module.eps, centred=True)
 
 
 def rms_norm(module: nn.RMSNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w over the trailing dimensions."""
     eps = torch.finfo(accumulate_dtype(inputs[0].dtype)).eps if module.eps is None else module.eps
-    return {"weight": _layer_norm(inputs[0], output_grad, module.normalized_shape, eps, centred=False)[0]}
+    return _layer_norm(inputs[0], output_grad, module.normalized_shape, eps, centred=False)
 
 
 def _layer_norm(
     x: Tensor, output_grad: Tensor, shape: tuple[int, ...], eps: float, *, centred: bool
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor | Factor]:
     if len(shape) > 1:
         x, output_grad = x.flatten(-len(shape)), output_grad.flatten(-len(shape))
     weight, bias = torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)
-    return (weight.unflatten(1, shape), bias.unflatten(1, shape)) if len(shape) > 1 else (weight, bias)
+    if len(shape) > 1:
+        weight, bias = weight.unflatten(1, shape), bias.unflatten(1, shape)
+    return {"weight": weight, "bias": bias}
 
 
 def group_norm(module: nn.GroupNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -13,6 +13,7 @@
 // rgd_ext/ops.py defines the operators for Python; here there is no Python.
 TORCH_LIBRARY(rgd_ext, m) {
   m.def("moments(Tensor[] grads) -> (Tensor[], Tensor, Tensor)");
+  m.def("scalar_moments(Tensor[] grads) -> (Tensor, Tensor, Tensor)");
   m.def("combine(Tensor[] grads, Tensor weights) -> Tensor[]");
   m.def("diffusion_mv(Tensor[] grads, Tensor[] vectors) -> Tensor[]");
   m.def("gram(Tensor[] grads) -> Tensor");
@@ -42,6 +43,9 @@ auto find(const char* name) {
 }
 std::tuple<Tensors, Tensor, Tensor> moments(const Tensors& grads) {
   return find<std::tuple<Tensors, Tensor, Tensor>(at::TensorList)>("rgd_ext::moments").call(grads);
+}
+std::tuple<Tensor, Tensor, Tensor> scalar_moments(const Tensors& grads) {
+  return find<std::tuple<Tensor, Tensor, Tensor>(at::TensorList)>("rgd_ext::scalar_moments").call(grads);
 }
 Tensors combine(const Tensors& grads, const Tensor& weights) {
   return find<Tensors(at::TensorList, const Tensor&)>("rgd_ext::combine").call(grads, weights);
@@ -116,7 +120,7 @@ bool close(const Tensor& got, const Tensor& want, const Tensor& scale, double to
 // Every output of every operator, so that two runs can be compared bit by bit.
 Tensors run_all(const Tensors& grads, const Tensor& weights, const Tensor& epsilon, const Tensors& vectors) {
   auto [all, alignments, squared_norms] = moments(grads);
-  all.insert(all.end(), {alignments, squared_norms, gram(grads)});
+  all.insert(all.end(), {alignments, squared_norms, gram(grads), std::get<0>(scalar_moments(grads))});
   for (const Tensors& more : {combine(grads, weights), diffusion_mv(grads, vectors), precondition(grads, epsilon)})
     all.insert(all.end(), more.begin(), more.end());
   return all;
@@ -146,6 +150,10 @@ void test_against_double(const Tensors& grads, const std::string& name) {
   expect(close(flat(means, 1).squeeze(0), mean, magnitude, tolerance), name + " mean");
   expect(close(a, alignments, norms, sum_tolerance), name + " alignments");
   expect(close(squared_norms, centred.square().sum(1), norms, sum_tolerance), name + " squared norms");
+
+  const auto [squared, same_a, same_norms] = scalar_moments(grads);
+  expect(close(squared, mean.square().sum(), mean.square().sum(), 4 * sum_tolerance), name + " squared norm");
+  expect(same_a.equal(a) && same_norms.equal(squared_norms), name + " scalar moments are the moments");
 
   const Tensor scale = magnitude * std::max(1.0, weights.abs().max().item<double>());
   expect(close(flat(combine(grads, weights), 1).squeeze(0), weighted(weights), scale, tolerance), name + " combine");
