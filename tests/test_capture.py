@@ -205,6 +205,22 @@ def test_contributions_of_the_batch_before_are_noticed():
             model(torch.randn(5, 4)).sum().backward()
 
 
+def test_a_rule_may_return_another_dtype():
+    class Rounded(Gain):
+        pass
+
+    rgd_ext.register_rule(Rounded, lambda module, inputs, output_grad: {"gain": (inputs[0] * output_grad).bfloat16()})
+    x = torch.randn(*X)
+    expected = captured_grad(Gain(), x)
+    model = Rounded()
+    with rgd_ext.precondition(model):
+        for _ in range(3):
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            assert model.gain.grad.dtype == torch.float32
+            torch.testing.assert_close(model.gain.grad, expected, rtol=0.05, atol=1e-2 * expected.norm().item())
+
+
 @pytest.mark.parametrize(
     ("batch_size", "memory_budget", "is_late"), [(6, None, True), (6, 1e6, False), (20_000, None, False)]
 )

@@ -61,8 +61,7 @@ class Aside:
     def is_uniform(self) -> bool:
         """Whether no parameter took part twice, and all are of one dtype and device."""
         parameters = self.parameters()
-        kinds = {(t.dtype, t.device) for _, _, p, t in self.formed} | {(e.dtype, e.device) for _, _, e in self.layers}
-        kinds |= {(p.dtype, p.device) for p in parameters}
+        kinds = {(t.dtype, t.device) for *_, t in self.formed} | {(p.dtype, p.device) for p in parameters}
         return len(set(parameters)) == len(parameters) and len(kinds) == 1
 
     def factors(self) -> list[tuple[nn.Parameter, Factor]]:
