@@ -48,9 +48,8 @@ def squared_norm(vector: list[Tensor]) -> Tensor:
     """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in vector:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.unsqueeze(0))
-    # The Gramian of one sample.
-    return total([torch.ops.rgd_ext.gram(group).view(()) for group in groups.values()])
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return total([torch.ops.rgd_ext.squared_norm(group) for group in groups.values()])
 
 
 def total(parts: list[Tensor]) -> Tensor:

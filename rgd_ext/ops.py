@@ -120,6 +120,17 @@ def scalar_moments(grads: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.rgd_ext.scalar_moments(checked_grads(grads))
 
 
+_library.define("squared_norm(Tensor[] vector) -> Tensor")
+
+
+@torch.library.register_fake("rgd_ext::squared_norm", lib=_library)
+def _(vector):
+    return vector[0].new_empty((), dtype=accumulate_dtype(vector[0].dtype))
+
+
+torch.library.impl(_library, "squared_norm", "CompositeExplicitAutograd")(reference.squared_norm)
+
+
 _library.define("combine(Tensor[] grads, Tensor weights) -> Tensor[]")
 
 
@@ -607,3 +618,21 @@ def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool =
             f"output_grad has shape {tuple(output_grad.shape)} and x {tuple(x.shape)}: pass two of shape (B, ..., n)"
         )
     return torch.ops.rgd_ext.layer_norm_grads(output_grad, x, eps, centred)
+
+
+_library.define(
+    "layer_grads(str[] kinds, Tensor[] output_grads, Tensor[] inputs, int[] groups, float[] eps, bool[] biases)"
+    " -> Tensor"
+)
+
+
+@torch.library.register_fake("rgd_ext::layer_grads", lib=_library)
+def _(kinds, output_grads, inputs, groups, eps, biases):
+    columns = 0
+    for kind, e, x, bias in zip(kinds, output_grads, inputs, biases, strict=True):
+        outputs = e.shape[1 if kind == "group_norm" else -1]
+        columns += outputs * ((x.shape[-1] if kind == "linear" else 1) + bias)
+    return inputs[0].new_empty(inputs[0].shape[0], columns)
+
+
+torch.library.impl(_library, "layer_grads", "CompositeExplicitAutograd")(reference.layer_grads)

@@ -50,8 +50,12 @@ def moments(grads: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
 def scalar_moments(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """|g|^2, and the alignments and squared norms that `moments` gives."""
     means, alignments, squared_norms = torch.ops.rgd_ext.moments(grads)
-    norms = torch._foreach_norm(means, dtype=alignments.dtype)
-    return torch.stack(norms).square().sum(), alignments, squared_norms
+    return torch.ops.rgd_ext.squared_norm(means), alignments, squared_norms
+
+
+def squared_norm(vector: list[Tensor]) -> Tensor:
+    """|v|^2, as the Gramian of one sample: torch's norm of many numbers has fewer digits."""
+    return torch.ops.rgd_ext.gram([v.unsqueeze(0) for v in vector]).view(())
 
 
 def combine(grads: list[Tensor], weights: Tensor) -> list[Tensor]:
@@ -197,3 +201,29 @@ def layer_norm_grads(output_grad: Tensor, x: Tensor, eps: float, centred: bool) 
     norm, places = F.layer_norm if centred else F.rms_norm, x.shape[1:-1].numel()
     products = norm(x, x.shape[-1:], eps=eps) * output_grad
     return tuple(t.reshape(len(x), places, x.shape[-1]).sum(1) for t in (products, output_grad))
+
+
+def linear_grads(output_grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_t e_t x_t^T and sum_t e_t per sample, (B, m, n) and (B, m)."""
+    return output_grad.mT @ x, output_grad.sum(1)
+
+
+def layer_grads(
+    kinds: list[str],
+    output_grads: list[Tensor],
+    inputs: list[Tensor],
+    groups: list[int],
+    eps: list[float],
+    biases: list[bool],
+) -> Tensor:
+    """Side by side, (B, D), of each layer the weight's gradients and those of the bias, if it has one."""
+    columns = []
+    for kind, e, x, number, epsilon, bias in zip(kinds, output_grads, inputs, groups, eps, biases, strict=True):
+        if kind == "linear":
+            pair = linear_grads(e, x)
+        elif kind == "group_norm":
+            pair = group_norm_grads(e, x, number, epsilon)
+        else:
+            pair = layer_norm_grads(e, x, epsilon, kind == "layer_norm")
+        columns += [gradient.flatten(1) for gradient in pair[: 1 + bias]]
+    return torch.cat(columns, 1)

@@ -63,7 +63,8 @@ def model_and_inputs(name):
 
 @pytest.fixture
 def only(monkeypatch):
-    """Makes one way the choice wherever a layer has it."""
+    """Makes one way the choice wherever a layer has it, small layers included."""
+    monkeypatch.setattr("rgd_ext.capture.small.SMALL", 0)
 
     def force(way):
         original = Choice.choose
@@ -203,6 +204,7 @@ def test_by_default_a_layer_holds_three_times_what_it_is_given(budget, ways, mon
 )
 def test_little_memory_stays_between_steps_and_none_with_a_budget(budget, little, number, monkeypatch):
     monkeypatch.setattr("rgd_ext.capture.preconditioner.LITTLE", little)
+    monkeypatch.setattr("rgd_ext.capture.small.SMALL", 0)
     monkeypatch.setattr("rgd_ext.capture.planner.rates", lambda device, dtype: Rates(1, 1, 1e9, 1e9, 1e9))
     model, x = nn.Sequential(*[nn.Linear(19, 19, bias=False) for _ in range(5)]), torch.randn(5, 13, 19)
 

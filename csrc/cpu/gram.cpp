@@ -51,7 +51,18 @@ at::Tensor gram(at::TensorList grads) {
   return result;
 }
 
+// The Gramian of one sample.
+at::Tensor squared_norm(at::TensorList vector) {
+  std::vector<at::Tensor> rows;
+  rows.reserve(vector.size());
+  for (const at::Tensor& tensor : vector) rows.push_back(tensor.unsqueeze(0));
+  return gram(rows).view(at::IntArrayRef());
+}
+
 }  // namespace
 }  // namespace rgd_ext::cpu
 
-TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) { m.impl("gram", rgd_ext::cpu::gram); }
+TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) {
+  m.impl("gram", rgd_ext::cpu::gram);
+  m.impl("squared_norm", rgd_ext::cpu::squared_norm);
+}

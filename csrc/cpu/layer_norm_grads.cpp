@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../grads.h"
+#include "layers.h"
 #include "rows.h"
 #include "work.h"
 
@@ -18,7 +19,7 @@ constexpr int64_t kBlock = 64;
 
 template <typename S>
 void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& input, double eps, bool centred,
-                             at::Tensor& weight, at::Tensor& bias) {
+                             const Place& weight, const std::optional<Place>& bias) {
   using T = accumulate_t<S>;
   const RowKernels<S>& rows = row_kernels<S>();
   const int64_t batch_size = input.size(0), columns = input.size(-1);
@@ -35,9 +36,9 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
                                eps, centred, partial, partial + padded);
     }
   });
-  S *weights = weight.mutable_data_ptr<S>(), *biases = bias.mutable_data_ptr<S>();
   at::parallel_for(0, batch_size, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
+      S *weights = weight.row<S>(sample), *biases = bias ? bias->row<S>(sample) : nullptr;
       for (int64_t c = 0; c < columns; ++c) {
         const T* partial = sums.data() + sample * blocks * 2 * padded + c;
         double products = 0, total = 0;
@@ -45,8 +46,8 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
           products += partial[0];
           total += partial[padded];
         }
-        weights[sample * columns + c] = static_cast<S>(products);
-        biases[sample * columns + c] = static_cast<S>(total);
+        weights[c] = static_cast<S>(products);
+        if (biases) biases[c] = static_cast<S>(total);
       }
     }
   });
@@ -57,17 +58,23 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_grads(const at::Tensor& output_gra
   check_grads({output_grad, input});
   TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
                     output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, ..., n)");
-  const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
-  at::Tensor weight = at::empty({input.size(0), input.size(-1)}, inputs.options());
-  at::Tensor bias = at::empty({input.size(0), input.size(-1)}, inputs.options());
-  if (weight.numel() == 0) return {weight, bias};
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, inputs.scalar_type(), "layer_norm_grads", [&] {
-    layer_norm_grads_kernel<scalar_t>(grads, inputs, eps, centred, weight, bias);
-  });
+  at::Tensor weight = at::empty({input.size(0), input.size(-1)}, input.options());
+  at::Tensor bias = at::empty({input.size(0), input.size(-1)}, input.options());
+  form_layer_norm(output_grad, input, eps, centred, {weight}, Place{bias});
   return {weight, bias};
 }
 
 }  // namespace
+
+void form_layer_norm(const at::Tensor& output_grad, const at::Tensor& input, double eps, bool centred,
+                     const Place& weight, const std::optional<Place>& bias) {
+  if (input.size(0) * input.size(-1) == 0) return;
+  const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, inputs.scalar_type(), "layer_norm_grads", [&] {
+    layer_norm_grads_kernel<scalar_t>(grads, inputs, eps, centred, weight, bias);
+  });
+}
+
 }  // namespace rgd_ext::cpu
 
 TORCH_LIBRARY_IMPL(rgd_ext, CPU, m) { m.impl("layer_norm_grads", rgd_ext::cpu::layer_norm_grads); }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "guard.h"
+#include "layer.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -43,5 +44,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of rgd_ext.";
   m.def("build_info", &build_info, "What this binary was built with: cuda, architectures, torch, compiler.");
   rgd_ext::bind_guard(m);
+  rgd_ext::bind_layer(m);
   rgd_ext::bind_watch(m);
 }

@@ -98,6 +98,8 @@ struct Watch : torch::autograd::Node {
   std::vector<SavedVariable> inputs;
 };
 
+}  // namespace
+
 at::Tensor watch(py::object record, const at::Tensor& output, const variable_list& inputs,
                  const variable_list& parameters) {
   edge_list edges = torch::autograd::collect_next_edges(output, parameters);
@@ -111,8 +113,6 @@ at::Tensor watch(py::object record, const at::Tensor& output, const variable_lis
   torch::autograd::create_gradient_edge(result, std::move(node));
   return result;
 }
-
-}  // namespace
 
 void bind_watch(py::module_& m) {
   m.def("watch", &watch, py::arg("record"), py::arg("output"), py::arg("inputs"), py::arg("parameters"),

@@ -49,19 +49,22 @@ class Aside:
         self.layers: list[tuple[dict[str, nn.Parameter], Tensor, Tensor]] = []
         # Contributions (B, *shape), as a rule returned them for a parameter of some name.
         self.formed: list[tuple[Record, str, nn.Parameter, Tensor]] = []
+        # Contributions of several parameters, flattened, side by side in one matrix (B, D).
+        self.side_by_side: list[tuple[list[nn.Parameter], Tensor]] = []
 
     def __bool__(self) -> bool:
-        return bool(self.layers or self.formed)
+        return bool(self.layers or self.formed or self.side_by_side)
 
     def signature(self) -> tuple:
         """All that its plan depends on."""
         layers = [(*map(id, layer.values()), x.shape, e.shape, e.dtype, e.device) for layer, x, e in self.layers]
-        return layers, [(id(p), t.shape, t.dtype, t.device) for _, _, p, t in self.formed]
+        matrices = [(*map(id, parameters), t.shape, t.dtype, t.device) for parameters, t in self.side_by_side]
+        return layers, [(id(p), t.shape, t.dtype, t.device) for _, _, p, t in self.formed], matrices
 
     def is_uniform(self) -> bool:
         """Whether no parameter took part twice, and all are of one dtype and device."""
         parameters = self.parameters()
-        kinds = {(t.dtype, t.device) for *_, t in self.formed} | {(p.dtype, p.device) for p in parameters}
+        kinds = {(t.dtype, t.device) for t in self.tensors()} | {(p.dtype, p.device) for p in parameters}
         return len(set(parameters)) == len(parameters) and len(kinds) == 1
 
     def factors(self) -> list[tuple[nn.Parameter, Factor]]:
@@ -71,6 +74,9 @@ class Aside:
             ValueError: if a rule returned another shape than (B, *shape).
         """
         found: list[tuple[nn.Parameter, Factor]] = [(entry[2], Dense(_checked(*entry))) for entry in self.formed]
+        for parameters, matrix in self.side_by_side:
+            parts = zip(parameters, matrix.split([p.numel() for p in parameters], 1), strict=True)
+            found += [(parameter, Dense(part.view(-1, *parameter.shape))) for parameter, part in parts]
         for layer, x, e in self.layers:
             weight = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
             found += [(parameter, weight if name == "weight" else Bias(weight)) for name, parameter in layer.items()]
@@ -80,11 +86,21 @@ class Aside:
         """Those of `tensors`, and those of `singles` in the order of their `combine`."""
         order = "bias", "weight"
         formed = [parameter for _, _, parameter, _ in self.formed]
+        formed += [parameter for parameters, _ in self.side_by_side for parameter in parameters]
         return formed + [layer[name] for layer, _, _ in self.layers for name in order if name in layer]
 
     def tensors(self) -> list[Tensor]:
-        """What rules returned, if it is uniform."""
-        return [tensor for *_, tensor in self.formed]
+        """What was formed, if it is uniform."""
+        return [tensor for *_, tensor in self.formed] + [matrix for _, matrix in self.side_by_side]
+
+    def apart(self, combined: list[Tensor]) -> list[Tensor]:
+        """One tensor per parameter from one for each of `tensors`, without the samples' dimension."""
+        whole = len(self.formed)
+        found = combined[:whole]
+        for (parameters, _), row in zip(self.side_by_side, combined[whole:], strict=True):
+            parts = row.split([p.numel() for p in parameters])
+            found += [part if p.ndim == 1 else part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+        return found
 
     def singles(self) -> Singles | None:
         """The linear layers, if it is uniform; None without any."""

@@ -146,7 +146,9 @@ class CapturedGradients:
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
-        found = [result[index] for index in range(len(result))]
+        found = [result[index] for index in range(len(self._factors))]
+        if self._given_tensors:
+            found += self._given.apart([result[index] for index in range(len(found), len(result))])
         return found if self._given_singles is None else found + self._given_singles.combine(weights)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import compress
 from typing import Literal
@@ -26,7 +26,9 @@ from .install import check_model, taps_for
 from .nodes import Contributions, Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
+from .precision import full_precision
 from .shared import Shared
+from .small import SmallLayers
 from .sums import add, join
 from .workspace import LITTLE, Workspace, fresh
 
@@ -44,9 +46,6 @@ RETURNED_GRADIENT = (
     "torch.autograd.grad with respect to parameters of a captured model: their gradient is not formed. Run the forward"
     " and torch.autograd.grad under `with handle.paused():`"
 )
-# Bytes of inputs and output gradient up to which a rule waits for the end of the backward. Measured: in the midst of a
-# backward its code is not in the caches, which costs a convolution 40 us; what is larger would itself leave them.
-_SMALL = 64 << 10
 # (parameter, callable) -> a hook that `remove` takes away; whether Python's list of hooks has it.
 _guard, _HOOKS = (Tensor.register_hook, 1) if _C is None else (_C.Guard, 0)
 _live: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
@@ -89,13 +88,11 @@ class Preconditioner:
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
         self.aside = Aside()
-        # Uses of layers that are so small that calling their rules one after the other, at the end, takes less time.
-        self._postponed: list[tuple[Record, list[str], Sequence[Tensor], Tensor]] = []
-        self._postponed_bytes = 0
         self._union: list[dict[nn.Parameter, Factor]] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
         self._workspace = Workspace(LITTLE if memory_budget in (None, math.inf) else 0)
+        self._small = SmallLayers(self._workspace.kept)
         self._is_dry = False
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
@@ -128,7 +125,7 @@ class Preconditioner:
             hook.remove()
         self._taps, self.guards, self._removed = [], {}, True
         self._factors, self.aside = {}, Aside()  # of a backward that failed
-        self._forget_postponed()
+        self._small.clear()
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -239,9 +236,10 @@ class Preconditioner:
             output = forward(args, kwargs)
         finally:
             self.batch = None
+        guards = self.guards
         for module in modules_in(self.model):
-            for key, parameter in module._parameters.items():
-                if id(parameter) not in self.guards and parameter is not None and parameter.requires_grad:
+            for key, parameter in module._parameters.items() if module._parameters else ():
+                if id(parameter) not in guards and parameter is not None and parameter.requires_grad:
                     self._admit_newcomer(module, key, parameter)
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             if isinstance(tensor, Shared):
@@ -349,12 +347,8 @@ class Preconditioner:
 
     def keep(self, record: Record, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
         """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
-        size = sum([x.nbytes for x in inputs], grad.nbytes)
-        if size <= _SMALL and self._postponed_bytes + size <= self._workspace.kept:
-            self._postponed.append((record, names, inputs, grad))
-            self._postponed_bytes += size
-        else:
-            with _full_precision(grad.device):
+        if not self._small.take(record, names, inputs, grad):
+            with full_precision(grad.device):
                 self.contribute(record, names, record.contributions(inputs, grad))
 
     def contribute(self, record: Record, names: list[str], found: Contributions) -> None:
@@ -370,7 +364,9 @@ class Preconditioner:
 
     def _is_known(self, aside: Aside) -> bool:
         """Whether what was put aside is planned and all that its parameters get."""
-        if self._union is not None or self._is_dry or not self._factors.keys().isdisjoint(aside.parameters()):
+        if self._union is not None or self._is_dry:
+            return False
+        if self._factors and not self._factors.keys().isdisjoint(aside.parameters()):
             return False
         return self._planner.recall((aside.signature(), self._size, self._with_gram))
 
@@ -400,29 +396,17 @@ class Preconditioner:
         if self._task != -1:
             self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
-        self._forget_postponed()
+        self._small.clear()
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
         self._workspace.restart()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
 
-    def _catch_up(self) -> None:
-        """Call the rules of the small layers."""
-        with ExitStack() as stack:
-            for device in {grad.device for *_, grad in self._postponed}:
-                stack.enter_context(_full_precision(device))
-            for record, names, inputs, grad in self._postponed:
-                self.contribute(record, names, record.contributions(inputs, grad))
-        self._forget_postponed()
-
-    def _forget_postponed(self) -> None:
-        self._postponed, self._postponed_bytes = [], 0
-
     def _finish(self, task: int) -> None:
         if task != self._task:
             raise RuntimeError(NESTED)
-        self._catch_up()
+        self._small.contribute(self)
         aside, self.aside, given = self.aside, Aside(), None
         if aside and self._is_known(aside):
             given = aside
@@ -446,8 +430,9 @@ class Preconditioner:
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         for parameter in parameters:
-            self._check_hooks(parameter, _HOOKS)
-        with _full_precision(parameters[0].device):
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                self._check_hooks(parameter, _HOOKS)
+        with full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):
             if parameter.grad is None:
@@ -461,15 +446,6 @@ def _refuse(handle: weakref.ref[Preconditioner], parameter: int, grad: Tensor | 
     capture = handle()
     if grad is not None and capture is not None:
         capture.refuse_outside(capture.guards[parameter][0])
-
-
-_UNCHANGED = nullcontext()
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager:
-    """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
-    is_on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else _UNCHANGED
 
 
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:

@@ -162,8 +162,11 @@ def layer_norm(module: nn.LayerNorm, inputs: tuple[Tensor, ...], output_grad: Te
 
 def rms_norm(module: nn.RMSNorm, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
     """y = x^ w over the trailing dimensions."""
-    eps = torch.finfo(accumulate_dtype(inputs[0].dtype)).eps if module.eps is None else module.eps
-    return _layer_norm(inputs[0], output_grad, module.normalized_shape, eps, centred=False)
+    return _layer_norm(inputs[0], output_grad, module.normalized_shape, _rms_eps(module, inputs[0]), centred=False)
+
+
+def _rms_eps(module: nn.RMSNorm, x: Tensor) -> float:
+    return torch.finfo(accumulate_dtype(x.dtype)).eps if module.eps is None else module.eps
 
 
 def _layer_norm(
@@ -213,6 +216,41 @@ def _per_channel(normalised: Tensor, output_grad: Tensor) -> dict[str, Tensor | 
 def _over_space(x: Tensor) -> Tensor:
     """The sum of (B, m, *space) over space, (B, m)."""
     return x.sum(tuple(range(2, x.ndim)))
+
+
+# What `layer_grads` takes of a use of a layer: its kind, output gradient, input, groups and epsilon.
+Formed: TypeAlias = tuple[str, Tensor, Tensor, int, float]
+
+
+def _linear_formed(module: nn.Linear, x: Tensor, output_grad: Tensor) -> Formed | None:
+    if x.ndim < 3:
+        return None
+    x, output_grad = _sequences(x), _sequences(output_grad)
+    # Where gradients take much more memory than what they come from, there are better ways.
+    if x.shape[-1] * output_grad.shape[-1] > 3 * x.shape[1] * (x.shape[-1] + output_grad.shape[-1]):
+        return None
+    return "linear", output_grad, x, 1, 0.0
+
+
+def _layer_norm_formed(module: nn.LayerNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
+    return ("layer_norm", output_grad, x, 1, module.eps) if len(module.normalized_shape) == 1 else None
+
+
+def _rms_norm_formed(module: nn.RMSNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
+    return ("rms_norm", output_grad, x, 1, _rms_eps(module, x)) if len(module.normalized_shape) == 1 else None
+
+
+def _group_norm_formed(module: nn.GroupNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
+    return "group_norm", output_grad, x, module.num_groups, module.eps
+
+
+# By rule; None where the operator does not serve that module or those shapes.
+FORMED: dict[Callable, Callable[[nn.Module, Tensor, Tensor], Formed | None]] = {
+    linear: _linear_formed,
+    layer_norm: _layer_norm_formed,
+    rms_norm: _rms_norm_formed,
+    group_norm: _group_norm_formed,
+}
 
 
 _registry |= {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._binary import _C
 from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, tensors_in
 from .factors import Factor
@@ -167,6 +168,13 @@ class Layer(Tap):
         self._bound_rule = partial(registered.rule, module)
         self._is_linear = registered.rule is linear and {name for *_, name in slots} <= {"weight", "bias"}
         self.batch_norms = batch_norms(module, name)
+
+    def __call__(self, *args, **kwargs):
+        if _C is not None and not kwargs and not torch.compiler.is_compiling():
+            output = _C.run_layer(self, args, Record)
+            if output is not None:
+                return output
+        return super().__call__(*args, **kwargs)
 
     def check_batch_norm(self):
         if self.capture.batch_norm == "error":

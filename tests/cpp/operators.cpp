@@ -18,6 +18,7 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("diffusion_mv(Tensor[] grads, Tensor[] vectors) -> Tensor[]");
   m.def("gram(Tensor[] grads) -> Tensor");
   m.def("precondition(Tensor[] grads, Tensor epsilon) -> Tensor[]");
+  m.def("squared_norm(Tensor[] vector) -> Tensor");
   m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
   m.def("ghost_combine(Tensor[] inputs, Tensor[] output_grads, bool[] biases, Tensor weights) -> Tensor[]");
   m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
@@ -30,6 +31,9 @@ TORCH_LIBRARY(rgd_ext, m) {
       " int groups, Tensor(a!) out) -> ()");
   m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm_grads(Tensor output_grad, Tensor x, float eps, bool centred) -> (Tensor, Tensor)");
+  m.def(
+      "layer_grads(str[] kinds, Tensor[] output_grads, Tensor[] inputs, int[] groups, float[] eps, bool[] biases) -> "
+      "Tensor");
 }
 
 namespace {
