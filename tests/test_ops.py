@@ -426,6 +426,92 @@ def test_gradients_of_layers_compile_without_graph_breaks(call, device):
         assert torch.equal(result, wanted)
 
 
+# Kind, output gradient, input, groups, epsilon, whether there is a bias.
+FORMED = {
+    "linear": ("linear", (3, 5, 4), (3, 5, 7), 1, 0.0, True),
+    "linear without bias": ("linear", (3, 2, 1), (3, 2, 40), 1, 0.0, False),
+    "linear without places": ("linear", (3, 0, 4), (3, 0, 7), 1, 0.0, True),
+    "wide linear": ("linear", (3, 9, 70), (3, 9, 33), 1, 0.0, True),
+    "LayerNorm": ("layer_norm", (3, 5, 17), (3, 5, 17), 1, 1e-3, True),
+    "LayerNorm without bias": ("layer_norm", (3, 9), (3, 9), 1, 1e-5, False),
+    "RMSNorm": ("rms_norm", (3, 70, 6), (3, 70, 6), 1, 1e-2, False),
+    "GroupNorm": ("group_norm", (3, 6, 4, 2), (3, 6, 4, 2), 2, 1e-3, True),
+}
+
+
+def formed_layers(names, dtype, device="cpu", layout="contiguous"):
+    """Arguments of `layer_grads`."""
+    kinds, grads, inputs, groups, eps, biases = zip(*[FORMED[name] for name in names], strict=True)
+    generator = torch.Generator().manual_seed(0)
+    grads, inputs = ([torch.randn(s, generator=generator).to(device, dtype) for s in some] for some in (grads, inputs))
+    return list(kinds), laid_out(grads, layout), laid_out(inputs, layout), list(groups), list(eps), list(biases)
+
+
+def formed_by_autograd(kind, output_grad, x, groups, eps, has_bias):
+    """In float64 on the CPU, (B, D)."""
+    if kind == "linear":
+        x, e = x.double().cpu(), output_grad.double().cpu()
+        pair = [torch.stack([grad.T @ sample for grad, sample in zip(e, x, strict=True)]), e.sum(1)]
+    elif kind == "group_norm":
+        pair = group_norm_grads_by_autograd(output_grad, x, groups, eps)
+    else:
+        pair = layer_norm_grads_by_autograd(output_grad, x, eps, kind == "layer_norm")
+    return torch.cat([gradient.flatten(1) for gradient in pair[: 1 + has_bias]], 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_grads_are_side_by_side(dtype, layout, device):
+    arguments = formed_layers(FORMED, dtype, device, layout)
+    result, columns = torch.ops.rgd_ext.layer_grads(*arguments), []
+    assert result.dtype == dtype
+    for layer in zip(*arguments, strict=True):
+        columns.append(formed_by_autograd(*layer))
+        assert_close(result[:, sum(c.shape[1] for c in columns[:-1]) :][:, : columns[-1].shape[1]], columns[-1], dtype)
+    assert result.shape == torch.cat(columns, 1).shape
+
+
+def test_layer_grads_are_the_same_bits_for_any_threads_and_those_of_single_layers():
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's own sums depend on the number of threads")
+    arguments, before, results = formed_layers(FORMED, torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.rgd_ext.layer_grads(*arguments))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    _, e, x, groups, eps, _ = FORMED["GroupNorm"]
+    e, x = arguments[1][-1], arguments[2][-1]
+    assert torch.equal(results[0][:, -12:], torch.cat(ops.group_norm_grads(e, x, groups, eps), 1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("names", [[*FORMED], ["LayerNorm"]], ids=["all", "one"])
+def test_layer_grads_pass_opcheck(names, device):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = formed_layers(names, dtype, device)
+        torch.library.opcheck(torch.ops.rgd_ext.layer_grads.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shapes", [[()], [(3,), (2, 5), ()], [(100_003,)]], ids=str)
+def test_squared_norm(shapes, dtype, device):
+    vector = [torch.randn(shape).to(device, dtype) for shape in shapes]
+    vector[-1] = vector[-1].expand(2, *vector[-1].shape).movedim(0, -1)  # not contiguous
+    result = torch.ops.rgd_ext.squared_norm(vector)
+    assert result.shape == ()
+    assert_close(result.cpu(), sum(v.double().cpu().square().sum() for v in vector), dtype)
+    torch.library.opcheck(
+        torch.ops.rgd_ext.squared_norm.default, (vector,), test_utils=("test_schema", "test_faketensor")
+    )
+
+
 def spectra(size):
     """Eigenvalues that are hard to find, by name."""
     generator = torch.Generator().manual_seed(size)
@@ -736,6 +822,17 @@ RAW_BAD = {
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
     "shape of a layer norm": lambda: torch.ops.rgd_ext.layer_norm_grads(E, X, 1e-5, True),
     "layer norm of numbers": lambda: torch.ops.rgd_ext.layer_norm_grads(G[0], G[0], 1e-5, True),
+    "kind of a layer": lambda: torch.ops.rgd_ext.layer_grads(["dense"], [X], [X], [1], [0.0], [True]),
+    "kinds of layers": lambda: torch.ops.rgd_ext.layer_grads(["linear"] * 2, [X], [X], [1], [0.0], [True]),
+    "no layers": lambda: torch.ops.rgd_ext.layer_grads([], [], [], [], [], []),
+    "places of a layer": lambda: torch.ops.rgd_ext.layer_grads(["linear"], [E], [X], [1], [0.0], [True]),
+    "vectors of a layer": lambda: torch.ops.rgd_ext.layer_grads(["linear"], [G], [G], [1], [0.0], [True]),
+    "groups of a layer": lambda: torch.ops.rgd_ext.layer_grads(["group_norm"], [X], [X], [3], [0.0], [True]),
+    "shape of a layer": lambda: torch.ops.rgd_ext.layer_grads(["rms_norm"], [E], [X], [1], [0.0], [True]),
+    "batches of layers": lambda: torch.ops.rgd_ext.layer_grads(
+        ["layer_norm"] * 2, [G, G[:2]], [G, G[:2]], [1, 1], [0.0, 0.0], [True, True]
+    ),
+    "dtypes of layers": lambda: torch.ops.rgd_ext.layer_grads(["linear"], [X], [X.double()], [1], [0.0], [True]),
 }
 
 

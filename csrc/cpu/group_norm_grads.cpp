@@ -67,9 +67,8 @@ void form_group_norm(const at::Tensor& output_grad, const at::Tensor& input, int
                      const Place& weight, const std::optional<Place>& bias) {
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), inputs = input.to(dtype).contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "group_norm_grads", [&] {
-    group_norm_grads_kernel<scalar_t>(grads, inputs, groups, eps, weight, bias);
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, input.scalar_type(), "group_norm_grads",
+                                  [&] { group_norm_grads_kernel<scalar_t>(grads, inputs, groups, eps, weight, bias); });
 }
 
 }  // namespace rgd_ext::cpu

@@ -13,7 +13,7 @@ namespace {
 
 template <typename S>
 void linear_grads_kernel(const at::Tensor& output_grad, const at::Tensor& input, const Place& weight,
-                   const std::optional<Place>& bias) {
+                         const std::optional<Place>& bias) {
   using T = accumulate_t<S>;
   const RowKernels<S>& rows = row_kernels<S>();
   const int64_t places = input.size(1), n = input.size(2), m = output_grad.size(2);

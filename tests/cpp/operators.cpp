@@ -106,6 +106,17 @@ std::tuple<Tensor, Tensor> layer_norm_grads(const Tensor& output_grad, const Ten
   return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, bool)>("rgd_ext::layer_norm_grads")
       .call(output_grad, x, eps, centred);
 }
+Tensor layer_grads(const std::vector<std::string>& kinds, const Tensors& output_grads, const Tensors& inputs,
+                   const std::vector<int64_t>& groups, const std::vector<double>& eps,
+                   const std::vector<bool>& biases) {
+  using Signature = Tensor(const c10::List<std::string>&, at::TensorList, at::TensorList, at::IntArrayRef,
+                           at::ArrayRef<double>, const c10::List<bool>&);
+  c10::List<std::string> names;
+  c10::List<bool> flags;
+  for (const std::string& kind : kinds) names.push_back(kind);
+  for (const bool bias : biases) flags.push_back(bias);
+  return find<Signature>("rgd_ext::layer_grads").call(names, output_grads, inputs, groups, eps, flags);
+}
 
 // All columns of all tensors, (leading, d) in double.
 Tensor flat(const Tensors& tensors, int64_t leading) {
@@ -319,6 +330,31 @@ void test_layer_norm_grads(at::ScalarType dtype) {
   }
 }
 
+void test_layer_grads(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 5e-6 : 1e-2;
+  const std::string name = std::string(c10::toString(dtype)) + " layers side by side";
+  const Tensor x = at::randn({3, 5, 17}).to(dtype), e = at::randn({3, 5, 21}).to(dtype);
+  const Tensor images = at::randn({3, 6, 4}).to(dtype), grad = at::randn({3, 6, 4}).to(dtype);
+  const Tensor got =
+      layer_grads({"linear", "layer_norm", "group_norm", "linear", "rms_norm"}, {e, x, grad, x, x},
+                  {x, x, images, e, x}, {1, 1, 2, 1, 1}, {0, 1e-5, 1e-5, 0, 1e-5}, {true, true, true, false, false});
+  const Tensor inputs = x.to(at::kDouble), grads = e.to(at::kDouble);
+  const Tensor product = grads.mT().matmul(inputs), scale = grads.mT().abs().matmul(inputs.abs());
+  const int64_t weights = 21 * 17;
+  const auto columns = [&](int64_t from, int64_t count) { return got.narrow(1, from, count); };
+  expect(close(columns(0, weights), product.flatten(1), scale.flatten(1), tolerance), name + ": weight");
+  expect(close(columns(weights, 21), grads.sum(1), grads.abs().sum(1), tolerance), name + ": bias");
+  const auto [weight, bias] = layer_norm_grads(x, x, 1e-5, true);
+  int64_t from = weights + 21;
+  expect(columns(from, 34).equal(at::cat({weight, bias}, 1)), name + ": layer norm");
+  const auto [group_weight, group_bias] = group_norm_grads(grad, images, 2, 1e-5);
+  expect(columns(from += 34, 12).equal(at::cat({group_weight, group_bias}, 1)), name + ": group norm");
+  expect(close(columns(from += 12, weights), product.mT().flatten(1), scale.mT().flatten(1), tolerance),
+         name + ": without bias");
+  expect(columns(from += weights, 17).equal(std::get<0>(layer_norm_grads(x, x, 1e-5, false))), name + ": RMS norm");
+  expect(from + 17 == got.size(1), name + ": columns");
+}
+
 void test_largest_eigenvalue() {
   for (int64_t size : {1, 2, 24, 130, 600}) {
     const std::string name = "largest eigenvalue of " + std::to_string(size);
@@ -403,6 +439,12 @@ void test_errors() {
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
   expect_error([&] { layer_norm_grads(e, x, 1e-5, true); }, "(B, ..., n)");
   expect_error([&] { layer_norm_grads(e[0], x[0], 1e-5, true); }, "batch sizes disagree");
+  expect_error([&] { layer_grads({"dense"}, {x}, {x}, {1}, {0}, {true}); }, "kind is dense");
+  expect_error([&] { layer_grads({"linear"}, {x, x}, {x}, {1}, {0}, {true}); }, "one of each per layer");
+  expect_error([&] { layer_grads({"linear"}, {x}, {x}, {1}, {0}, {true}); }, "(B, T, n)");
+  expect_error([&] { layer_grads({"rms_norm"}, {e}, {x}, {1}, {0}, {true}); }, "of one shape");
+  expect_error([&] { layer_grads({"group_norm"}, {x}, {x}, {3}, {0}, {true}); }, "must divide 4");
+  expect_error([&] { layer_grads({"rms_norm"}, {x}, {x.to(at::kDouble)}, {1}, {0}, {true}); }, "dtypes disagree");
   expect_error([&] { largest_eigenvalue(g); }, "symmetric");
   expect_error([&] { largest_eigenvalue(at::eye(2, at::kHalf)); }, "float64 or float32");
   expect_error([&] { gram_moments(g); }, "symmetric");
@@ -434,6 +476,7 @@ int main() {
     test_conv_weight_grads(dtype);
     test_group_norm_grads(dtype);
     test_layer_norm_grads(dtype);
+    test_layer_grads(dtype);
   }
   test_largest_eigenvalue();
   test_statistics_of_a_gramian();
