@@ -546,6 +546,26 @@ def conv_weight_grads(
     return out
 
 
+_CONVOLUTION = "Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation"
+_library.define(f"conv_gram({_CONVOLUTION}) -> Tensor")
+_library.define(f"conv_scalar_moments({_CONVOLUTION}) -> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.register_fake("rgd_ext::conv_gram", lib=_library)
+def _(output_grad, x, kernel, stride, padding, dilation):
+    return x.new_empty((x.shape[0], x.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.register_fake("rgd_ext::conv_scalar_moments", lib=_library)
+def _(output_grad, x, kernel, stride, padding, dilation):
+    statistic = x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype))
+    return statistic.new_empty(()), statistic, torch.empty_like(statistic)
+
+
+torch.library.impl(_library, "conv_gram", "CompositeExplicitAutograd")(reference.conv_gram)
+torch.library.impl(_library, "conv_scalar_moments", "CompositeExplicitAutograd")(reference.conv_scalar_moments)
+
+
 _library.define("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)")
 
 

@@ -601,18 +601,19 @@ def test_copies_of_a_captured_model_are_ordinary_models(copied):
         assert "forward" not in clone[0].__dict__
 
 
-def test_forward_keeps_its_signature_and_an_override_survives():
+@pytest.mark.parametrize("layer", [0, 2])
+def test_forward_keeps_its_signature_and_an_override_survives(layer):
     model = mlp()
     signature = inspect.signature(model.forward)
     calls = []
-    forward = model[0].forward
-    model[0].forward = lambda x: (calls.append(1), forward(x))[1]
-    override = model[0].forward
+    forward = model[layer].forward
+    model[layer].forward = lambda x: (calls.append(1), forward(x))[1]
+    override = model[layer].forward
     with rgd_ext.precondition(model):
         assert inspect.signature(model.forward) == signature
         loss_of(model(torch.randn(5, 6))).backward()
     assert calls
-    assert model[0].forward is override
+    assert model[layer].forward is override
 
 
 def test_nothing_is_recorded_without_gradients_or_inside_torch_func():

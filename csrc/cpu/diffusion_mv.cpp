@@ -75,7 +75,7 @@ std::vector<at::Tensor> diffusion_mv(at::TensorList grads, at::TensorList vector
   at::Tensor products = at::empty({slot}, grads[0].options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, work.dtype(), "diffusion_mv", [&] {
     products_kernel<scalar_t>(work, directions, count, partials.data());
-    sum_chunks(work, partials.data(), slot, products);
+    sum_chunks(work.chunks(), partials.data(), slot, products);
     std::vector<accumulate_t<scalar_t>> weights(slot);
     centre(products, batch_size, weights.data());
     combine_kernel<scalar_t>(work, weights.data(), count, results);

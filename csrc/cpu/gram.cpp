@@ -30,12 +30,6 @@ void gram_kernel(const Work& work, double* partials) {
   });
 }
 
-template <typename T>
-void mirror(T* matrix, int64_t size) {
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < i; ++j) matrix[j * size + i] = matrix[i * size + j];
-}
-
 at::Tensor gram(at::TensorList grads) {
   check_grads(grads);
   const int64_t batch_size = grads[0].size(0), slot = batch_size * batch_size;
@@ -45,9 +39,8 @@ at::Tensor gram(at::TensorList grads) {
   std::vector<double> partials(work.chunks() * slot);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, work.dtype(), "gram",
                                   [&] { gram_kernel<scalar_t>(work, partials.data()); });
-  sum_chunks(work, partials.data(), slot, result);
-  AT_DISPATCH_FLOATING_TYPES(result.scalar_type(), "gram",
-                             [&] { mirror(result.mutable_data_ptr<scalar_t>(), batch_size); });
+  sum_chunks(work.chunks(), partials.data(), slot, result);
+  mirror(result);
   return result;
 }
 

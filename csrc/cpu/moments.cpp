@@ -68,9 +68,9 @@ Moments read_moments(at::TensorList matrices, at::TensorList means, bool with_no
   std::vector<double> partials(work.chunks() * slot);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, work.dtype(), "moments",
                                   [&] { moments_kernel<scalar_t>(work, means, with_norm, partials.data(), slot); });
-  sum_chunks(work, partials.data(), slot, alignments);
-  sum_chunks(work, partials.data() + batch_size, slot, squared_norms);
-  sum_chunks(work, partials.data() + 2 * batch_size, slot, squared_norm);
+  sum_chunks(work.chunks(), partials.data(), slot, alignments);
+  sum_chunks(work.chunks(), partials.data() + batch_size, slot, squared_norms);
+  sum_chunks(work.chunks(), partials.data() + 2 * batch_size, slot, squared_norm);
   return {std::move(squared_norm), std::move(alignments), std::move(squared_norms)};
 }
 

@@ -43,16 +43,25 @@ Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
   }
 }
 
-void sum_chunks(const Work& work, const double* partials, int64_t stride, at::Tensor& out) {
+void sum_chunks(int64_t chunks, const double* partials, int64_t stride, at::Tensor& out) {
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "sum_chunks", [&] {
     scalar_t* sums = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, out.numel(), grain(1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double sum = 0;
-        for (int64_t chunk = 0; chunk < work.chunks(); ++chunk) sum += partials[chunk * stride + i];
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[chunk * stride + i];
         sums[i] = static_cast<scalar_t>(sum);
       }
     });
+  });
+}
+
+void mirror(at::Tensor& matrix) {
+  const int64_t size = matrix.size(0);
+  AT_DISPATCH_FLOATING_TYPES(matrix.scalar_type(), "mirror", [&] {
+    scalar_t* numbers = matrix.mutable_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < i; ++j) numbers[j * size + i] = numbers[i * size + j];
   });
 }
 

@@ -65,7 +65,10 @@ class Work {
 
 // Sums the slots of all chunks, `stride` doubles apart, in their order: out[i] = sum_chunk partials[chunk * stride +
 // i].
-void sum_chunks(const Work& work, const double* partials, int64_t stride, at::Tensor& out);
+void sum_chunks(int64_t chunks, const double* partials, int64_t stride, at::Tensor& out);
+
+// What is below the diagonal of a square matrix, to above it.
+void mirror(at::Tensor& matrix);
 
 // Uninitialised memory of one thread, aligned to a cache line.
 template <typename T>

@@ -34,10 +34,10 @@ class Attribute {
   PyObject* name_;
 };
 
-const Attribute kBatch("batch"), kBatchNorms("batch_norms"), kBoundRule("_bound_rule"), kBuffers("_buffers"),
-    kCapture("capture"), kDict("__dict__"), kForward("forward"), kGuards("guards"), kIsLinear("_is_linear"),
-    kMark("_rgd_ext_batch_dim"), kModule("module"), kName("name"), kParameters("_parameters"), kPrevious("previous"),
-    kRecording("recording"), kSampleNdim("sample_ndim"), kSize("size"), kSlots("slots"), kWatch("_watch");
+const Attribute kBatch("batch"), kBoundRule("_bound_rule"), kBuffers("_buffers"), kCapture("capture"),
+    kDict("__dict__"), kForward("forward"), kGuards("guards"), kIsLinear("_is_linear"), kMark("_rgd_ext_batch_dim"),
+    kModule("module"), kName("name"), kParameters("_parameters"), kPrevious("previous"), kRecording("recording"),
+    kSampleNdim("sample_ndim"), kSize("size"), kSlots("slots"), kWatch("_watch");
 
 bool is_plain_tensor(py::handle object) {
   return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
@@ -53,8 +53,7 @@ bool is_usual(py::handle x, py::handle batch_size, int64_t sample_ndim) {
 // Whether nothing but the forward of its class and its parameters makes what the module gives.
 bool is_usual(py::handle tap, py::handle module) {
   const py::object attributes = kDict.of(module);
-  return kPrevious.of(tap).is_none() && !py::len(kBatchNorms.of(tap)) && !kMark.in(attributes) &&
-         !py::len(kBuffers.in(attributes));
+  return kPrevious.of(tap).is_none() && !kMark.in(attributes) && !py::len(kBuffers.in(attributes));
 }
 
 // The trainable parameters in the places of a tap, by name and in order; none where one is not watched yet.

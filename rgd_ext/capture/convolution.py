@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..gradients import Moments
 from ..reference import Geometry, accumulate_dtype
 from .cost import Cost, of_ghost, of_gradients
-from .factors import Blockwise, Dense, Factor, Ghost
-from .workspace import Empty, Workspace, fresh
-
-# The fewest output channels to form gradients of at a time. Measured: with 8 of 256 that takes three times as long.
-_CHANNELS = 32
+from .factors import Dense, Factor, Ghost
+from .workspace import Empty, fresh
 
 
-class Convolution(Blockwise):
+class Convolution:
     """h_i is the weight gradient of sample i's own convolution. In a transposed one E and X change places.
 
     Args:
@@ -40,6 +36,10 @@ class Convolution(Blockwise):
         return self.output_grads.shape[0]
 
     @property
+    def example(self) -> Tensor:
+        return self.output_grads
+
+    @property
     def signature(self) -> tuple:
         return self.output_grads.shape, self.inputs.shape
 
@@ -56,7 +56,8 @@ class Convolution(Blockwise):
             return ways
         held = self.plain().held
         combination = Cost(convolution=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
-        ways["recompute"] = Cost(convolution=product) + self._on_blocks(shape.numel(), needs_gram) + combination
+        statistics = Cost(convolution=product, gram=shape.numel() * self.batch_size * needs_gram, calls=1)
+        ways["recompute"] = statistics + combination
         if self._unfolds():
             n, size = self.shape[1:].numel(), dtype.itemsize
             unfolding = Cost(stream=2 * size * self.batch_size * self._places * n, calls=1)
@@ -90,14 +91,11 @@ class Convolution(Blockwise):
         torch.ops.rgd_ext.conv_weight_grads(output_grads, inputs, *self.geometry, out)
         return out
 
-    def blocks(self) -> Iterator[Tensor]:
-        dtype = accumulate_dtype(self.output_grads.dtype)
-        output_grads, inputs = self.output_grads.to(dtype), self.inputs.to(dtype)
-        each = self.batch_size * self.shape[1:].numel()
-        channels, workspace = max(_CHANNELS, self._BLOCK // each), Workspace()
-        for some in output_grads.split(channels, 1):
-            workspace.restart()
-            yield self._formed(some, inputs, workspace.empty)
+    def gram(self) -> Tensor:
+        return torch.ops.rgd_ext.conv_gram(self.output_grads, self.inputs, *self.geometry[:-1])
+
+    def moments(self) -> Moments:
+        return torch.ops.rgd_ext.conv_scalar_moments(self.output_grads, self.inputs, *self.geometry[:-1])
 
     def align(self, vector: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel) - 1]

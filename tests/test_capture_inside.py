@@ -1,0 +1,191 @@
+"""Layers inside a model: their input carries gradient, and in the usual case their forward runs from C++."""
+
+import copy
+
+import pytest
+import torch
+from capturing import captured_grad, flat_grad, loss_of
+from oracle import assert_close, per_sample_gradients, weak_field
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+
+import rgd_ext
+
+
+class Scaled(nn.Module):
+    """A gain, and a factor that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+        self.register_buffer("factor", torch.tensor(3.0))
+
+    def forward(self, x):
+        return x * self.gain * self.factor
+
+
+rgd_ext.register_rule(Scaled, lambda module, inputs, output_grad: {"gain": inputs[0] * module.factor * output_grad})
+
+
+def behind(*layers):
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), *layers).double()
+
+
+def batch(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_buffers_are_those_of_the_forward():
+    model, x = behind(Scaled()), batch(5, 4)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    with rgd_ext.precondition(model):
+        loss = loss_of(model(x))
+        model[2].factor = torch.zeros(())
+        loss.backward()
+    assert_close(flat_grad(model), expected)
+
+
+def test_mark_settles_a_batch_as_long_as_its_sequences():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x).tanh().transpose(0, 1)).transpose(0, 1)
+
+    model, x = SequenceFirst().double(), batch(5, 5, 4)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    rgd_ext.mark(model.second, batch_dim=1)
+    assert_close(captured_grad(model, x), expected)
+
+
+def test_a_tensor_in_the_place_of_a_parameter_gets_its_own_gradient():
+    model, x = behind(nn.Linear(4, 3)), batch(5, 4)
+    weight = batch(3, 4).requires_grad_()
+    with rgd_ext.precondition(model):
+        loss_of(functional_call(model, {"2.weight": 2 * weight}, x)).backward()
+    assert model[2].weight.grad is None
+    expected = torch.autograd.grad(loss_of(functional_call(model, {"2.weight": 2 * weight}, x)), weight)[0]
+    assert_close(weight.grad, expected)
+
+
+def test_layer_without_trainable_parameters_is_left_alone():
+    model, x = behind(nn.Linear(4, 4).requires_grad_(False), nn.Tanh(), nn.Linear(4, 3)), batch(5, 4)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    with rgd_ext.precondition(model):
+        output = model(x)
+        loss_of(output).backward()
+    assert not any(p.requires_grad for p in model[2].parameters())
+    assert_close(flat_grad(model), expected)
+
+
+def test_forward_that_raises_leaves_parameters_trainable():
+    model = behind(nn.Linear(3, 3))
+    with rgd_ext.precondition(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(batch(5, 4))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_output_that_is_no_tensor_is_refused():
+    class Pair(nn.Linear):
+        pass
+
+    class Twice(Scaled):
+        def forward(self, x):
+            return x * self.gain, x
+
+    rgd_ext.register_rule(Twice, lambda module, inputs, output_grad: {"gain": inputs[0] * output_grad})
+    with rgd_ext.precondition(behind(Twice()).double()) as handle, pytest.raises(TypeError, match="gives a tuple"):
+        handle.model(batch(5, 4))
+
+
+class Tagged(torch.Tensor):
+    """A class of its own."""
+
+
+def test_classes_of_outputs_stay():
+    class Tagging(Scaled):
+        def forward(self, x):
+            return super().forward(x).as_subclass(Tagged)
+
+    rgd_ext.register_rule(Tagging, lambda module, inputs, output_grad: {"gain": inputs[0] * 3 * output_grad})
+    model, x = behind(Tagging()), batch(5, 4)
+    plain = behind(Scaled())
+    plain.load_state_dict(model.state_dict())
+    with rgd_ext.precondition(model):
+        output = model(x)
+        loss_of(output.as_subclass(torch.Tensor)).backward()
+    assert type(output) is Tagged
+    assert_close(flat_grad(model), weak_field(per_sample_gradients(plain, loss_of, [x])))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # by forward_ad itself
+def test_tangent_that_comes_in_inside_is_refused():
+    class WithTangent(nn.Module):
+        def forward(self, x):
+            return forward_ad.make_dual(x, torch.ones_like(x))
+
+    model = behind(WithTangent(), nn.Linear(4, 3))
+    with rgd_ext.precondition(model), forward_ad.dual_level(), pytest.raises(RuntimeError, match="paused"):
+        model(batch(5, 4))
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias", "both"])
+@pytest.mark.parametrize("layer", ["Linear", "LayerNorm", "wide LayerNorm", "RMSNorm", "GroupNorm"])
+def test_small_layers_of_which_some_parameters_are_trained(layer, trained):
+    layers = {
+        "Linear": nn.Linear(4, 4),
+        "LayerNorm": nn.LayerNorm(4),
+        "wide LayerNorm": nn.LayerNorm((3, 4)),
+        "RMSNorm": nn.RMSNorm(4, eps=0.1),
+        "GroupNorm": nn.GroupNorm(3, 3),
+    }
+    model, x = behind(layers[layer], nn.Tanh(), nn.LayerNorm(4)), batch(5, 3, 4)
+    for name, parameter in model[2].named_parameters():
+        nn.init.uniform_(parameter, 0.5, 2)
+        parameter.requires_grad_(trained in (name, "both"))
+    for epsilon in (rgd_ext.Spectral(0.5), rgd_ext.Rayleigh(0.5)):
+        model.zero_grad()
+        with rgd_ext.precondition(model, epsilon=epsilon):
+            for _ in range(2):
+                loss_of(model(x)).backward()
+        expected = weak_field(per_sample_gradients(model, loss_of, [x]), type(epsilon).__name__)
+        assert_close(flat_grad(model), 2 * expected)
+
+
+def test_layer_whose_bias_is_not_asked_for():
+    model, x = behind(nn.LayerNorm(4), nn.Linear(4, 3)), batch(5, 4)
+    weights = [p for name, p in model.named_parameters() if name != "2.bias"]
+    with rgd_ext.precondition(model):
+        loss_of(model(x)).backward(inputs=weights)
+    assert model[2].bias.grad is None
+    model[2].bias.requires_grad_(False)
+    assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_small_layers_of_two_precisions():
+    class Narrow(nn.Module):
+        def forward(self, x):
+            return x.float()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Narrow(), nn.LayerNorm(4), nn.Linear(4, 3))
+    model[:2].double()
+    x = batch(5, 3, 4)
+    whole = copy.deepcopy(nn.Sequential(*model[:2], *model[3:])).double()
+    with rgd_ext.precondition(model):
+        loss_of(model(x)).backward()
+    expected = weak_field(per_sample_gradients(whole, loss_of, [x]))
+    assert model[1].weight.grad.dtype == torch.float64
+    assert model[3].weight.grad.dtype == torch.float32
+    assert_close(torch.cat([p.grad.flatten().double() for p in model.parameters()]), expected, torch.float32)
+
+
+def test_small_layer_with_many_weights_is_planned():
+    model, x = behind(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4)), batch(2, 1, 4)
+    assert 400 * 4 > 3 * (400 + 4)
+    with rgd_ext.precondition(model) as handle:
+        loss_of(model(x)).backward()
+        reasons = {layer.name: layer.why for layer in handle.plan().layers}
+    assert reasons["2"] == reasons["4"] == "one vector per sample"
