@@ -25,7 +25,9 @@ SHALLOW, DEEP = 10, 50
 # Of one layer, and the shape of its inputs.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear(8, 8)": (partial(nn.Linear, 8, 8), (4, 8)),
+    "Linear(8, 8), sequences": (partial(nn.Linear, 8, 8), (4, 5, 8)),
     "LayerNorm(8)": (partial(nn.LayerNorm, 8), (4, 8)),
+    "GroupNorm(2, 4)": (partial(nn.GroupNorm, 2, 4), (4, 4, 6, 6)),
     "Conv2d(4, 4, 3)": (partial(nn.Conv2d, 4, 4, 3, padding=1), (4, 4, 6, 6)),
 }
 

@@ -206,6 +206,7 @@ CONVOLUTIONS = {
     "2-d, depthwise": (2, 4, 4, (6, 6), (3, 3), (1, 1), (1, 1), (1, 1), 4),
     "2-d, one sample": (1, 3, 48, (5, 5), (2, 2), (1, 1), (0, 0), (1, 1), 1),
     "2-d, one place": (2, 3, 4, (3, 2), (3, 2), (1, 1), (0, 0), (1, 1), 1),
+    "2-d, many samples": (150, 7, 70, (4, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "3-d": (2, 3, 5, (4, 5, 3), (2, 3, 2), (1, 2, 1), (1, 1, 0), (1, 1, 2), 1),
 }
 
@@ -256,6 +257,68 @@ def test_conv_weight_grads_of_output_that_leaves_input_unused(name):
     # As transposed convolutions with output padding have it.
     arguments = sample_convolution(name, torch.float64, fewer_places=1)
     assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
+
+
+# Of convolutions without groups.
+WHOLE = [name for name, convolution in CONVOLUTIONS.items() if convolution[-1] == 1]
+
+
+def conv_statistics(*arguments):
+    """Gramian, |g|^2, alignments and squared norms, from one sample's own weight gradient after the other."""
+    return [torch.ops.rgd_ext.conv_gram(*arguments), *torch.ops.rgd_ext.conv_scalar_moments(*arguments)]
+
+
+def conv_statistics_by_autograd(*arguments):
+    grads = weight_grads_by_autograd(*arguments, 1).flatten(1)
+    mean = grads.mean(0)
+    return [grads @ grads.T, mean.square().sum(), (grads - mean) @ mean, (grads - mean).square().sum(1)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WHOLE)
+def test_conv_statistics(name, dtype, device):
+    *arguments, _ = sample_convolution(name, dtype, device)
+    results = conv_statistics(*arguments)
+    assert {result.dtype for result in results} == {reference.accumulate_dtype(dtype)}
+    assert torch.equal(results[0], results[0].T)
+    largest = results[0].diagonal().max().item()
+    for result, wanted in zip(results, conv_statistics_by_autograd(*arguments), strict=True):
+        assert result.shape == wanted.shape
+        difference = (result.double().cpu() - wanted).abs().max().item()  # a single sample has no alignment
+        assert difference < TOLERANCE[reference.accumulate_dtype(dtype)] * largest
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["1-d", "2-d, uneven", "3-d"])
+def test_conv_statistics_of_any_layout(name, layout):
+    *arguments, _ = sample_convolution(name, torch.float64, layout=layout, fewer_places=1)
+    for result, wanted in zip(conv_statistics(*arguments), conv_statistics_by_autograd(*arguments), strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["2-d, many samples", "2-d, several panels", "3-d"])
+def test_conv_statistics_are_the_same_bits_for_any_threads(name):
+    if not rgd_ext.build_info()["compiled"]:
+        pytest.skip("PyTorch's own sums depend on the number of threads")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(conv_statistics(*sample_convolution(name, torch.float32)[:-1]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", ["conv_gram", "conv_scalar_moments"])
+def test_conv_statistics_pass_opcheck(operator, device):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for dtype in (torch.float32, torch.bfloat16):
+        *arguments, _ = sample_convolution("2-d", dtype, device)
+        torch.library.opcheck(getattr(torch.ops.rgd_ext, operator).default, arguments, test_utils=tests)
 
 
 def affine_grads_by_autograd(normalised, output_grad, shape):
@@ -818,6 +881,9 @@ RAW_BAD = {
     "strides of a result": lambda: torch.ops.rgd_ext.conv_weight_grads(
         E, X, [3], [1], [0], [1], 1, W.mT.contiguous().mT
     ),
+    "kernel of a Gramian": lambda: torch.ops.rgd_ext.conv_gram(E, X, [3, 3], [1], [0], [1]),
+    "places of a Gramian": lambda: torch.ops.rgd_ext.conv_gram(E, X, [4], [1], [0], [1]),
+    "dtypes of moments": lambda: torch.ops.rgd_ext.conv_scalar_moments(E, X.double(), [3], [1], [0], [1]),
     "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),
     "shape of a layer norm": lambda: torch.ops.rgd_ext.layer_norm_grads(E, X, 1e-5, True),

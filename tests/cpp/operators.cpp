@@ -29,6 +29,10 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def(
       "conv_weight_grads(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
       " int groups, Tensor(a!) out) -> ()");
+  m.def("conv_gram(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "conv_scalar_moments(Tensor output_grad, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm_grads(Tensor output_grad, Tensor x, float eps, bool centred) -> (Tensor, Tensor)");
   m.def(
@@ -97,6 +101,22 @@ Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::
   find<Signature>("rgd_ext::conv_weight_grads")
       .call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3], groups, out);
   return out;
+}
+template <typename Result>
+Result conv_statistics(const char* name, const Tensor& output_grad, const Tensor& x,
+                       const std::vector<int64_t>& geometry) {
+  const std::vector<int64_t> of_two[] = {
+      {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
+  using Signature =
+      Result(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef);
+  return find<Signature>(name).call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3]);
+}
+Tensor conv_gram(const Tensor& output_grad, const Tensor& x, const std::vector<int64_t>& geometry) {
+  return conv_statistics<Tensor>("rgd_ext::conv_gram", output_grad, x, geometry);
+}
+std::tuple<Tensor, Tensor, Tensor> conv_scalar_moments(const Tensor& output_grad, const Tensor& x,
+                                                       const std::vector<int64_t>& geometry) {
+  return conv_statistics<std::tuple<Tensor, Tensor, Tensor>>("rgd_ext::conv_scalar_moments", output_grad, x, geometry);
 }
 std::tuple<Tensor, Tensor> group_norm_grads(const Tensor& output_grad, const Tensor& x, int64_t groups, double eps) {
   return find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, double)>("rgd_ext::group_norm_grads")
@@ -292,6 +312,35 @@ void test_conv_weight_grads(at::ScalarType dtype) {
   }
 }
 
+// For more taps, and more output channels, than a tile holds.
+void test_conv_statistics(at::ScalarType dtype) {
+  const double tolerance = dtype == at::kDouble ? 1e-12 : 1e-5;
+  for (const int64_t batch_size : {1, 7, 150}) {
+    for (const int64_t channels : {5, 70}) {
+      for (const std::vector<int64_t>& geometry : std::vector<std::vector<int64_t>>{{3, 1, 1, 1}, {1, 1, 0, 1}}) {
+        const std::string name =
+            std::string(c10::toString(dtype)) + " convolutions of " + std::to_string(batch_size) + " samples";
+        const Tensor x = at::randn({batch_size, 7, 9, 9}).to(dtype), grad = at::randn({batch_size, channels, 9, 9});
+        const Tensor e = grad.to(dtype);
+        const Tensor grads =
+            conv_weight_grads(e.to(at::kDouble), x.to(at::kDouble), geometry, 1).reshape({batch_size, -1});
+        const Tensor wanted = grads.matmul(grads.t()), scale = grads.abs().matmul(grads.abs().t());
+        at::set_num_threads(1);
+        const Tensor got = conv_gram(e, x, geometry);
+        expect(close(got, wanted, scale, tolerance) && got.equal(got.t()), name + ": Gramian");
+        const auto [norm, alignments, squared_norms] = conv_scalar_moments(e, x, geometry);
+        const Tensor mean = grads.mean(0, true), centred = grads - mean, largest = scale.diagonal();
+        expect(close(norm, mean.square().sum(), largest.max(), tolerance), name + ": norm");
+        expect(close(alignments, centred.matmul(mean[0]), largest, tolerance), name + ": alignments");
+        expect(close(squared_norms, centred.square().sum(1), largest, tolerance), name + ": squared norms");
+        at::set_num_threads(3);
+        expect(got.equal(conv_gram(e, x, geometry)), name + " on three threads");
+        expect(alignments.equal(std::get<1>(conv_scalar_moments(e, x, geometry))), name + " on three threads");
+      }
+    }
+  }
+}
+
 void test_group_norm_grads(at::ScalarType dtype) {
   const double tolerance = dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 5e-6 : 1e-2;
   for (const int64_t places : {1, 5, 16, 1003}) {
@@ -435,6 +484,8 @@ void test_errors() {
   expect_error([&] { conv_weight_grads(e, x, {3, 0, 0, 1}, 1); }, "stride 0");
   expect_error([&] { conv_weight_grads(e, x, {3, 1, 0, 1}, 4); }, "groups is 4");
   expect_error([&] { conv_weight_grads(e[0], x, {3, 1, 0, 1}, 1); }, "batch sizes disagree");
+  expect_error([&] { conv_gram(e, x, {4, 1, 0, 1}); }, "too many or too few");
+  expect_error([&] { conv_scalar_moments(e, x.to(at::kDouble), {3, 1, 0, 1}); }, "dtypes disagree");
   expect_error([&] { group_norm_grads(x, x, 3, 1e-5); }, "groups is 3");
   expect_error([&] { group_norm_grads(e, x, 2, 1e-5); }, "(B, n, ...)");
   expect_error([&] { layer_norm_grads(e, x, 1e-5, true); }, "(B, ..., n)");
@@ -474,6 +525,7 @@ int main() {
     test_layouts(dtype);
     test_ghost_gram(dtype);
     test_conv_weight_grads(dtype);
+    test_conv_statistics(dtype);
     test_group_norm_grads(dtype);
     test_layer_norm_grads(dtype);
     test_layer_grads(dtype);
