@@ -13,19 +13,20 @@ from torch.func import functional_call
 import rgd_ext
 
 
-class Scaled(nn.Module):
-    """A gain, and a factor that is no parameter."""
-
+class Gain(nn.Module):
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(4))
-        self.register_buffer("factor", torch.tensor(3.0))
 
     def forward(self, x):
-        return x * self.gain * self.factor
+        return x * self.gain
 
 
-rgd_ext.register_rule(Scaled, lambda module, inputs, output_grad: {"gain": inputs[0] * module.factor * output_grad})
+def gain_rule(module, inputs, output_grad):
+    return {"gain": inputs[0] * output_grad}
+
+
+rgd_ext.register_rule(Gain, gain_rule)
 
 
 def behind(*layers):
@@ -37,6 +38,15 @@ def batch(*shape):
 
 
 def test_buffers_are_those_of_the_forward():
+    class Scaled(Gain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(3.0))
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    rgd_ext.register_rule(Scaled, lambda module, inputs, output_grad: {"gain": inputs[0] * module.factor * output_grad})
     model, x = behind(Scaled()), batch(5, 4)
     expected = weak_field(per_sample_gradients(model, loss_of, [x]))
     with rgd_ext.precondition(model):
@@ -81,6 +91,24 @@ def test_layer_without_trainable_parameters_is_left_alone():
     assert_close(flat_grad(model), expected)
 
 
+def test_layer_that_also_runs_without_gradients():
+    class WithTarget(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            hidden = self.body(x).tanh()
+            with torch.no_grad():
+                self.target = self.head(hidden)
+            return self.head(hidden)
+
+    model, x = WithTarget().double(), batch(5, 4)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    assert_close(captured_grad(model, x), expected)
+    assert not model.target.requires_grad
+
+
 def test_forward_that_raises_leaves_parameters_trainable():
     model = behind(nn.Linear(3, 3))
     with rgd_ext.precondition(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
@@ -89,16 +117,27 @@ def test_forward_that_raises_leaves_parameters_trainable():
 
 
 def test_output_that_is_no_tensor_is_refused():
-    class Pair(nn.Linear):
-        pass
-
-    class Twice(Scaled):
+    class Twice(Gain):
         def forward(self, x):
             return x * self.gain, x
 
-    rgd_ext.register_rule(Twice, lambda module, inputs, output_grad: {"gain": inputs[0] * output_grad})
+    rgd_ext.register_rule(Twice, gain_rule)
     with rgd_ext.precondition(behind(Twice()).double()) as handle, pytest.raises(TypeError, match="gives a tuple"):
         handle.model(batch(5, 4))
+
+
+def test_tensor_in_a_list():
+    class Listed(Gain):
+        def forward(self, pair):
+            return super().forward(pair[0])
+
+    class Pack(nn.Module):
+        def forward(self, x):
+            return [x]
+
+    rgd_ext.register_rule(Listed, gain_rule)
+    model, x = behind(Pack(), Listed()), batch(5, 4)
+    assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
 
 
 class Tagged(torch.Tensor):
@@ -106,13 +145,13 @@ class Tagged(torch.Tensor):
 
 
 def test_classes_of_outputs_stay():
-    class Tagging(Scaled):
+    class Tagging(Gain):
         def forward(self, x):
             return super().forward(x).as_subclass(Tagged)
 
-    rgd_ext.register_rule(Tagging, lambda module, inputs, output_grad: {"gain": inputs[0] * 3 * output_grad})
+    rgd_ext.register_rule(Tagging, gain_rule)
     model, x = behind(Tagging()), batch(5, 4)
-    plain = behind(Scaled())
+    plain = behind(Gain())
     plain.load_state_dict(model.state_dict())
     with rgd_ext.precondition(model):
         output = model(x)
