@@ -221,6 +221,20 @@ def test_small_layers_of_two_precisions():
     assert_close(torch.cat([p.grad.flatten().double() for p in model.parameters()]), expected, torch.float32)
 
 
+def test_small_layers_under_autocast(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, found = torch.randn(5, 3, 4), []
+    for small in (64 << 10, 0):
+        monkeypatch.setattr("rgd_ext.capture.small.SMALL", small)
+        model.zero_grad()
+        with rgd_ext.precondition(model), torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model(x).float())
+            loss.backward()
+        found.append(flat_grad(model))
+    assert found[0].dtype == torch.float32
+    assert_close(found[0], found[1])
+
+
 def test_small_layer_with_many_weights_is_planned():
     model, x = behind(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4)), batch(2, 1, 4)
     assert 400 * 4 > 3 * (400 + 4)

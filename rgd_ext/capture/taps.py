@@ -62,6 +62,8 @@ class Tap(Released):
     """
 
     batch_norms: Mapping[str, nn.Module] = MappingProxyType({})
+    # (tap, args, Record) -> what the rest of a call gives, or None where the case is not the usual one.
+    run_usual: Callable | None = None
 
     def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
         self.capture, self.module, self.slots = capture, module, slots
@@ -75,6 +77,10 @@ class Tap(Released):
         if torch.compiler.is_compiling():
             # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
             return torch.compiler.disable(self)(*args, **kwargs)
+        if self.run_usual is not None and not kwargs:
+            output = self.run_usual(self, args, Record)
+            if output is not None:
+                return output
         capture = self.capture
         if not capture.recording():
             return self.original(*args, **kwargs)
@@ -162,19 +168,14 @@ class Container(Tap):
 class Layer(Tap):
     """A module with a rule."""
 
+    run_usual = None if _C is None else _C.run_layer
+
     def __init__(self, capture, module, name, slots, registered: Registered) -> None:
         super().__init__(capture, module, name, slots)
         self.sample_ndim = registered.minimum(module)
         self._bound_rule = partial(registered.rule, module)
         self._is_linear = registered.rule is linear and {name for *_, name in slots} <= {"weight", "bias"}
         self.batch_norms = batch_norms(module, name)
-
-    def __call__(self, *args, **kwargs):
-        if _C is not None and not kwargs and not torch.compiler.is_compiling():
-            output = _C.run_layer(self, args, Record)
-            if output is not None:
-                return output
-        return super().__call__(*args, **kwargs)
 
     def check_batch_norm(self):
         if self.capture.batch_norm == "error":
