@@ -53,6 +53,12 @@ struct MomentSums {
   const int64_t size;
 };
 
+// How many taps of `count` output channels make a tile.
+int64_t taps_in_tile(const Convolution& conv, int64_t batch_size, int64_t count, int64_t element_bytes) {
+  const int64_t fitting = kTileBytes / (batch_size * padded_columns(count) * element_bytes) / kTapBlock * kTapBlock;
+  return std::clamp<int64_t>(fitting, kTapBlock, conv.taps.size());
+}
+
 // sums[chunk] over the chunks of the gradients of `count` output channels from `first` on, for all samples.
 template <typename T, typename Sums>
 void add_panel(const Convolution& conv, const at::Tensor& output_grad, const at::Tensor& input, int64_t first,
@@ -71,8 +77,7 @@ void add_panel(const Convolution& conv, const at::Tensor& output_grad, const at:
       rows.transpose(grads + (sample * channels + first) * places, places, count, places,
                      by_place.data() + sample * places * width, width);
   });
-  const int64_t fitting = kTileBytes / static_cast<int64_t>(batch_size * width * sizeof(T)) / kTapBlock * kTapBlock;
-  const int64_t tile_taps = std::clamp(fitting, kTapBlock, taps), tiles = at::divup(taps, tile_taps);
+  const int64_t tile_taps = taps_in_tile(conv, batch_size, count, sizeof(T)), tiles = at::divup(taps, tile_taps);
   const int64_t tile_channels = (tile_taps + kernel_size - 2) / kernel_size + 1, stride = tile_taps * width;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const Scratch<T> padded(conv.has_margin() ? tile_channels * padded_plane : 0), products(batch_size * stride);
@@ -120,9 +125,10 @@ Partials conv_statistics(const at::Tensor& output_grad, const at::Tensor& input,
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();
   const Sums sums(input.size(0));
-  Partials partials{std::clamp(kMaxPartials / sums.size, kMinChunks, kMaxChunks), sums.size, {}};
+  const int64_t channels = output_grad.size(1), most = std::clamp(kMaxPartials / sums.size, kMinChunks, kMaxChunks);
+  const int64_t tile_taps = taps_in_tile(conv, input.size(0), std::min(kChannels, channels), grads.element_size());
+  Partials partials{std::min<int64_t>(most, at::divup(conv.taps.size(), tile_taps)), sums.size, {}};
   partials.sums.resize(partials.chunks * partials.size);
-  const int64_t channels = output_grad.size(1);
   for (int64_t first = 0; first < channels; first += kChannels)
     AT_DISPATCH_FLOATING_TYPES(dtype, "conv_statistics", [&] {
       add_panel<scalar_t>(conv, grads, images, first, std::min(kChannels, channels - first), partials.chunks, sums,
