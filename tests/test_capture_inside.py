@@ -221,6 +221,21 @@ def test_small_layers_of_two_precisions():
     assert_close(torch.cat([p.grad.flatten().double() for p in model.parameters()]), expected, torch.float32)
 
 
+def test_small_layer_without_outputs():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nothing, self.head = nn.Linear(4, 0), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x) + self.nothing(x).sum(-1, keepdim=True)
+
+    model, x = behind(Empty()), batch(5, 3, 4)
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    assert_close(captured_grad(model, x), expected)
+    assert model[2].nothing.weight.grad.shape == (0, 4)
+
+
 def test_small_layers_under_autocast(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     x, found = torch.randn(5, 3, 4), []

@@ -39,7 +39,7 @@ class Singles:
 
 
 class Aside:
-    """What a backward gathers of linear layers with one vector per sample, and of rules that return tensors.
+    """What a backward gathers of linear layers with one vector per sample, small layers, and rules that return tensors.
 
     In every step but the first it is what the step before planned, as a rule: small models pay for each operation here.
     """
@@ -76,7 +76,7 @@ class Aside:
         found: list[tuple[nn.Parameter, Factor]] = [(entry[2], Dense(_checked(*entry))) for entry in self.formed]
         for parameters, matrix in self.side_by_side:
             parts = zip(parameters, matrix.split([p.numel() for p in parameters], 1), strict=True)
-            found += [(parameter, Dense(part.view(-1, *parameter.shape))) for parameter, part in parts]
+            found += [(parameter, Dense(part.view(len(part), *parameter.shape))) for parameter, part in parts]
         for layer, x, e in self.layers:
             weight = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
             found += [(parameter, weight if name == "weight" else Bias(weight)) for name, parameter in layer.items()]
