@@ -183,6 +183,11 @@ def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tens
     """(m, n / groups, *kernel): the weight gradient of a convolution."""
     kernel, stride, padding, dilation, groups = geometry
     unused = geometry.unused(output_grad, x)
+    if min(unused) < 0:
+        raise ValueError(
+            f"output_grad of shape {tuple(output_grad.shape)} has more places than a convolution of {tuple(x.shape)}"
+            f" with {geometry} gives"
+        )
     if any(unused):
         output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
     weight, none = x.new_empty(1).expand(output_grad.shape[1], x.shape[1] // groups, *kernel), [0] * len(kernel)
@@ -192,7 +197,7 @@ def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tens
 
 # Elements, and the fewest output channels, to form gradients of at a time. Measured: with 8 channels of 256 that takes
 # three times as long.
-_BLOCK, _CHANNELS = 1 << 20, 32
+BLOCK, _CHANNELS = 1 << 20, 32
 
 
 def _conv_blocks(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Iterator[list[Tensor]]:
@@ -200,7 +205,7 @@ def _conv_blocks(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Iterator
     dtype = accumulate_dtype(x.dtype)
     output_grad, x = output_grad.to(dtype), x.to(dtype)
     each = x.shape[0] * x.shape[1] * math.prod(geometry.kernel)
-    for some in output_grad.split(max(_CHANNELS, _BLOCK // each), 1):
+    for some in output_grad.split(max(_CHANNELS, BLOCK // each), 1):
         yield [conv_weight_grads_as_groups(some, x, geometry)]
 
 
@@ -255,7 +260,9 @@ def layer_grads(
             pair = linear_grads(e, x)
         elif kind == "group_norm":
             pair = group_norm_grads(e, x, number, epsilon)
-        else:
+        elif kind in ("layer_norm", "rms_norm"):
             pair = layer_norm_grads(e, x, epsilon, kind == "layer_norm")
+        else:
+            raise ValueError(f"kind is {kind}: choose linear, layer_norm, rms_norm or group_norm")
         columns += [gradient.flatten(1) for gradient in pair[: 1 + bias]]
     return torch.cat(columns, 1)

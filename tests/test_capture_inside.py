@@ -91,6 +91,53 @@ def test_layer_without_trainable_parameters_is_left_alone():
     assert_close(flat_grad(model), expected)
 
 
+def test_batch_statistics_below_a_layer_are_refused():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    def rule(module, inputs, output_grad):
+        return {"norm.weight": inputs[0] * output_grad, "norm.bias": output_grad}
+
+    rgd_ext.register_rule(Block, rule)
+    model = behind(Block()).eval()
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"'2\.norm' \(BatchNorm1d\)"):
+        model.train()(batch(5, 4))
+
+
+def test_rule_that_has_no_hash():
+    class Rule:
+        __hash__ = None
+
+        def __call__(self, module, inputs, output_grad):
+            return gain_rule(module, inputs, output_grad)
+
+    class Unhashed(Gain):
+        pass
+
+    rgd_ext.register_rule(Unhashed, Rule())
+    model, x = behind(Unhashed()), batch(5, 4)
+    assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_directions_of_small_layers_may_be_changed_in_place():
+    model, x, factor = behind(nn.LayerNorm((3, 4)), nn.LayerNorm(4)), batch(5, 3, 4), torch.ones((), requires_grad=True)
+    with rgd_ext.precondition(model):
+        for _ in range(2):  # planned in the first
+            model.zero_grad()
+            loss_of(model(x)).backward()
+            for norm in model[2:]:
+                before, version = norm.bias.grad.clone(), norm.bias.grad._version
+                norm.weight.grad.mul_(factor)
+                assert norm.weight.grad.shape == norm.weight.shape
+                assert torch.equal(norm.bias.grad, before)
+                assert norm.bias.grad._version == version
+
+
 def test_layer_that_also_runs_without_gradients():
     class WithTarget(nn.Module):
         def __init__(self):
@@ -221,21 +268,6 @@ def test_small_layers_of_two_precisions():
     assert_close(torch.cat([p.grad.flatten().double() for p in model.parameters()]), expected, torch.float32)
 
 
-def test_small_layer_without_outputs():
-    class Empty(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.nothing, self.head = nn.Linear(4, 0), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.head(x) + self.nothing(x).sum(-1, keepdim=True)
-
-    model, x = behind(Empty()), batch(5, 3, 4)
-    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
-    assert_close(captured_grad(model, x), expected)
-    assert model[2].nothing.weight.grad.shape == (0, 4)
-
-
 def test_small_layers_under_autocast(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     x, found = torch.randn(5, 3, 4), []
@@ -256,4 +288,6 @@ def test_small_layer_with_many_weights_is_planned():
     with rgd_ext.precondition(model) as handle:
         loss_of(model(x)).backward()
         reasons = {layer.name: layer.why for layer in handle.plan().layers}
-    assert reasons["2"] == reasons["4"] == "one vector per sample"
+        assert reasons["2"] == reasons["4"] == "one vector per sample"
+        loss_of(model[:2](batch(2, 9, 4))).backward()
+        assert [layer.why for layer in handle.plan().layers] == ["small: formed together with others"]

@@ -575,6 +575,13 @@ def test_squared_norm(shapes, dtype, device):
     )
 
 
+def test_reference_refuses_kinds_and_places_that_do_not_exist():
+    with pytest.raises(ValueError, match="kind is dense"):
+        reference.layer_grads(["dense"], [X], [X], [1], [0.0], [True])
+    with pytest.raises(ValueError, match="more places than a convolution"):
+        reference.conv_gram(E, X, [4], [1], [0], [1])
+
+
 def spectra(size):
     """Eigenvalues that are hard to find, by name."""
     generator = torch.Generator().manual_seed(size)
@@ -883,6 +890,8 @@ RAW_BAD = {
     ),
     "kernel of a Gramian": lambda: torch.ops.rgd_ext.conv_gram(E, X, [3, 3], [1], [0], [1]),
     "places of a Gramian": lambda: torch.ops.rgd_ext.conv_gram(E, X, [4], [1], [0], [1]),
+    "no channels": lambda: torch.ops.rgd_ext.conv_gram(E, X[:, :0], [3], [1], [0], [1]),
+    "no output channels": lambda: torch.ops.rgd_ext.conv_scalar_moments(E[:, :0], X, [3], [1], [0], [1]),
     "dtypes of moments": lambda: torch.ops.rgd_ext.conv_scalar_moments(E, X.double(), [3], [1], [0], [1]),
     "groups of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(X, X, 3, 1e-5),
     "shape of a norm": lambda: torch.ops.rgd_ext.group_norm_grads(E, X, 1, 1e-5),

@@ -14,8 +14,6 @@
 namespace rgd_ext::cpu {
 namespace {
 
-// Output channels, and places, that are handled at a time.
-constexpr int64_t kChannels = 64, kPositions = 64;
 // Bytes of a tile: the gradients of all samples that some taps and output channels have. It stays in L2 with what it
 // is made of, so that gradients never reach memory.
 constexpr int64_t kTileBytes = 640 << 10;
@@ -121,6 +119,8 @@ template <typename Sums>
 Partials conv_statistics(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_convolution(output_grad, input, kernel, stride, padding, dilation, 1);
+  TORCH_CHECK_VALUE(output_grad.size(1) > 0 && input.size(1) > 0, "output_grad has shape ", output_grad.sizes(),
+                    " and input ", input.sizes(), ": pass at least one channel each");
   const Convolution conv(output_grad, input, kernel, stride, padding, dilation, 1);
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();

@@ -12,10 +12,6 @@
 namespace rgd_ext::cpu {
 namespace {
 
-// A work item has at most kChannels output channels of one sample. Measured: their gradients in kPositions places stay
-// in L1 while all taps meet them.
-constexpr int64_t kChannels = 64, kPositions = 64;
-
 template <typename T>
 void conv_weight_grads_kernel(const Convolution& conv, const at::Tensor& output_grad, const at::Tensor& input,
                               at::Tensor& result) {
@@ -24,18 +20,17 @@ void conv_weight_grads_kernel(const Convolution& conv, const at::Tensor& output_
   const int64_t channels = output_grad.size(1) / conv.groups, panels = (channels + kChannels - 1) / kChannels;
   const int64_t widest = padded_columns(std::min(channels, kChannels));
   const int64_t pixels = conv.channels * volume(conv.size), padded_pixels = conv.channels * volume(conv.padded_size);
-  const bool has_margin = padded_pixels != pixels;
   const T *images = input.const_data_ptr<T>(), *grads = output_grad.const_data_ptr<T>();
   T* results = result.mutable_data_ptr<T>();
   at::parallel_for(0, output_grad.size(0) * conv.groups * panels, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<T> padded(has_margin ? padded_pixels : 0), block(kPositions * widest), products(taps * widest);
-    if (has_margin) std::fill_n(padded.data(), padded_pixels, T{0});
+    const Scratch<T> padded(conv.has_margin() ? padded_pixels : 0), block(kPositions * widest), products(taps * widest);
+    if (conv.has_margin()) std::fill_n(padded.data(), padded_pixels, T{0});
     for (int64_t item = begin; item < end; ++item) {
       const int64_t group = item / panels, first = item % panels * kChannels;  // a group of some sample
       const int64_t count = std::min(kChannels, channels - first), width = padded_columns(count);
       const int64_t channel = group * channels + first;
       const T* image = images + group * pixels;
-      if (has_margin) {
+      if (conv.has_margin()) {
         conv.pad(image, conv.channels, padded.data());
         image = padded.data();
       }

@@ -11,6 +11,10 @@
 
 namespace rgd_ext::cpu {
 
+// Output channels, and places, that are handled at a time. Measured: the gradients of the output there stay in L1
+// while all taps meet them.
+constexpr int64_t kChannels = 64, kPositions = 64;
+
 // Numbers per dimension of space.
 using Space = std::array<int64_t, 3>;
 

@@ -2,8 +2,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../grads.h"
@@ -39,10 +39,12 @@ struct Layer {
 };
 
 Kind checked_kind(const std::string& name) {
-  static const std::vector<std::string> names{"linear", "layer_norm", "rms_norm", "group_norm"};
-  const auto found = std::find(names.begin(), names.end(), name);
-  TORCH_CHECK_VALUE(found != names.end(), "kind is ", name, ": choose one of ", names);
-  return static_cast<Kind>(found - names.begin());
+  for (const auto& [known, kind] : {std::pair{"linear", Kind::kLinear},
+                                    {"layer_norm", Kind::kLayerNorm},
+                                    {"rms_norm", Kind::kRmsNorm},
+                                    {"group_norm", Kind::kGroupNorm}})
+    if (name == known) return kind;
+  TORCH_CHECK_VALUE(false, "kind is ", name, ": choose linear, layer_norm, rms_norm or group_norm");
 }
 
 void check_layer(const Layer& layer, size_t index) {

@@ -44,14 +44,14 @@ bool is_plain_tensor(py::handle object) {
 }
 
 // Whether `x` carries gradient and has the samples in front.
-bool is_usual(py::handle x, py::handle batch_size, int64_t sample_ndim) {
+bool is_usual_input(py::handle x, py::handle batch_size, int64_t sample_ndim) {
   if (!is_plain_tensor(x) || batch_size.is_none()) return false;
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
   return tensor.requires_grad() && tensor.dim() > sample_ndim && tensor.size(0) == batch_size.cast<int64_t>();
 }
 
-// Whether nothing but the forward of its class and its parameters makes what the module gives.
-bool is_usual(py::handle tap, py::handle module) {
+// Whether the class of the module has the forward that runs, and the rule needs nothing that may change meanwhile.
+bool is_usual_module(py::handle tap, py::handle module) {
   const py::object attributes = kDict.of(module);
   return kPrevious.of(tap).is_none() && !kMark.in(attributes) && !py::len(kBuffers.in(attributes));
 }
@@ -94,7 +94,7 @@ py::object run_layer(const py::object& tap, const py::tuple& args, const py::obj
   if (args.size() != 1 || batch.is_none() || !kRecording.of(capture)().cast<bool>()) return py::none();
   const py::object module = kModule.of(tap), size = kSize.of(batch);
   const py::handle x = PyTuple_GET_ITEM(args.ptr(), 0);
-  if (!is_usual(x, size, kSampleNdim.of(tap).cast<int64_t>()) || !is_usual(tap, module)) return py::none();
+  if (!is_usual_input(x, size, kSampleNdim.of(tap).cast<int64_t>()) || !is_usual_module(tap, module)) return py::none();
   auto [names, parameters] = trainable(kSlots.of(tap), kGuards.of(capture));
   if (parameters.empty()) return py::none();
   py::object output;

@@ -13,6 +13,9 @@ from .factors import Bias, Dense, Factor, Outer
 if TYPE_CHECKING:
     from .nodes import Record
 
+# Why there is but this way.
+_TOGETHER = "small: formed together with others"
+
 
 @dataclass(slots=True)
 class Singles:
@@ -76,7 +79,7 @@ class Aside:
         found: list[tuple[nn.Parameter, Factor]] = [(entry[2], Dense(_checked(*entry))) for entry in self.formed]
         for parameters, matrix in self.side_by_side:
             parts = zip(parameters, matrix.split([p.numel() for p in parameters], 1), strict=True)
-            found += [(parameter, Dense(part.view(len(part), *parameter.shape))) for parameter, part in parts]
+            found += [(p, Dense(part.view(len(part), *p.shape), why=_TOGETHER)) for p, part in parts]
         for layer, x, e in self.layers:
             weight = Outer(x, e, torch.Size((e.shape[1], x.shape[1])))
             found += [(parameter, weight if name == "weight" else Bias(weight)) for name, parameter in layer.items()]
@@ -98,8 +101,9 @@ class Aside:
         whole = len(self.formed)
         found = combined[:whole]
         for (parameters, _), row in zip(self.side_by_side, combined[whole:], strict=True):
-            parts = row.split([p.numel() for p in parameters])
-            found += [part if p.ndim == 1 else part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+            # Not views in the eyes of autograd, which would refuse to change one in place where it records.
+            parts = zip(parameters, row.unsafe_split_with_sizes([p.numel() for p in parameters]), strict=True)
+            found += [part if p.ndim == 1 else torch.ops.aten._unsafe_view(part, p.shape) for p, part in parts]
         return found
 
     def singles(self) -> Singles | None:

@@ -56,7 +56,8 @@ class Convolution:
             return ways
         held = self.plain().held
         combination = Cost(convolution=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
-        statistics = Cost(convolution=product, gram=shape.numel() * self.batch_size * needs_gram, calls=1)
+        blocks = 1 if self.output_grads.is_cpu else 1 + shape.numel() // reference.BLOCK
+        statistics = Cost(convolution=product, gram=shape.numel() * self.batch_size * needs_gram, calls=3 * blocks)
         ways["recompute"] = statistics + combination
         if self._unfolds():
             n, size = self.shape[1:].numel(), dtype.itemsize

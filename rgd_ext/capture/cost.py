@@ -6,6 +6,9 @@ from dataclasses import astuple, dataclass
 
 import torch
 
+# Without a budget gradients may take so many times what their layer's inputs and output gradients take.
+SHARE = 3
+
 
 @dataclass(frozen=True)
 class Rates:

@@ -90,12 +90,11 @@ class Dense:
     Args:
         contributions: the tensor.
         is_own: whether it may be overwritten.
+        why: there is but this way, for the user.
     """
 
-    why = "formed by the layer's rule"
-
-    def __init__(self, contributions: Tensor, is_own: bool = False) -> None:
-        self.contributions, self.is_own = contributions, is_own
+    def __init__(self, contributions: Tensor, is_own: bool = False, why: str = "formed by the layer's rule") -> None:
+        self.contributions, self.is_own, self.why = contributions, is_own, why
 
     @property
     def batch_size(self) -> int:

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .cost import Cost
+from .cost import SHARE, Cost
 from .factors import Factor
 from .rates import rates
 from .workspace import Empty
-
-# Without a budget gradients may take so many times what their layer's inputs and output gradients take.
-_SHARE = 3
 
 # Shapes to remember: more come from sequences of any length, and are planned again.
 _MOST = 10_000
@@ -119,7 +116,7 @@ class Planner:
         if len(ways) == 1:
             return choice
         if self.budget is None:
-            way = choice.fastest(_SHARE * choice.plain.held)
+            way = choice.fastest(SHARE * choice.plain.held)
             choice.choose(way, "fastest" if way == choice.fastest() else "fastest in little memory")
         elif self.budget == math.inf:
             choice.choose(choice.fastest(), "fastest")

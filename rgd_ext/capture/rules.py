@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..reference import Geometry, accumulate_dtype
 from .convolution import Convolution
+from .cost import SHARE
 from .embedding import Rows
 from .factors import Bias, Factor, Outer
 
@@ -227,7 +228,7 @@ def _linear_formed(module: nn.Linear, x: Tensor, output_grad: Tensor) -> Formed 
         return None
     x, output_grad = _sequences(x), _sequences(output_grad)
     # Where gradients take much more memory than what they come from, there are better ways.
-    if x.shape[-1] * output_grad.shape[-1] > 3 * x.shape[1] * (x.shape[-1] + output_grad.shape[-1]):
+    if x.shape[-1] * output_grad.shape[-1] > SHARE * x.shape[1] * (x.shape[-1] + output_grad.shape[-1]):
         return None
     return "linear", output_grad, x, 1, 0.0
 
@@ -244,12 +245,13 @@ def _group_norm_formed(module: nn.GroupNorm, x: Tensor, output_grad: Tensor) -> 
     return "group_norm", output_grad, x, module.num_groups, module.eps
 
 
-# By rule; None where the operator does not serve that module or those shapes.
-FORMED: dict[Callable, Callable[[nn.Module, Tensor, Tensor], Formed | None]] = {
-    linear: _linear_formed,
-    layer_norm: _layer_norm_formed,
-    rms_norm: _rms_norm_formed,
-    group_norm: _group_norm_formed,
+# By the id of the rule, since those of users may have no hash. None where `layer_grads` does not serve that module or
+# those shapes.
+FORMED: dict[int, Callable[[nn.Module, Tensor, Tensor], Formed | None]] = {
+    id(linear): _linear_formed,
+    id(layer_norm): _layer_norm_formed,
+    id(rms_norm): _rms_norm_formed,
+    id(group_norm): _group_norm_formed,
 }
 
 

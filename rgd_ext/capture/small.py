@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # which costs a convolution 40 us; what is larger would itself leave them.
 SMALL = 64 << 10
 # The parameters that `layer_grads` forms gradients of.
-_AFFINE = ["weight"], ["weight", "bias"]
+_AFFINE = (["weight"], ["weight", "bias"])
 
 
 class SmallLayers:
@@ -72,7 +72,7 @@ class SmallLayers:
 
 def _formed(record: Record, names: list[str], x: Tensor, grad: Tensor) -> Formed | None:
     """What `layer_grads` takes of a use, but for whether there is a bias; None if it does not serve the layer."""
-    find, parameters = FORMED.get(getattr(record.rule, "func", None)), record.parameters
+    find, parameters = FORMED.get(id(getattr(record.rule, "func", None))), record.parameters
     if find is None or names not in _AFFINE or len(names) < len(parameters):
         return None
     return find(record.rule.args[0], x, grad) if x.dtype == grad.dtype == parameters["weight"].dtype else None

@@ -62,7 +62,7 @@ class Tap(Released):
     """
 
     batch_norms: Mapping[str, nn.Module] = MappingProxyType({})
-    # (tap, args, Record) -> what the rest of a call gives, or None where the case is not the usual one.
+    # (tap, args, Record) -> the watched output, or None where the case is not the usual one.
     run_usual: Callable | None = None
 
     def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
@@ -168,14 +168,14 @@ class Container(Tap):
 class Layer(Tap):
     """A module with a rule."""
 
-    run_usual = None if _C is None else _C.run_layer
-
     def __init__(self, capture, module, name, slots, registered: Registered) -> None:
         super().__init__(capture, module, name, slots)
         self.sample_ndim = registered.minimum(module)
         self._bound_rule = partial(registered.rule, module)
         self._is_linear = registered.rule is linear and {name for *_, name in slots} <= {"weight", "bias"}
         self.batch_norms = batch_norms(module, name)
+        if _C is not None and not self.batch_norms:
+            self.run_usual = _C.run_layer
 
     def check_batch_norm(self):
         if self.capture.batch_norm == "error":
