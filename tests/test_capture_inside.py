@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from capturing import captured_grad, flat_grad, loss_of
+from models import Net
 from oracle import assert_close, per_sample_gradients, weak_field
 from torch import nn
 from torch.autograd import forward_ad
@@ -124,18 +125,22 @@ def test_rule_that_has_no_hash():
     assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
 
 
-def test_directions_of_small_layers_may_be_changed_in_place():
-    model, x, factor = behind(nn.LayerNorm((3, 4)), nn.LayerNorm(4)), batch(5, 3, 4), torch.ones((), requires_grad=True)
+@pytest.mark.parametrize("small", [64 << 10, 0])
+def test_directions_may_be_changed_in_place(small, monkeypatch):
+    monkeypatch.setattr("rgd_ext.capture.small.SMALL", small)
+    layers = nn.LayerNorm((3, 4)), nn.LayerNorm(4), nn.Linear(4, 4), nn.Bilinear(4, 4, 2)
+    model = nn.Sequential(*behind(*layers[:-1]), Net(lambda m, x: m.pair(x, x), pair=layers[-1])).double()
+    x, factor = batch(5, 3, 4), torch.ones((), requires_grad=True)
     with rgd_ext.precondition(model):
         for _ in range(2):  # planned in the first
             model.zero_grad()
             loss_of(model(x)).backward()
-            for norm in model[2:]:
-                before, version = norm.bias.grad.clone(), norm.bias.grad._version
-                norm.weight.grad.mul_(factor)
-                assert norm.weight.grad.shape == norm.weight.shape
-                assert torch.equal(norm.bias.grad, before)
-                assert norm.bias.grad._version == version
+            for layer in layers:
+                before, version = layer.bias.grad.clone(), layer.bias.grad._version
+                layer.weight.grad.mul_(factor)
+                assert layer.weight.grad.shape == layer.weight.shape
+                assert torch.equal(layer.bias.grad, before)
+                assert layer.bias.grad._version == version
 
 
 def test_layer_that_also_runs_without_gradients():

@@ -436,7 +436,8 @@ class Preconditioner:
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):
             if parameter.grad is None:
-                parameter.grad = step
+                # A view made here could not be changed in place where autograd records.
+                parameter.grad = step.detach() if step._is_view() else step
             else:
                 parameter.grad += step
         self._workspace.release()
