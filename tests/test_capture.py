@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from capturing import captured_grad, loss_of
+from capturing import Gain, captured_grad, double, loss_of
 from models import GPT, Net, ViT, mlp
 from oracle import assert_close, direction, flat, flat_grad, per_sample_gradients, weak_field
 from torch import nn
@@ -29,10 +29,6 @@ def check(model, *inputs):
 
 
 X = (6, 4)
-
-
-def double(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 RAW = {
@@ -165,15 +161,6 @@ def test_subclass_with_its_own_forward_is_not_taken_for_its_parent():
             return F.linear(x, self.weight * 2, self.bias) * x
 
     check(nn.Sequential(nn.Linear(4, 4), Doubled(4, 4)).double(), double(*X))
-
-
-class Gain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        return x * self.gain
 
 
 @pytest.mark.parametrize(

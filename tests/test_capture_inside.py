@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from capturing import captured_grad, flat_grad, loss_of
+from capturing import Gain, captured_grad, double, flat_grad, loss_of
 from models import Net
 from oracle import assert_close, per_sample_gradients, weak_field
 from torch import nn
@@ -12,15 +12,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import rgd_ext
-
-
-class Gain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(4))
-
-    def forward(self, x):
-        return x * self.gain
 
 
 def gain_rule(module, inputs, output_grad):
@@ -34,10 +25,6 @@ def behind(*layers):
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), *layers).double()
 
 
-def batch(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def test_buffers_are_those_of_the_forward():
     class Scaled(Gain):
         def __init__(self):
@@ -48,7 +35,7 @@ def test_buffers_are_those_of_the_forward():
             return super().forward(x) * self.factor
 
     rgd_ext.register_rule(Scaled, lambda module, inputs, output_grad: {"gain": inputs[0] * module.factor * output_grad})
-    model, x = behind(Scaled()), batch(5, 4)
+    model, x = behind(Scaled()), double(5, 4)
     expected = weak_field(per_sample_gradients(model, loss_of, [x]))
     with rgd_ext.precondition(model):
         loss = loss_of(model(x))
@@ -66,15 +53,15 @@ def test_mark_settles_a_batch_as_long_as_its_sequences():
         def forward(self, x):
             return self.second(self.first(x).tanh().transpose(0, 1)).transpose(0, 1)
 
-    model, x = SequenceFirst().double(), batch(5, 5, 4)
+    model, x = SequenceFirst().double(), double(5, 5, 4)
     expected = weak_field(per_sample_gradients(model, loss_of, [x]))
     rgd_ext.mark(model.second, batch_dim=1)
     assert_close(captured_grad(model, x), expected)
 
 
 def test_a_tensor_in_the_place_of_a_parameter_gets_its_own_gradient():
-    model, x = behind(nn.Linear(4, 3)), batch(5, 4)
-    weight = batch(3, 4).requires_grad_()
+    model, x = behind(nn.Linear(4, 3)), double(5, 4)
+    weight = double(3, 4).requires_grad_()
     with rgd_ext.precondition(model):
         loss_of(functional_call(model, {"2.weight": 2 * weight}, x)).backward()
     assert model[2].weight.grad is None
@@ -83,7 +70,7 @@ def test_a_tensor_in_the_place_of_a_parameter_gets_its_own_gradient():
 
 
 def test_layer_without_trainable_parameters_is_left_alone():
-    model, x = behind(nn.Linear(4, 4).requires_grad_(False), nn.Tanh(), nn.Linear(4, 3)), batch(5, 4)
+    model, x = behind(nn.Linear(4, 4).requires_grad_(False), nn.Tanh(), nn.Linear(4, 3)), double(5, 4)
     expected = weak_field(per_sample_gradients(model, loss_of, [x]))
     with rgd_ext.precondition(model):
         output = model(x)
@@ -107,7 +94,7 @@ def test_batch_statistics_below_a_layer_are_refused():
     rgd_ext.register_rule(Block, rule)
     model = behind(Block()).eval()
     with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"'2\.norm' \(BatchNorm1d\)"):
-        model.train()(batch(5, 4))
+        model.train()(double(5, 4))
 
 
 def test_rule_that_has_no_hash():
@@ -121,7 +108,7 @@ def test_rule_that_has_no_hash():
         pass
 
     rgd_ext.register_rule(Unhashed, Rule())
-    model, x = behind(Unhashed()), batch(5, 4)
+    model, x = behind(Unhashed()), double(5, 4)
     assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
 
 
@@ -130,7 +117,7 @@ def test_directions_may_be_changed_in_place(small, monkeypatch):
     monkeypatch.setattr("rgd_ext.capture.small.SMALL", small)
     layers = nn.LayerNorm((3, 4)), nn.LayerNorm(4), nn.Linear(4, 4), nn.Bilinear(4, 4, 2)
     model = nn.Sequential(*behind(*layers[:-1]), Net(lambda m, x: m.pair(x, x), pair=layers[-1])).double()
-    x, factor = batch(5, 3, 4), torch.ones((), requires_grad=True)
+    x, factor = double(5, 3, 4), torch.ones((), requires_grad=True)
     with rgd_ext.precondition(model):
         for _ in range(2):  # planned in the first
             model.zero_grad()
@@ -155,7 +142,7 @@ def test_layer_that_also_runs_without_gradients():
                 self.target = self.head(hidden)
             return self.head(hidden)
 
-    model, x = WithTarget().double(), batch(5, 4)
+    model, x = WithTarget().double(), double(5, 4)
     expected = weak_field(per_sample_gradients(model, loss_of, [x]))
     assert_close(captured_grad(model, x), expected)
     assert not model.target.requires_grad
@@ -164,7 +151,7 @@ def test_layer_that_also_runs_without_gradients():
 def test_forward_that_raises_leaves_parameters_trainable():
     model = behind(nn.Linear(3, 3))
     with rgd_ext.precondition(model), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(batch(5, 4))
+        model(double(5, 4))
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -175,7 +162,7 @@ def test_output_that_is_no_tensor_is_refused():
 
     rgd_ext.register_rule(Twice, gain_rule)
     with rgd_ext.precondition(behind(Twice()).double()) as handle, pytest.raises(TypeError, match="gives a tuple"):
-        handle.model(batch(5, 4))
+        handle.model(double(5, 4))
 
 
 def test_tensor_in_a_list():
@@ -188,7 +175,7 @@ def test_tensor_in_a_list():
             return [x]
 
     rgd_ext.register_rule(Listed, gain_rule)
-    model, x = behind(Pack(), Listed()), batch(5, 4)
+    model, x = behind(Pack(), Listed()), double(5, 4)
     assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
 
 
@@ -202,7 +189,7 @@ def test_classes_of_outputs_stay():
             return super().forward(x).as_subclass(Tagged)
 
     rgd_ext.register_rule(Tagging, gain_rule)
-    model, x = behind(Tagging()), batch(5, 4)
+    model, x = behind(Tagging()), double(5, 4)
     plain = behind(Gain())
     plain.load_state_dict(model.state_dict())
     with rgd_ext.precondition(model):
@@ -220,7 +207,7 @@ def test_tangent_that_comes_in_inside_is_refused():
 
     model = behind(WithTangent(), nn.Linear(4, 3))
     with rgd_ext.precondition(model), forward_ad.dual_level(), pytest.raises(RuntimeError, match="paused"):
-        model(batch(5, 4))
+        model(double(5, 4))
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias", "both"])
@@ -233,7 +220,7 @@ def test_small_layers_of_which_some_parameters_are_trained(layer, trained):
         "RMSNorm": nn.RMSNorm(4, eps=0.1),
         "GroupNorm": nn.GroupNorm(3, 3),
     }
-    model, x = behind(layers[layer], nn.Tanh(), nn.LayerNorm(4)), batch(5, 3, 4)
+    model, x = behind(layers[layer], nn.Tanh(), nn.LayerNorm(4)), double(5, 3, 4)
     for name, parameter in model[2].named_parameters():
         nn.init.uniform_(parameter, 0.5, 2)
         parameter.requires_grad_(trained in (name, "both"))
@@ -247,7 +234,7 @@ def test_small_layers_of_which_some_parameters_are_trained(layer, trained):
 
 
 def test_layer_whose_bias_is_not_asked_for():
-    model, x = behind(nn.LayerNorm(4), nn.Linear(4, 3)), batch(5, 4)
+    model, x = behind(nn.LayerNorm(4), nn.Linear(4, 3)), double(5, 4)
     weights = [p for name, p in model.named_parameters() if name != "2.bias"]
     with rgd_ext.precondition(model):
         loss_of(model(x)).backward(inputs=weights)
@@ -263,7 +250,7 @@ def test_small_layers_of_two_precisions():
 
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Narrow(), nn.LayerNorm(4), nn.Linear(4, 3))
     model[:2].double()
-    x = batch(5, 3, 4)
+    x = double(5, 3, 4)
     whole = copy.deepcopy(nn.Sequential(*model[:2], *model[3:])).double()
     with rgd_ext.precondition(model):
         loss_of(model(x)).backward()
@@ -288,11 +275,11 @@ def test_small_layers_under_autocast(monkeypatch):
 
 
 def test_small_layer_with_many_weights_is_planned():
-    model, x = behind(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4)), batch(2, 1, 4)
+    model, x = behind(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4)), double(2, 1, 4)
     assert 400 * 4 > 3 * (400 + 4)
     with rgd_ext.precondition(model) as handle:
         loss_of(model(x)).backward()
         reasons = {layer.name: layer.why for layer in handle.plan().layers}
         assert reasons["2"] == reasons["4"] == "one vector per sample"
-        loss_of(model[:2](batch(2, 9, 4))).backward()
+        loss_of(model[:2](double(2, 9, 4))).backward()
         assert [layer.why for layer in handle.plan().layers] == ["small: formed together with others"]

@@ -139,14 +139,11 @@ def test_ghost_gram_gives_the_same_bits_for_any_threads_and_layout(name, dtype):
     if not rgd_ext.build_info()["compiled"]:
         pytest.skip("PyTorch's own products depend on the number of threads")
     inputs, output_grads, biases = sample_layers(name, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads, layout in ((1, "contiguous"), (2, "permuted"), (3, "row slices"), (5, "contiguous")):
-            torch.set_num_threads(threads)
-            results.append(ops.ghost_gram(laid_out(inputs, layout), laid_out(output_grads, layout), biases))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+
+    def call(layout):
+        return ops.ghost_gram(laid_out(inputs, layout), laid_out(output_grads, layout), biases)
+
+    assert_same_bits(on_threads((1, 2, 3, 5), call, THREADED_LAYOUTS))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -301,15 +298,16 @@ def test_conv_statistics_of_any_layout(name, layout):
 def test_conv_statistics_are_the_same_bits_for_any_threads(name):
     if not rgd_ext.build_info()["compiled"]:
         pytest.skip("PyTorch's own sums depend on the number of threads")
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(conv_statistics(*sample_convolution(name, torch.float32)[:-1]))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    *arguments, _ = sample_convolution(name, torch.float32)
+    assert_same_bits(on_threads((1, 2, 5), lambda: conv_statistics(*arguments)))
+
+
+def test_reference_of_conv_statistics_in_blocks(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 1)
+    *arguments, _ = sample_convolution("2-d, several panels", torch.float64)
+    results = [reference.conv_gram(*arguments), *reference.conv_scalar_moments(*arguments)]
+    for result, wanted in zip(results, conv_statistics_by_autograd(*arguments), strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -453,15 +451,11 @@ def test_gradients_of_layers_are_the_same_bits_for_any_threads_and_layout(call, 
     if not rgd_ext.build_info()["compiled"]:
         pytest.skip("PyTorch's own sums depend on the number of threads")
     operator, sample, name = LAYER_CALLS[call]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads, layout in ((1, "contiguous"), (2, "permuted"), (3, "row slices"), (5, "contiguous")):
-            torch.set_num_threads(threads)
-            results.append(leaves(getattr(ops, operator)(*sample(name, dtype, layout=layout))))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def call(layout):
+        return getattr(ops, operator)(*sample(name, dtype, layout=layout))
+
+    assert_same_bits(on_threads((1, 2, 3, 5), call, THREADED_LAYOUTS))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -538,18 +532,11 @@ def test_layer_grads_are_side_by_side(dtype, layout, device):
 def test_layer_grads_are_the_same_bits_for_any_threads_and_those_of_single_layers():
     if not rgd_ext.build_info()["compiled"]:
         pytest.skip("PyTorch's own sums depend on the number of threads")
-    arguments, before, results = formed_layers(FORMED, torch.float32), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(torch.ops.rgd_ext.layer_grads(*arguments))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-    _, e, x, groups, eps, _ = FORMED["GroupNorm"]
-    e, x = arguments[1][-1], arguments[2][-1]
-    assert torch.equal(results[0][:, -12:], torch.cat(ops.group_norm_grads(e, x, groups, eps), 1))
+    arguments = formed_layers(FORMED, torch.float32)
+    results = list(on_threads((1, 2, 5), lambda: torch.ops.rgd_ext.layer_grads(*arguments)))
+    assert_same_bits(results)
+    _, e, x, groups, eps, _ = (argument[-1] for argument in arguments)  # a GroupNorm
+    assert torch.equal(results[0][0][:, -12:], torch.cat(ops.group_norm_grads(e, x, groups, eps), 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -672,6 +659,26 @@ def test_operators_on_gramians_work_under_compile_and_opcheck(device):
     assert torch.equal(compiled(*layers), weights(*layers))
 
 
+THREADED_LAYOUTS = [("contiguous",), ("permuted",), ("row slices",), ("contiguous",)]
+
+
+def on_threads(numbers, call, arguments=None):
+    """The tensors that `call` gives on each number of threads, with the arguments for it."""
+    before = torch.get_num_threads()
+    try:
+        for threads, some in zip(numbers, arguments or [()] * len(numbers), strict=True):
+            torch.set_num_threads(threads)
+            yield leaves(call(*some))
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_bits(results):
+    first, *others = results
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 def leaves(result):
     return torch.utils._pytree.tree_leaves(result)
 
@@ -707,16 +714,8 @@ def test_memory_layout_does_not_matter(name, layout, device):
 def test_any_number_of_threads_gives_the_same_bits(name, shapes, dtype):
     if not rgd_ext.build_info()["compiled"]:
         pytest.skip("PyTorch's own reductions depend on the number of threads")
-    grads, before = sample_grads(shapes, dtype), torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            results.append(leaves(CALLS[name](grads)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    grads = sample_grads(shapes, dtype)
+    assert_same_bits(on_threads((1, 2, 3, 5), lambda: CALLS[name](grads)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kTileBytes = 640 << 10;
 // Columns of a tile that statistics are taken of at a time: a block of rows stays in L1.
 constexpr int64_t kColumns = 1024;
-constexpr int64_t kMinChunks = 8, kMaxChunks = 64, kMaxPartials = 1 << 18;
 
 // What is summed over the columns of tiles, in double: `size` numbers.
 struct GramSums {
@@ -125,9 +124,9 @@ Partials conv_statistics(const at::Tensor& output_grad, const at::Tensor& input,
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();
   const Sums sums(input.size(0));
-  const int64_t channels = output_grad.size(1), most = std::clamp(kMaxPartials / sums.size, kMinChunks, kMaxChunks);
+  const int64_t channels = output_grad.size(1);
   const int64_t tile_taps = taps_in_tile(conv, input.size(0), std::min(kChannels, channels), grads.element_size());
-  Partials partials{std::min<int64_t>(most, at::divup(conv.taps.size(), tile_taps)), sums.size, {}};
+  Partials partials{std::min<int64_t>(most_chunks(sums.size), at::divup(conv.taps.size(), tile_taps)), sums.size, {}};
   partials.sums.resize(partials.chunks * partials.size);
   for (int64_t first = 0; first < channels; first += kChannels)
     AT_DISPATCH_FLOATING_TYPES(dtype, "conv_statistics", [&] {

@@ -32,7 +32,7 @@ Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
     max_columns_ = std::max(max_columns_, std::min(widest, size));
   }
   const int64_t tiles = columns_.size();
-  const int64_t chunks = std::min(tiles, std::clamp(kMaxPartials / std::max<int64_t>(slot, 1), kMinChunks, kMaxChunks));
+  const int64_t chunks = std::min(tiles, most_chunks(slot));
   // A chunk ends at the first tile that reaches its share of the columns.
   chunk_begin_.push_back(0);
   int64_t done = 0;
@@ -41,6 +41,10 @@ Work::Work(at::TensorList matrices, int64_t slot, TileShape shape)
     const int64_t share = static_cast<int64_t>(chunk_begin_.size());
     if (tile + 1 == tiles || done * chunks >= total * share) chunk_begin_.push_back(tile + 1);
   }
+}
+
+int64_t most_chunks(int64_t slot) {
+  return std::clamp(kMaxPartials / std::max<int64_t>(slot, 1), kMinChunks, kMaxChunks);
 }
 
 void sum_chunks(int64_t chunks, const double* partials, int64_t stride, at::Tensor& out) {

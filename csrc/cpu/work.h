@@ -63,6 +63,9 @@ class Work {
   std::vector<int64_t> chunk_begin_;
 };
 
+// How many chunks may keep `slot` doubles each.
+int64_t most_chunks(int64_t slot);
+
 // Sums the slots of all chunks, `stride` doubles apart, in their order: out[i] = sum_chunk partials[chunk * stride +
 // i].
 void sum_chunks(int64_t chunks, const double* partials, int64_t stride, at::Tensor& out);

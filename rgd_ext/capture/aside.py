@@ -101,9 +101,9 @@ class Aside:
         whole = len(self.formed)
         found = combined[:whole]
         for (parameters, _), row in zip(self.side_by_side, combined[whole:], strict=True):
-            # Not views in the eyes of autograd, which would refuse to change one in place where it records.
+            # What changes one in place does not count as a change of the others.
             parts = zip(parameters, row.unsafe_split_with_sizes([p.numel() for p in parameters]), strict=True)
-            found += [part if p.ndim == 1 else torch.ops.aten._unsafe_view(part, p.shape) for p, part in parts]
+            found += [part if p.ndim == 1 else part.view(p.shape) for p, part in parts]
         return found
 
     def singles(self) -> Singles | None:

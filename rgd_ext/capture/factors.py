@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..gradients import Moments, aligned, moments_of
-from ..reference import accumulate_dtype
+from ..reference import BLOCK, accumulate_dtype
 from .cost import Cost, of_ghost, of_gradients
 from .workspace import Empty, Workspace, fresh
 
@@ -127,8 +127,7 @@ class Dense:
 class Blockwise:
     """Statistics from gradients that are formed a block at a time, and dropped."""
 
-    # Elements of a block, which is to stay in the caches.
-    _BLOCK = 1 << 20
+    _BLOCK = BLOCK
 
     batch_size: int
     output_grads: Tensor

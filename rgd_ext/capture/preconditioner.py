@@ -236,10 +236,9 @@ class Preconditioner:
             output = forward(args, kwargs)
         finally:
             self.batch = None
-        guards = self.guards
         for module in modules_in(self.model):
-            for key, parameter in module._parameters.items() if module._parameters else ():
-                if id(parameter) not in guards and parameter is not None and parameter.requires_grad:
+            for key, parameter in module._parameters.items():
+                if id(parameter) not in self.guards and parameter is not None and parameter.requires_grad:
                     self._admit_newcomer(module, key, parameter)
         for tensor in (output,) if isinstance(output, Tensor) else tensors_in(output):
             if isinstance(tensor, Shared):
@@ -430,8 +429,7 @@ class Preconditioner:
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         for parameter in parameters:
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                self._check_hooks(parameter, _HOOKS)
+            self._check_hooks(parameter, _HOOKS)
         with full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):

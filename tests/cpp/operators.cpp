@@ -90,10 +90,15 @@ std::tuple<Tensor, Tensor> sample_weights(const Tensor& squared_grad_norm, const
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double);
   return find<Signature>("rgd_ext::sample_weights").call(squared_grad_norm, alignments, squared_norms, epsilon, 1e-7);
 }
+// Kernel, stride, padding and dilation.
+std::vector<std::vector<int64_t>> in_two_dimensions(const std::vector<int64_t>& geometry) {
+  std::vector<std::vector<int64_t>> pairs;
+  for (const int64_t number : geometry) pairs.push_back({number, number});
+  return pairs;
+}
 Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::vector<int64_t>& geometry,
                          int64_t groups) {
-  const std::vector<int64_t> of_two[] = {
-      {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
+  const auto of_two = in_two_dimensions(geometry);
   using Signature = void(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
                          at::IntArrayRef, int64_t, Tensor&);
   Tensor out =
@@ -105,8 +110,7 @@ Tensor conv_weight_grads(const Tensor& output_grad, const Tensor& x, const std::
 template <typename Result>
 Result conv_statistics(const char* name, const Tensor& output_grad, const Tensor& x,
                        const std::vector<int64_t>& geometry) {
-  const std::vector<int64_t> of_two[] = {
-      {geometry[0], geometry[0]}, {geometry[1], geometry[1]}, {geometry[2], geometry[2]}, {geometry[3], geometry[3]}};
+  const auto of_two = in_two_dimensions(geometry);
   using Signature =
       Result(const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef);
   return find<Signature>(name).call(output_grad, x, of_two[0], of_two[1], of_two[2], of_two[3]);
