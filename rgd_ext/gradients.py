@@ -52,6 +52,15 @@ def squared_norm(vector: list[Tensor]) -> Tensor:
     return total([torch.ops.rgd_ext.squared_norm(group) for group in groups.values()])
 
 
+def combine_with_norm(grads: PerSampleGradients, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+    """p = w^T G and |p|^2, which some sources know for less."""
+    known = getattr(grads, "combine_with_norm", None)
+    if known is not None:
+        return known(weights)
+    combination = grads.combine(weights)
+    return combination, squared_norm(combination)
+
+
 def total(parts: list[Tensor]) -> Tensor:
     """The sum of statistics that may come from several devices and accumulation dtypes."""
     if len(parts) == 1:

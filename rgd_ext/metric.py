@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .gradients import DenseGradients, PerSampleGradients, squared_norm
+from .gradients import DenseGradients, PerSampleGradients, combine_with_norm
 
 Inverse: TypeAlias = Literal["weak-field", "exact"]
 
@@ -336,9 +336,10 @@ def solve(
     )
     if inverse == "exact":
         stats.weights = exact_weights(stats)
-    direction = grads.combine(stats.weights)
-    if stats.centred_gram is None:
-        stats.direction_norm = squared_norm(direction).sqrt().to(stats.weights)
+    if stats.centred_gram is not None:
+        return grads.combine(stats.weights), stats
+    direction, squared = combine_with_norm(grads, stats.weights)
+    stats.direction_norm = squared.sqrt().to(stats.weights)
     return direction, stats
 
 

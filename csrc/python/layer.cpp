@@ -8,6 +8,7 @@
 
 #include <utility>
 
+#include "object.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -16,23 +17,6 @@ namespace rgd_ext {
 namespace {
 
 using torch::autograd::variable_list;
-
-// An attribute, by a string that is made once.
-class Attribute {
- public:
-  explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-
-  py::object of(py::handle object) const {
-    PyObject* found = PyObject_GetAttr(object.ptr(), name_);
-    if (!found) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(found);
-  }
-
-  py::handle in(py::handle dict) const { return PyDict_GetItemWithError(dict.ptr(), name_); }
-
- private:
-  PyObject* name_;
-};
 
 const Attribute kBatch("batch"), kBoundRule("_bound_rule"), kBuffers("_buffers"), kCapture("capture"),
     kDict("__dict__"), kForward("forward"), kGuards("guards"), kIsLinear("_is_linear"), kMark("_rgd_ext_batch_dim"),

@@ -18,6 +18,23 @@ inline std::shared_ptr<PyObject> shared(pybind11::object object) {
           }};
 }
 
+// An attribute, by a string that is made once.
+class Attribute {
+ public:
+  explicit Attribute(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+
+  pybind11::object of(pybind11::handle object) const {
+    PyObject* const found = PyObject_GetAttr(object.ptr(), name_);
+    if (!found) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(found);
+  }
+
+  pybind11::handle in(pybind11::handle dict) const { return PyDict_GetItemWithError(dict.ptr(), name_); }
+
+ private:
+  PyObject* name_;
+};
+
 // What `call` returns, under the interpreter's lock; what Python raises there reaches whoever called backward().
 template <typename Call>
 auto in_python(const Call& call) {

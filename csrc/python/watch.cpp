@@ -30,6 +30,8 @@ using torch::autograd::edge_list;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
+const Attribute kReceive("receive");
+
 bool requires_grad(const Edge& parameter) {
   const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(parameter.function.get());
   return !leaf || leaf->variable.requires_grad();
@@ -78,8 +80,7 @@ struct Watch : torch::autograd::Node {
     const bool any = !which || std::find(which->begin(), which->end(), true) != which->end();
     if (any || at::GradMode::is_enabled()) {
       const variable_list tensors = any ? unpacked() : variable_list();
-      grad =
-          in_python([&] { return py::handle(record.get()).attr("receive")(tensors, grad, which).cast<at::Tensor>(); });
+      grad = in_python([&] { return kReceive.of(record.get())(tensors, grad, which).cast<at::Tensor>(); });
     }
     result[0] = grad;
     return result;

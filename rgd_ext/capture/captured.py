@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gradients import Moments, moments_of, total
+from ..gradients import Moments, moments_of, squared_norm, total
 from ..reference import accumulate_dtype
 from .aside import Aside, Singles
 from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
@@ -130,6 +130,15 @@ class CapturedGradients:
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
+        return self._by_parameter(self._combination(weights))
+
+    def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`combine`, and |w^T G|^2."""
+        combination = self._combination(weights)
+        return self._by_parameter(combination), squared_norm(combination)
+
+    def _combination(self, weights: Tensor) -> list[Tensor]:
+        """`combine`, of parameters that lie side by side as one."""
         weights = weights * float(self.batch_size)
         result: dict[int, Tensor] = {}
         for indices, group in self._dense.values():
@@ -146,10 +155,14 @@ class CapturedGradients:
         for index in self._others:
             factor = self._factors[index]
             result[index] = factor.combine(weights.to(factor.example))
-        found = [result[index] for index in range(len(self._factors))]
-        if self._given_tensors:
-            found += self._given.apart([result[index] for index in range(len(found), len(result))])
+        found = [result[index] for index in range(len(result))]
         return found if self._given_singles is None else found + self._given_singles.combine(weights)
+
+    def _by_parameter(self, combination: list[Tensor]) -> list[Tensor]:
+        first, last = len(self._factors), len(self._factors) + len(self._given_tensors)
+        if first == last:
+            return combination
+        return [*combination[:first], *self._given.apart(combination[first:last]), *combination[last:]]
 
 
 def _gathered(layers: list[_Layer]) -> Singles:

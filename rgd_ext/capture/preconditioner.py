@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -304,14 +304,14 @@ class Preconditioner:
             " backward of its own under `with handle.paused():`"
         )
 
-    def admitted(self, record: Record, wanted: Wanted) -> list[str]:
+    def admitted(self, record: Record, wanted: Wanted) -> Collection[str]:
         """The names of the parameters whose contributions the backward under way collects from `record`.
 
         With the first record a backward begins.
         """
         if wanted is None:
             raise RuntimeError(RETURNED_GRADIENT)
-        names = list(record.parameters if all(wanted) else compress(record.parameters, wanted))
+        names = record.parameters if all(wanted) else list(compress(record.parameters, wanted))
         if not names:
             return names
         if torch.is_grad_enabled():
@@ -344,13 +344,13 @@ class Preconditioner:
                 " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
 
-    def keep(self, record: Record, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
+    def keep(self, record: Record, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
         """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
         if not self._small.take(record, names, inputs, grad):
             with full_precision(grad.device):
                 self.contribute(record, names, record.contributions(inputs, grad))
 
-    def contribute(self, record: Record, names: list[str], found: Contributions) -> None:
+    def contribute(self, record: Record, names: Collection[str], found: Contributions) -> None:
         """Keep the contributions to the parameters that a record was admitted with."""
         for name in names:
             factor, parameter = found.get(name), record.parameters[name]
@@ -429,7 +429,8 @@ class Preconditioner:
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         for parameter in parameters:
-            self._check_hooks(parameter, _HOOKS)
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                self._check_hooks(parameter, _HOOKS)
         with full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -32,9 +32,9 @@ class SmallLayers:
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
-        self._uses: list[tuple[Record, list[str], Sequence[Tensor], Tensor]] = []
+        self._uses: list[tuple[Record, Collection[str], Sequence[Tensor], Tensor]] = []
 
-    def take(self, record: Record, names: list[str], inputs: Sequence[Tensor], grad: Tensor) -> bool:
+    def take(self, record: Record, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> bool:
         """Keep a use of a layer for the end of the backward, if it is small."""
         size = grad.nbytes
         for x in inputs:
@@ -70,9 +70,9 @@ class SmallLayers:
         self.clear()
 
 
-def _formed(record: Record, names: list[str], x: Tensor, grad: Tensor) -> Formed | None:
+def _formed(record: Record, names: Collection[str], x: Tensor, grad: Tensor) -> Formed | None:
     """What `layer_grads` takes of a use, but for whether there is a bias; None if it does not serve the layer."""
     find, parameters = FORMED.get(id(getattr(record.rule, "func", None))), record.parameters
-    if find is None or names not in _AFFINE or len(names) < len(parameters):
+    if find is None or list(names) not in _AFFINE or len(names) < len(parameters):
         return None
     return find(record.rule.args[0], x, grad) if x.dtype == grad.dtype == parameters["weight"].dtype else None
