@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rgd_ext.__main__ import main
 from rgd_ext.capture import rates as of_device
 from rgd_ext.capture.cost import Cost, Rates
 from rgd_ext.capture.embedding import Rows
+from rgd_ext.capture.factors import Outer
 from rgd_ext.capture.planner import Choice, Planner, fit
 from rgd_ext.capture.workspace import Workspace
 
@@ -220,6 +222,34 @@ def test_little_memory_stays_between_steps_and_none_with_a_budget(budget, little
             loss_of(model(x)).backward()
             loss_of(model(x)).backward()
         assert stay() == number
+
+
+def see_gradient(output, seen):
+    output.register_hook(lambda grad: seen.append(weakref.ref(grad)))
+
+
+@pytest.mark.parametrize("places", [(), (3,)])
+def test_inputs_and_output_gradients_are_let_go_of_as_they_are_spent(places, only, monkeypatch):
+    # One vector per sample, or of each a product of its own.
+    owner, name = (torch.ops.rgd_ext, "ghost_combine") if places == () else (Outer, "combine")
+    combine, seen, alive = getattr(owner, name), [], []
+
+    def counted(*args):
+        alive.append(sum(grad() is not None for grad in seen))
+        return combine(*args)
+
+    monkeypatch.setattr(owner, name, counted)
+    only("recompute")
+    layers = [nn.Linear(300, 300, bias=False) for _ in range(3)]
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, output: see_gradient(output, seen))
+    with rgd_ext.precondition(nn.Sequential(*layers)) as handle:
+        for _ in range(2):
+            loss_of(handle.model(torch.randn(128, *places, 300))).backward()
+            assert alive == [3, 2, 1]
+            assert len(seen) == 3
+            seen.clear()
+            alive.clear()
 
 
 def test_another_dtype_is_planned_anew():

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Why there is but this way.
 _TOGETHER = "small: formed together with others"
+# Bytes of inputs and output gradients that are let go of at once: small models pay for each call.
+_PIECE = 1 << 18
 
 
 @dataclass(slots=True)
@@ -35,10 +37,24 @@ class Singles:
         """<h_i, h_j> over all, (B, B)."""
         return torch.ops.rgd_ext.ghost_gram(self.inputs, self.output_grads, self.biases)
 
-    def combine(self, weights: Tensor) -> list[Tensor]:
-        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n)."""
-        there = weights.to(self.output_grads[0].device)
-        return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
+    def combine(self, weights: Tensor, is_spent: bool = False) -> list[Tensor]:
+        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n).
+
+        Inputs and output gradients are let go of on the way if `is_spent`.
+        """
+        there, found = weights.to(self.output_grads[0].device), []
+        if not is_spent:
+            return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
+        while self.inputs:
+            size = 0
+            for number, (x, e) in enumerate(zip(self.inputs, self.output_grads, strict=True), 1):
+                size += x.nbytes + e.nbytes
+                if size > _PIECE:
+                    break
+            x, e, biases = self.inputs[:number], self.output_grads[:number], self.biases[:number]
+            del self.inputs[:number], self.output_grads[:number], self.biases[:number]
+            found += torch.ops.rgd_ext.ghost_combine(x, e, biases, there)
+        return found
 
 
 class Aside:

@@ -15,18 +15,14 @@ from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
 
 
 @dataclass(slots=True)
-class _Layer:
-    """A weight and a bias that met one vector per sample: h_i = e_i a_i^T and e_i.
+class _Place:
+    """Of a linear layer that met one vector per sample.
 
     Attributes:
-        output_grads: E, (B, m).
-        inputs: A, (B, n), with n = 0 if the weight is frozen.
-        shape: of the weight.
-        weight, bias: their places among a model's parameters, or None for one that is frozen.
+        shape: of its weight.
+        weight, bias: where they are among a model's parameters; None for one that is frozen.
     """
 
-    output_grads: Tensor
-    inputs: Tensor
     shape: torch.Size
     weight: int | None = None
     bias: int | None = None
@@ -38,34 +34,44 @@ class CapturedGradients:
     Args:
         factors: one per parameter.
         given: the contributions of more parameters, uniform; they follow in the order of its `parameters`.
+        is_spent: `combine` is the last that is asked. Inputs and output gradients are let go of as they are spent, so
+            that the directions take their memory.
     """
 
-    def __init__(self, factors: list[Factor], given: Aside | None = None) -> None:
-        self._factors, self._given = factors, given
+    def __init__(self, factors: list[Factor], given: Aside | None = None, is_spent: bool = False) -> None:
+        self._factors, self._given, self._is_spent = factors, given, is_spent
         self._given_tensors, self._given_singles = (given.tensors(), given.singles()) if given else ([], None)
         # By dtype and device: their places among the parameters, and the contributions.
         self._dense: dict[tuple, tuple[list[int], list[Tensor]]] = {}
-        self._singles: dict[tuple, list[_Layer]] = {}
-        self._others: list[int] = []
-        weights: dict[Factor, _Layer] = {}
-        for index, factor in enumerate(self._factors):
+        self._singles: dict[tuple, tuple[list[_Place], Singles]] = {}
+        self._others: dict[int, Factor] = {}
+        weights: dict[Factor, tuple[_Place, Singles, int]] = {}
+        for index, factor in enumerate(factors):
             kind = type(factor)
             if kind is Dense:
                 self._add_dense([index], [factor.contributions])
             elif kind is Outer and factor.is_single:
-                inputs, output_grads = factor.rows()
-                weights[factor] = _Layer(output_grads, inputs, factor.shape, weight=index)
-                self._singles.setdefault(_kind(output_grads), []).append(weights[factor])
+                weights[factor] = self._add_single(_Place(factor.shape, weight=index), *factor.rows())
             elif kind is Bias and factor.weight in weights:
-                weights[factor.weight].bias = index
+                place, singles, number = weights[factor.weight]
+                place.bias, singles.biases[number] = index, True
             elif kind is Bias:
                 grads = factor.dense()
-                lone = _Layer(grads, grads[:, :0], torch.Size(), bias=index)
-                self._singles.setdefault(_kind(grads), []).append(lone)
+                self._add_single(_Place(torch.Size(), bias=index), grads[:, :0], grads)
             else:
-                self._others.append(index)
+                self._others[index] = factor
+        self._first_given = len(factors)
         if self._given_tensors:
-            self._add_dense(range(len(factors), len(factors) + len(self._given_tensors)), self._given_tensors)
+            places = range(self._first_given, self._first_given + len(self._given_tensors))
+            self._add_dense(places, self._given_tensors)
+
+    def _add_single(self, place: _Place, inputs: Tensor, output_grads: Tensor) -> tuple[_Place, Singles, int]:
+        places, singles = self._singles.setdefault(_kind(output_grads), ([], Singles([], [], [])))
+        places.append(place)
+        singles.inputs.append(inputs)
+        singles.output_grads.append(output_grads)
+        singles.biases.append(place.bias is not None)
+        return place, singles, len(places) - 1
 
     def _add_dense(self, indices: Sequence[int], tensors: list[Tensor]) -> None:
         places, contributions = self._dense.setdefault(_kind(tensors[0]), ([], []))
@@ -107,22 +113,22 @@ class CapturedGradients:
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
-        others = [self._factors[index].gram() for index in self._others]
+        others = [factor.gram() for factor in self._others.values()]
         dense = [torch.ops.rgd_ext.gram(group) for _, group in self._dense.values()]
         gram = total(dense + self._single_grams() + others)
         # Of a float: torch converts an int first, with an operator of its own.
         return gram.mul_(float(self.batch_size**2))
 
     def _single_grams(self) -> list[Tensor]:
-        grams = [_gathered(layers).gram() for layers in self._singles.values()]
+        grams = [singles.gram() for _, singles in self._singles.values()]
         return grams if self._given_singles is None else [*grams, self._given_singles.gram()]
 
     def scalars(self) -> Moments | None:
         """|g|^2, the centred alignments and the centred squared norms; None where the Gramian costs no more."""
-        others = [self._factors[index] for index in self._others]
-        if not self._dense and all(isinstance(f, Ghost) for f in others):
+        if not self._dense and all(isinstance(f, Ghost) for f in self._others.values()):
             return None
-        parts = [moments_of(group) for _, group in self._dense.values()] + [f.moments() for f in others]
+        parts = [moments_of(group) for _, group in self._dense.values()]
+        parts += [factor.moments() for factor in self._others.values()]
         parts += [of_gram(gram) for gram in self._single_grams()]
         squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
         scale = self.batch_size**2
@@ -140,33 +146,35 @@ class CapturedGradients:
     def _combination(self, weights: Tensor) -> list[Tensor]:
         """`combine`, of parameters that lie side by side as one."""
         weights = weights * float(self.batch_size)
+        if self._is_spent:
+            self._factors = []
+            if self._given:
+                self._given.layers.clear()
         result: dict[int, Tensor] = {}
+        for places, singles in self._singles.values():
+            combined = iter(singles.combine(weights, self._is_spent))
+            for place in places:
+                if place.bias is not None:
+                    result[place.bias] = next(combined)
+                if place.weight is not None:
+                    weight = next(combined)
+                    result[place.weight] = weight if len(place.shape) == 2 else weight.view(place.shape)
+        for index in list(self._others):
+            factor = self._others.pop(index) if self._is_spent else self._others[index]
+            result[index] = factor.combine(weights.to(factor.example))
         for indices, group in self._dense.values():
             there = weights.to(group[0].device)
             result |= zip(indices, torch.ops.rgd_ext.combine(group, there), strict=True)
-        for layers in self._singles.values():
-            combined = iter(_gathered(layers).combine(weights))
-            for layer in layers:
-                if layer.bias is not None:
-                    result[layer.bias] = next(combined)
-                if layer.weight is not None:
-                    weight = next(combined)
-                    result[layer.weight] = weight if len(layer.shape) == 2 else weight.view(layer.shape)
-        for index in self._others:
-            factor = self._factors[index]
-            result[index] = factor.combine(weights.to(factor.example))
         found = [result[index] for index in range(len(result))]
-        return found if self._given_singles is None else found + self._given_singles.combine(weights)
+        if self._given_singles is None:
+            return found
+        return found + self._given_singles.combine(weights, self._is_spent)
 
     def _by_parameter(self, combination: list[Tensor]) -> list[Tensor]:
-        first, last = len(self._factors), len(self._factors) + len(self._given_tensors)
-        if first == last:
+        if not self._given_tensors:
             return combination
+        first, last = self._first_given, self._first_given + len(self._given_tensors)
         return [*combination[:first], *self._given.apart(combination[first:last]), *combination[last:]]
-
-
-def _gathered(layers: list[_Layer]) -> Singles:
-    return Singles([s.inputs for s in layers], [s.output_grads for s in layers], [s.bias is not None for s in layers])
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

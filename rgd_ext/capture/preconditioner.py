@@ -159,8 +159,7 @@ class Preconditioner:
             with torch.no_grad():
                 parameters = dict.fromkeys(p for part in parts for p in part)
                 joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
-                gradients = CapturedGradients([self._settled(p, factor) for p, factor in joined.items()])
-                self._write(list(joined), gradients)
+                self._write(list(joined), CapturedGradients([self._settled(p, f) for p, f in joined.items()]))
 
     @contextmanager
     def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
@@ -422,9 +421,11 @@ class Preconditioner:
             return
         if self._union is not None:
             self._union.append(summed)
-        else:
-            parameters = [*summed, *given.parameters()] if given else list(summed)
-            self._write(parameters, CapturedGradients(list(summed.values()), given))
+            return
+        parameters = [*summed, *given.parameters()] if given else list(summed)
+        gradients = CapturedGradients(list(summed.values()), given, is_spent=True)
+        del aside, factors, summed  # or they would hold what `gradients` lets go of
+        self._write(parameters, gradients)
 
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
