@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import oracle
 from .measure import host_clock, synchronize
-from .memory import extra_memory
+from .memory import extra_memory, limited_memory
 from .report import reason
 from .step_result import Result
 from .training_steps import FRACTION, OURS, PEERS, Arm, Training
@@ -51,14 +51,15 @@ def candidates(
     found, price, directions = {}, {}, {}
     for name, arm in (OURS if quick else OURS | PEERS).items():
         try:
-            training = Training(arm, model, x, y)
-            with without_tf32():
-                training()  # in which ours measure the device
-                compare(name, arm, training.direction(), directions, result)
-            gc.collect()  # hooks make cycles
-            result.peak_bytes[name] = extra_memory(partial(two_steps, Training(arm, model, x, y)), x.device.type)
-            price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
-            found[name] = training
+            with limited_memory(x.device.type):
+                training = Training(arm, model, x, y)
+                with without_tf32():
+                    training()  # in which ours measure the device
+                    compare(name, arm, training.direction(), directions, result)
+                gc.collect()  # hooks make cycles
+                result.peak_bytes[name] = extra_memory(partial(two_steps, Training(arm, model, x, y)), x.device.type)
+                price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
+                found[name] = training
         except Exception as problem:
             if arm.same_as is None:
                 raise

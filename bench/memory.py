@@ -6,6 +6,7 @@ oneDNN and MKL is not, and neither is what malloc keeps beside.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,16 +35,19 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
 
 
 @contextmanager
-def limited_memory(share: float = 0.8) -> Iterator[None]:
+def limited_memory(device: str, share: float = 0.8) -> Iterator[None]:
     """Within, the process gets this share of the machine's free memory beside its own (on Linux).
 
-    So what wants more raises RuntimeError, instead of having the whole benchmark killed.
+    So what wants more raises RuntimeError, instead of having the whole benchmark killed. Not where CUDA is: there
+    address space is reserved, not used.
     """
-    if not Path("/proc/meminfo").exists():
+    if device == "cuda" or not Path("/proc/meminfo").exists():
         yield
         return
     import resource
 
+    # What malloc keeps of arms before counts as the process's own, though the machine may have it.
+    ctypes.CDLL(None).malloc_trim(0)
     free, own = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmData")
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(own + share * free), before[1]))

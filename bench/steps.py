@@ -8,7 +8,6 @@ included, up to when the device is done. Memory is counted over two first steps,
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 
@@ -56,7 +55,8 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     counts = {name: max(1, int(PEER_TIME / steps / price[name])) for name in arms if name not in OURS}
     once = {name: [price[name]] for name in counts if price[name] > PEER_TIME}
     timed = {name: clock for name, clock in timed.items() if name not in once}
-    result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | once
+    with limited_memory(device):
+        result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | once
     return result
 
 
@@ -70,9 +70,7 @@ def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
     try:
         for name, case in found.items():
             try:
-                # Where CUDA is, address space is reserved, not used.
-                with limited_memory() if device == "cpu" else nullcontext():
-                    results.append(bench(name, case, device, quick))
+                results.append(bench(name, case, device, quick))
             except Exception as problem:
                 failures.append(f"{name}: {reason(problem)}")
                 continue

@@ -118,7 +118,7 @@ def test_memory_is_limited_within_and_not_afterwards():
     def allocate():
         return torch.empty(2**36, dtype=torch.uint8)  # not touched, so nothing is used
 
-    with limited_memory(share=0.5), pytest.raises(RuntimeError, match="memory"):
+    with limited_memory("cpu", share=0.5), pytest.raises(RuntimeError, match="memory"):
         allocate()
     import resource
 
