@@ -46,15 +46,20 @@ class Singles:
         if not is_spent:
             return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
         while self.inputs:
-            size = 0
-            for number, (x, e) in enumerate(zip(self.inputs, self.output_grads, strict=True), 1):
-                size += x.nbytes + e.nbytes
-                if size > _PIECE:
-                    break
-            x, e, biases = self.inputs[:number], self.output_grads[:number], self.biases[:number]
+            number = self._piece()
+            inputs, output_grads, biases = self.inputs[:number], self.output_grads[:number], self.biases[:number]
             del self.inputs[:number], self.output_grads[:number], self.biases[:number]
-            found += torch.ops.rgd_ext.ghost_combine(x, e, biases, there)
+            found += torch.ops.rgd_ext.ghost_combine(inputs, output_grads, biases, there)
         return found
+
+    def _piece(self) -> int:
+        """How many of the first layers take no more than a piece; at least one."""
+        size = 0
+        for number, (x, e) in enumerate(zip(self.inputs, self.output_grads, strict=True)):
+            size += x.nbytes + e.nbytes
+            if size > _PIECE:
+                return max(1, number)
+        return len(self.inputs)
 
 
 class Aside:
