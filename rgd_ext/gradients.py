@@ -63,12 +63,9 @@ def combine_with_norm(grads: PerSampleGradients, weights: Tensor) -> tuple[list[
 
 def total(parts: list[Tensor]) -> Tensor:
     """The sum of statistics that may come from several devices and accumulation dtypes."""
-    if len(parts) == 1:
-        return parts[0]
-    dtype = max((p.dtype for p in parts), key=lambda d: d.itemsize)
-    result = parts[0].to(dtype, copy=True)
+    result = parts[0]
     for part in parts[1:]:
-        result += part.to(result.device)
+        result = result + (part if part.device == result.device else part.to(result.device))
     return result
 
 

@@ -131,7 +131,7 @@ class CapturedGradients:
         parts += [factor.moments() for factor in self._others.values()]
         parts += [of_gram(gram) for gram in self._single_grams()]
         squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
-        scale = self.batch_size**2
+        scale = float(self.batch_size**2)  # as in `gram`
         return scale * squared, scale * alignments, scale * squared_norms
 
     def combine(self, weights: Tensor) -> list[Tensor]:
