@@ -54,9 +54,12 @@ def test_policies_and_inverses_match_the_explicit_diffusion_matrix(name, policy,
     model = build().double()
     inputs = [x.double() for x in sample(6)]
     expected = direction(per_sample_gradients(model, mean_loss, inputs), policy, 0.4, inverse)
-    with rgd_ext.precondition(model, epsilon=getattr(rgd_ext, policy)(0.4), inverse=inverse):
-        mean_loss(model(*inputs)).backward()
-    assert_close(flat_grad(model), expected, torch.float64)
+    with rgd_ext.precondition(model, epsilon=getattr(rgd_ext, policy)(0.4), inverse=inverse) as handle:
+        for _ in range(2):  # a plan is made, and remembered
+            model.zero_grad()
+            mean_loss(model(*inputs)).backward()
+            assert_close(flat_grad(model), expected, torch.float64)
+            assert_close(handle.stats.direction_norm, expected.norm(), torch.float64)
 
 
 @pytest.mark.parametrize("loss", [mean_loss, sum_loss, padded_loss])
