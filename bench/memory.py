@@ -46,9 +46,11 @@ def limited_memory(device: str, share: float = 0.8) -> Iterator[None]:
         return
     import resource
 
-    # What malloc keeps of arms before counts as the process's own, though the machine may have it.
+    # What malloc kept of arms before is free then, though it stays among the process's own addresses.
+    kept = _kibibytes("/proc/self/status", "VmRSS")
     ctypes.CDLL(None).malloc_trim(0)
-    free, own = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmData")
+    kept -= _kibibytes("/proc/self/status", "VmRSS")
+    free, own = _kibibytes("/proc/meminfo", "MemAvailable"), _kibibytes("/proc/self/status", "VmData") - kept
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(own + share * free), before[1]))
     try:

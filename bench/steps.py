@@ -41,7 +41,8 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     """Agreement, memory and times of all arms on one model."""
     result = Result(name)
     model, x, y = (part.to(device) for part in case.build())
-    compare_with_float64(model, x[: case.samples], y[: case.samples], result)
+    with limited_memory(device):
+        compare_with_float64(model, x[: case.samples], y[: case.samples], result)
     arms, price = candidates(model, x, y, quick, result)
 
     wait = synchronize(device)
