@@ -15,7 +15,8 @@ from .reference import accumulate_dtype
 class PerSampleGradients(Protocol):
     """The (B, d) matrix G of per-sample gradients g_i, which is never required to exist.
 
-    Vectors of the parameter space are lists of tensors, one of shape (*param.shape) per parameter.
+    Vectors of the parameter space are lists of tensors, one of shape (*param.shape) per parameter. A source may also
+    have `scalars()`, its `Moments` without the Gramian, and `combine_with_norm(weights)`, which gives |w^T G|^2 too.
     """
 
     @property
@@ -54,9 +55,8 @@ def squared_norm(vector: list[Tensor]) -> Tensor:
 
 def combine_with_norm(grads: PerSampleGradients, weights: Tensor) -> tuple[list[Tensor], Tensor]:
     """p = w^T G and |p|^2, which some sources know for less."""
-    known = getattr(grads, "combine_with_norm", None)
-    if known is not None:
-        return known(weights)
+    if hasattr(grads, "combine_with_norm"):
+        return grads.combine_with_norm(weights)
     combination = grads.combine(weights)
     return combination, squared_norm(combination)
 
@@ -65,7 +65,7 @@ def total(parts: list[Tensor]) -> Tensor:
     """The sum of statistics that may come from several devices and accumulation dtypes."""
     result = parts[0]
     for part in parts[1:]:
-        result = result + (part if part.device == result.device else part.to(result.device))
+        result = result + part.to(result.device)
     return result
 
 

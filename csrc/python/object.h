@@ -1,6 +1,6 @@
 #pragma once
 
-// Python objects in the hands of autograd.
+// Python objects: in the hands of autograd, and their attributes.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>

@@ -37,19 +37,18 @@ class Singles:
         """<h_i, h_j> over all, (B, B)."""
         return torch.ops.rgd_ext.ghost_gram(self.inputs, self.output_grads, self.biases)
 
-    def combine(self, weights: Tensor, is_spent: bool = False) -> list[Tensor]:
-        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n).
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """sum_i w_i h_i, layer by layer, for a bias before its weight, (m,) and (m, n)."""
+        there = weights.to(self.output_grads[0].device)
+        return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
 
-        Inputs and output gradients are let go of on the way if `is_spent`.
-        """
-        there, found = weights.to(self.output_grads[0].device), []
-        if not is_spent:
-            return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
+    def combine_and_release(self, weights: Tensor) -> list[Tensor]:
+        """`combine`, which empties the lists on the way."""
+        found = []
         while self.inputs:
             number = self._piece()
-            inputs, output_grads, biases = self.inputs[:number], self.output_grads[:number], self.biases[:number]
+            found += Singles(self.inputs[:number], self.output_grads[:number], self.biases[:number]).combine(weights)
             del self.inputs[:number], self.output_grads[:number], self.biases[:number]
-            found += torch.ops.rgd_ext.ghost_combine(inputs, output_grads, biases, there)
         return found
 
     def _piece(self) -> int:
@@ -131,7 +130,7 @@ class Aside:
         """The linear layers, if it is uniform; None without any."""
         if not self.layers:
             return None
-        inputs = [x if "weight" in layer else x[:, :0] for layer, x, _ in self.layers]
+        inputs = [x if "weight" in layer else x.new_empty(len(x), 0) for layer, x, _ in self.layers]
         return Singles(inputs, [e for _, _, e in self.layers], ["bias" in layer for layer, _, _ in self.layers])
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from ..gradients import Moments, moments_of, squared_norm, total
 from ..reference import accumulate_dtype
 from .aside import Aside, Singles
-from .factors import Bias, Dense, Factor, Ghost, Outer, of_gram
+from .factors import Bias, Dense, Factor, Ghost, Outer, Unformed, of_gram
 
 
 @dataclass(slots=True)
 class _Place:
-    """Of a linear layer that met one vector per sample.
+    """Where the weight and the bias of a linear layer, which met one vector per sample, are among the parameters.
 
     Attributes:
-        shape: of its weight.
-        weight, bias: where they are among a model's parameters; None for one that is frozen.
+        shape: of the weight.
+        weight, bias: their places; None for one that is frozen.
     """
 
     shape: torch.Size
@@ -34,44 +34,44 @@ class CapturedGradients:
     Args:
         factors: one per parameter.
         given: the contributions of more parameters, uniform; they follow in the order of its `parameters`.
-        is_spent: `combine` is the last that is asked. Inputs and output gradients are let go of as they are spent, so
-            that the directions take their memory.
+        releases: the first combination is the last that is asked. It lets go of inputs and output gradients, those of
+            `given` included, as it goes, so that the directions take their memory; nobody else may hold them.
     """
 
-    def __init__(self, factors: list[Factor], given: Aside | None = None, is_spent: bool = False) -> None:
-        self._factors, self._given, self._is_spent = factors, given, is_spent
+    def __init__(self, factors: list[Factor], given: Aside | None = None, releases: bool = False) -> None:
+        self._factors, self._given, self._releases = factors, given, releases
         self._given_tensors, self._given_singles = (given.tensors(), given.singles()) if given else ([], None)
         # By dtype and device: their places among the parameters, and the contributions.
         self._dense: dict[tuple, tuple[list[int], list[Tensor]]] = {}
         self._singles: dict[tuple, tuple[list[_Place], Singles]] = {}
-        self._others: dict[int, Factor] = {}
-        weights: dict[Factor, tuple[_Place, Singles, int]] = {}
+        self._others: dict[int, Unformed] = {}
+        weights: dict[Factor, _Place] = {}
         for index, factor in enumerate(factors):
             kind = type(factor)
             if kind is Dense:
                 self._add_dense([index], [factor.contributions])
             elif kind is Outer and factor.is_single:
-                weights[factor] = self._add_single(_Place(factor.shape, weight=index), *factor.rows())
+                weights[factor] = _Place(factor.shape, weight=index)
+                self._add_single(weights[factor], *factor.rows())
             elif kind is Bias and factor.weight in weights:
-                place, singles, number = weights[factor.weight]
-                place.bias, singles.biases[number] = index, True
+                weights[factor.weight].bias = index
             elif kind is Bias:
                 grads = factor.dense()
                 self._add_single(_Place(torch.Size(), bias=index), grads[:, :0], grads)
             else:
                 self._others[index] = factor
+        for places, singles in self._singles.values():
+            singles.biases = [place.bias is not None for place in places]
         self._first_given = len(factors)
         if self._given_tensors:
-            places = range(self._first_given, self._first_given + len(self._given_tensors))
-            self._add_dense(places, self._given_tensors)
+            indices = range(self._first_given, self._first_given + len(self._given_tensors))
+            self._add_dense(indices, self._given_tensors)
 
-    def _add_single(self, place: _Place, inputs: Tensor, output_grads: Tensor) -> tuple[_Place, Singles, int]:
+    def _add_single(self, place: _Place, inputs: Tensor, output_grads: Tensor) -> None:
         places, singles = self._singles.setdefault(_kind(output_grads), ([], Singles([], [], [])))
         places.append(place)
         singles.inputs.append(inputs)
         singles.output_grads.append(output_grads)
-        singles.biases.append(place.bias is not None)
-        return place, singles, len(places) - 1
 
     def _add_dense(self, indices: Sequence[int], tensors: list[Tensor]) -> None:
         places, contributions = self._dense.setdefault(_kind(tensors[0]), ([], []))
@@ -136,45 +136,49 @@ class CapturedGradients:
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
-        return self._by_parameter(self._combination(weights))
+        return self._by_parameter(self._combine_joined(weights))
 
     def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`combine`, and |w^T G|^2."""
-        combination = self._combination(weights)
-        return self._by_parameter(combination), squared_norm(combination)
+        """`combine`, and |w^T G|^2: that of joined parameters takes fewer operations."""
+        joined = self._combine_joined(weights)
+        return self._by_parameter(joined), squared_norm(joined)
 
-    def _combination(self, weights: Tensor) -> list[Tensor]:
-        """`combine`, of parameters that lie side by side as one."""
+    def _combine_joined(self, weights: Tensor) -> list[Tensor]:
+        """`combine`, but of parameters that lie side by side as one."""
         weights = weights * float(self.batch_size)
-        if self._is_spent:
+        if self._releases:  # what they hold goes piece by piece
             self._factors = []
             if self._given:
                 self._given.layers.clear()
         result: dict[int, Tensor] = {}
+        # First what gives memory back.
         for places, singles in self._singles.values():
-            combined = iter(singles.combine(weights, self._is_spent))
+            combined = iter(self._combined(singles, weights))
             for place in places:
                 if place.bias is not None:
                     result[place.bias] = next(combined)
                 if place.weight is not None:
                     weight = next(combined)
                     result[place.weight] = weight if len(place.shape) == 2 else weight.view(place.shape)
-        for index in list(self._others):
-            factor = self._others.pop(index) if self._is_spent else self._others[index]
+        last = self._combined(self._given_singles, weights) if self._given_singles else []
+        others = self._others if self._releases else dict(self._others)
+        while others:
+            index, factor = others.popitem()
             result[index] = factor.combine(weights.to(factor.example))
+            del factor
         for indices, group in self._dense.values():
             there = weights.to(group[0].device)
             result |= zip(indices, torch.ops.rgd_ext.combine(group, there), strict=True)
-        found = [result[index] for index in range(len(result))]
-        if self._given_singles is None:
-            return found
-        return found + self._given_singles.combine(weights, self._is_spent)
+        return [result[index] for index in range(len(result))] + last
 
-    def _by_parameter(self, combination: list[Tensor]) -> list[Tensor]:
+    def _combined(self, singles: Singles, weights: Tensor) -> list[Tensor]:
+        return singles.combine_and_release(weights) if self._releases else singles.combine(weights)
+
+    def _by_parameter(self, joined: list[Tensor]) -> list[Tensor]:
         if not self._given_tensors:
-            return combination
+            return joined
         first, last = self._first_given, self._first_given + len(self._given_tensors)
-        return [*combination[:first], *self._given.apart(combination[first:last]), *combination[last:]]
+        return [*joined[:first], *self._given.apart(joined[first:last]), *joined[last:]]
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

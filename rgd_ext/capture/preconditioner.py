@@ -157,9 +157,13 @@ class Preconditioner:
             yield
         if parts:
             with torch.no_grad():
-                parameters = dict.fromkeys(p for part in parts for p in part)
-                joined = {p: join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters}
-                self._write(list(joined), CapturedGradients([self._settled(p, f) for p, f in joined.items()]))
+                parameters = list(dict.fromkeys(p for part in parts for p in part))
+                joined = [join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters]
+                parts.clear()
+                factors = [self._settled(*each) for each in zip(parameters, joined, strict=True)]
+                gradients = CapturedGradients(factors, releases=True)
+                del joined, factors  # as in `_finish`
+                self._write(parameters, gradients)
 
     @contextmanager
     def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
@@ -423,13 +427,14 @@ class Preconditioner:
             self._union.append(summed)
             return
         parameters = [*summed, *given.parameters()] if given else list(summed)
-        gradients = CapturedGradients(list(summed.values()), given, is_spent=True)
+        gradients = CapturedGradients(list(summed.values()), given, releases=True)
         del aside, factors, summed  # or they would hold what `gradients` lets go of
         self._write(parameters, gradients)
 
     @torch.no_grad()
     def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         for parameter in parameters:
+            # Before the call, for which small models would wait.
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 self._check_hooks(parameter, _HOOKS)
         with full_precision(parameters[0].device):
