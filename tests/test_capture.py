@@ -667,6 +667,21 @@ def test_reentrant_checkpointing_is_refused():
         captured_grad(model, torch.randn(5, 6, requires_grad=True))
 
 
+def test_a_forward_inside_another_backward_is_refused():
+    model, x, kept = nn.LayerNorm(4), torch.randn(5, 4, requires_grad=True), []
+
+    def run(grad):
+        with torch.enable_grad():
+            kept.append(model(x))
+
+    with rgd_ext.precondition(model):
+        passed = x.clone()
+        passed.register_hook(run)
+        passed.sum().backward()
+        with pytest.raises(RuntimeError, match="ran inside a backward"):
+            (kept[0] + model(x)).sum().backward()
+
+
 def test_autocast_and_grad_scaler():
     model, x = mlp(), torch.randn(16, 6)
     expected = captured_grad(copy.deepcopy(model), x)
@@ -876,8 +891,9 @@ def test_penalty_on_weights_is_refused_and_works_paused():
     assert_close(model[0].weight.grad, before + 2 * model[0].weight.detach())
 
 
-def test_batch_sizes_that_disagree_in_one_backward():
-    model = mlp()
+@pytest.mark.parametrize("build", [mlp, lambda: nn.LayerNorm(6)], ids=["mlp", "LayerNorm"])
+def test_batch_sizes_that_disagree_in_one_backward(build):
+    model = build()
     with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"batch sizes disagree.*3 samples.*5"):
         (loss_of(model(torch.randn(3, 6))) + loss_of(model(torch.randn(5, 6)))).backward()
 

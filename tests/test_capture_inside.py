@@ -1,6 +1,8 @@
 """Layers inside a model: their input carries gradient, and in the usual case their forward runs from C++."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import rgd_ext
+from rgd_ext._binary import _C
+from rgd_ext.capture.rules import layer_norm
 
 
 def gain_rule(module, inputs, output_grad):
@@ -274,7 +278,22 @@ def test_small_layers_under_autocast(monkeypatch):
     assert_close(found[0], found[1])
 
 
+def test_small_layer_with_inputs_of_another_dtype_waits_for_its_rule():
+    # As under autocast on a GPU, where norms widen their inputs.
+    if _C is None:
+        pytest.skip("plain PyTorch forms one layer after another")
+    layer, x, together = nn.LayerNorm(4), torch.randn(5, 4), _C.Together(1 << 10, 1 << 20, 3)
+    record = SimpleNamespace(
+        kind="layer_norm", parameters=dict(layer.named_parameters()), rule=partial(layer_norm, layer)
+    )
+    assert together.take(record, x, x)
+    assert not together.take(record, x.bfloat16(), x)
+    assert len(together.contribute()) == 1
+
+
 def test_small_layer_with_many_weights_is_planned():
+    if _C is None:
+        pytest.skip("plain PyTorch forms one layer after another")
     model, x = behind(nn.Linear(4, 400), nn.Tanh(), nn.Linear(400, 4)), double(2, 1, 4)
     assert 400 * 4 > 3 * (400 + 4)
     with rgd_ext.precondition(model) as handle:

@@ -19,7 +19,7 @@ namespace {
 using torch::autograd::variable_list;
 
 const Attribute kBatch("batch"), kBoundRule("_bound_rule"), kBuffers("_buffers"), kCapture("capture"),
-    kDict("__dict__"), kForward("forward"), kGuards("guards"), kIsLinear("_is_linear"), kMark("_rgd_ext_batch_dim"),
+    kDict("__dict__"), kForward("forward"), kGuards("guards"), kKind("_kind"), kMark("_rgd_ext_batch_dim"),
     kModule("module"), kName("name"), kParameters("_parameters"), kPrevious("previous"), kRecording("recording"),
     kSampleNdim("sample_ndim"), kSize("size"), kSlots("slots"), kWatch("_watch");
 
@@ -86,10 +86,10 @@ py::object run_layer(const py::object& tap, const py::tuple& args, const py::obj
     const Frozen frozen(parameters);
     output = kForward.of(py::type::handle_of(module))(module, x);
   }
-  const py::object rule = kBoundRule.of(tap), is_linear = kIsLinear.of(tap);
+  const py::object rule = kBoundRule.of(tap), kind = kKind.of(tap);
   if (!is_plain_tensor(output) || has_tangent(THPVariable_Unpack(output.ptr())))
-    return kWatch.of(tap)(names, size, rule, output, args, is_linear);
-  py::object record = record_type(capture, kName.of(tap), names, size, rule, is_linear);
+    return kWatch.of(tap)(names, size, rule, output, args, kind);
+  py::object record = record_type(capture, kName.of(tap), names, size, rule, kind);
   const at::Tensor watched =
       watch(std::move(record), THPVariable_Unpack(output.ptr()), {THPVariable_Unpack(x.ptr())}, parameters);
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(watched));

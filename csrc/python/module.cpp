@@ -8,6 +8,7 @@
 
 #include "guard.h"
 #include "layer.h"
+#include "together.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -45,5 +46,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this binary was built with: cuda, architectures, torch, compiler.");
   rgd_ext::bind_guard(m);
   rgd_ext::bind_layer(m);
+  rgd_ext::bind_together(m);
   rgd_ext::bind_watch(m);
 }

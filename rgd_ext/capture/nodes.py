@@ -32,7 +32,7 @@ Wanted: TypeAlias = Sequence[bool] | None
 class Record:
     """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    __slots__ = ("batch_size", "capture", "inside", "is_linear", "name", "parameters", "rule")
+    __slots__ = ("batch_size", "capture", "inside", "kind", "name", "parameters", "rule")
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Record:
         parameters: dict[str, nn.Parameter],
         batch_size: int,
         rule: BoundRule | None = None,
-        is_linear: bool = False,
+        kind: str | None = None,
     ) -> None:
         self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
-        # Is linear: has the rule `rules.linear` and samples along dimension 0, so that matrices need no work yet.
-        self.rule, self.is_linear = rule, is_linear
+        # Of a layer with samples along dimension 0 whose rule is in `rules.KINDS`.
+        self.rule, self.kind = rule, kind
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
         self.inside = _current_graph_task_id()
 
@@ -57,7 +57,7 @@ class Record:
         if names and capture.is_collecting():
             # What outlives the backward must not change with a buffer that the next batch is copied to.
             inputs, kept = [x.clone() if x.grad_fn is None else x for x in inputs], grad.clone()
-        if self.is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
+        if self.kind == "linear" and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
             capture.aside.layers.append((self.parameters, inputs[0], kept))
         elif names:
             capture.keep(self, names, inputs, kept)

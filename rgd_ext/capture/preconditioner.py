@@ -58,6 +58,7 @@ class Preconditioner:
         stats: `Stats` of the last backward, or None before the first.
         batch: of the call of the model under way, or None.
         aside: of the backward under way, what can be had in one way only.
+        small: of the backward under way, small layers.
         guards: by its id, every trainable parameter and the hook that notices gradients past the taps. By id because
             the hash of a tensor is a call of Python.
     """
@@ -92,7 +93,7 @@ class Preconditioner:
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
         self._workspace = Workspace(LITTLE if memory_budget in (None, math.inf) else 0)
-        self._small = SmallLayers(self._workspace.kept)
+        self.small = SmallLayers(self._workspace.kept)
         self._is_dry = False
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
@@ -125,7 +126,7 @@ class Preconditioner:
             hook.remove()
         self._taps, self.guards, self._removed = [], {}, True
         self._factors, self.aside = {}, Aside()  # of a backward that failed
-        self._small.clear()
+        self.small.clear()
         self._workspace = Workspace()
         _live.discard(self)
 
@@ -349,7 +350,7 @@ class Preconditioner:
 
     def keep(self, record: Record, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
         """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
-        if not self._small.take(record, names, inputs, grad):
+        if not self.small.take(record, names, inputs, grad):
             with full_precision(grad.device):
                 self.contribute(record, names, record.contributions(inputs, grad))
 
@@ -398,7 +399,7 @@ class Preconditioner:
         if self._task != -1:
             self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
-        self._small.clear()
+        self.small.begin(-1 if self.is_collecting() else task, batch_size)
         # What is only collected may be asked for anything.
         self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
@@ -408,7 +409,7 @@ class Preconditioner:
     def _finish(self, task: int) -> None:
         if task != self._task:
             raise RuntimeError(NESTED)
-        self._small.contribute(self)
+        self.small.contribute(self)
         aside, self.aside, given = self.aside, Aside(), None
         if aside and self._is_known(aside):
             given = aside

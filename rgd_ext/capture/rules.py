@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..reference import Geometry, accumulate_dtype
 from .convolution import Convolution
-from .cost import SHARE
 from .embedding import Rows
 from .factors import Bias, Factor, Outer
 
@@ -219,39 +218,12 @@ def _over_space(x: Tensor) -> Tensor:
     return x.sum(tuple(range(2, x.ndim)))
 
 
-# What `layer_grads` takes of a use of a layer: its kind, output gradient, input, groups and epsilon.
-Formed: TypeAlias = tuple[str, Tensor, Tensor, int, float]
-
-
-def _linear_formed(module: nn.Linear, x: Tensor, output_grad: Tensor) -> Formed | None:
-    if x.ndim < 3:
-        return None
-    x, output_grad = _sequences(x), _sequences(output_grad)
-    # Where gradients take much more memory than what they come from, there are better ways.
-    if x.shape[-1] * output_grad.shape[-1] > SHARE * x.shape[1] * (x.shape[-1] + output_grad.shape[-1]):
-        return None
-    return "linear", output_grad, x, 1, 0.0
-
-
-def _layer_norm_formed(module: nn.LayerNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
-    return ("layer_norm", output_grad, x, 1, module.eps) if len(module.normalized_shape) == 1 else None
-
-
-def _rms_norm_formed(module: nn.RMSNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
-    return ("rms_norm", output_grad, x, 1, _rms_eps(module, x)) if len(module.normalized_shape) == 1 else None
-
-
-def _group_norm_formed(module: nn.GroupNorm, x: Tensor, output_grad: Tensor) -> Formed | None:
-    return "group_norm", output_grad, x, module.num_groups, module.eps
-
-
-# By the id of the rule, since those of users may have no hash. None where `layer_grads` does not serve that module or
-# those shapes.
-FORMED: dict[int, Callable[[nn.Module, Tensor, Tensor], Formed | None]] = {
-    id(linear): _linear_formed,
-    id(layer_norm): _layer_norm_formed,
-    id(rms_norm): _rms_norm_formed,
-    id(group_norm): _group_norm_formed,
+# What `layer_grads` calls the layers it serves, by the id of their rule, since those of users may have no hash.
+KINDS: dict[int, str] = {
+    id(linear): "linear",
+    id(layer_norm): "layer_norm",
+    id(rms_norm): "rms_norm",
+    id(group_norm): "group_norm",
 }
 
 

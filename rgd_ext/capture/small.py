@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._binary import _C
+from .cost import SHARE
 from .precision import full_precision
-from .rules import FORMED, Formed
 
 if TYPE_CHECKING:
     from .nodes import Record
@@ -19,23 +19,38 @@ if TYPE_CHECKING:
 # Bytes of inputs and output gradient. Measured: in the midst of a backward the code of a rule is not in the caches,
 # which costs a convolution 40 us; what is larger would itself leave them.
 SMALL = 64 << 10
-# The parameters that `layer_grads` forms gradients of.
-_AFFINE = (["weight"], ["weight", "bias"])
 
 
 class SmallLayers:
     """What small layers hand over in one backward.
 
     Args:
-        most: bytes that all together may hold.
+        most: bytes that those of `together` may hold, and all others.
+
+    Attributes:
+        together: of kinds that one operator serves, where it was compiled.
     """
 
     def __init__(self, most: int) -> None:
+        self.together = None if _C is None else _C.Together(SMALL, most, SHARE)
         self._most, self._held = most, 0
         self._uses: list[tuple[Record, Collection[str], Sequence[Tensor], Tensor]] = []
 
+    def begin(self, task: int, batch_size: int) -> None:
+        """Forget all uses; those that `together` serves, of this backward and batch size, go there straight."""
+        self._uses, self._held = [], 0
+        if self.together is not None:
+            self.together.begin(task, batch_size)
+
+    def clear(self) -> None:
+        """Forget all uses."""
+        self.begin(-1, 0)
+
     def take(self, record: Record, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> bool:
         """Keep a use of a layer for the end of the backward, if it is small."""
+        whole = len(names) == len(record.parameters)
+        if self.together is not None and whole and self.together.take(record, inputs[0], grad):
+            return True
         size = grad.nbytes
         for x in inputs:
             size += x.nbytes
@@ -45,34 +60,13 @@ class SmallLayers:
         self._held += size
         return True
 
-    def clear(self) -> None:
-        """Forget all uses."""
-        self._uses, self._held = [], 0
-
     def contribute(self, capture: Preconditioner) -> None:
-        """Hand all contributions to `capture`: of the layers that `layer_grads` serves at once, others one by one."""
-        # By dtype and device.
-        groups: dict[tuple, tuple[list[nn.Parameter], list[Formed]]] = {}
+        """Hand all contributions to `capture`: of `together` at once, of others one by one."""
         with ExitStack() as stack:
             for device in {grad.device for *_, grad in self._uses}:
                 stack.enter_context(full_precision(device))
             for record, names, inputs, grad in self._uses:
-                formed = _formed(record, names, inputs[0], grad)
-                if formed is None:
-                    capture.contribute(record, names, record.contributions(inputs, grad))
-                    continue
-                parameters, layers = groups.setdefault((grad.dtype, grad.device), ([], []))
-                parameters += record.parameters.values()
-                layers.append((*formed, len(names) > 1))
-            for parameters, layers in groups.values():
-                matrix = torch.ops.rgd_ext.layer_grads(*map(list, zip(*layers, strict=True)))
-                capture.aside.side_by_side.append((parameters, matrix))
+                capture.contribute(record, names, record.contributions(inputs, grad))
+        if self.together is not None:
+            capture.aside.side_by_side += self.together.contribute()
         self.clear()
-
-
-def _formed(record: Record, names: Collection[str], x: Tensor, grad: Tensor) -> Formed | None:
-    """What `layer_grads` takes of a use, but for whether there is a bias; None if it does not serve the layer."""
-    find, parameters = FORMED.get(id(getattr(record.rule, "func", None))), record.parameters
-    if find is None or list(names) not in _AFFINE or len(names) < len(parameters):
-        return None
-    return find(record.rule.args[0], x, grad) if x.dtype == grad.dtype == parameters["weight"].dtype else None

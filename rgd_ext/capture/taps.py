@@ -23,7 +23,7 @@ from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, tensors_in
 from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
-from .rules import Registered, linear
+from .rules import KINDS, Registered
 from .shared import Shared, share
 
 if TYPE_CHECKING:
@@ -139,14 +139,14 @@ class Tap(Released):
         rule: BoundRule,
         output: Tensor,
         inputs: tuple[Tensor, ...],
-        is_linear: bool = False,
+        kind: str | None = None,
     ) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(Record(self.capture, self.name, parameters, batch_size, rule, is_linear), output, inputs)
+        return watch(Record(self.capture, self.name, parameters, batch_size, rule, kind), output, inputs)
 
 
 class Container(Tap):
@@ -172,7 +172,8 @@ class Layer(Tap):
         super().__init__(capture, module, name, slots)
         self.sample_ndim = registered.minimum(module)
         self._bound_rule = partial(registered.rule, module)
-        self._is_linear = registered.rule is linear and {name for *_, name in slots} <= {"weight", "bias"}
+        is_plain = {name for *_, name in slots} <= {"weight", "bias"}
+        self._kind = KINDS.get(id(registered.rule)) if is_plain else None
         self.batch_norms = batch_norms(module, name)
         if _C is not None and not self.batch_norms:
             self.run_usual = _C.run_layer
@@ -201,7 +202,7 @@ class Layer(Tap):
             return self._for_all(parameters, batch, inputs, output)
         size, rule = batch.size_of(first, dim, self.name), self._rule_as_of_now()
         if dim == 0:
-            return self._watch(parameters, size, rule, output, inputs, self._is_linear)
+            return self._watch(parameters, size, rule, output, inputs, self._kind)
         return self._watch(parameters, size, partial(_moved, rule, dim), output, inputs)
 
     def _in_order(self, args: tuple, kwargs: dict) -> list[object]:

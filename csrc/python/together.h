@@ -1,0 +1,53 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace rgd_ext {
+
+// What small layers hand over in one backward for `layer_grads` to form at its end: the part of capture/small.py that
+// small models wait for once per layer. Used under the interpreter's lock.
+class Together {
+ public:
+  // `each` and `all`: bytes of inputs and output gradient that a layer, and all together, may hold. A linear layer's
+  // gradients may take `share` times the memory of those.
+  Together(int64_t each, int64_t all, double share) : each_(each), all_(all), share_(share) {}
+
+  // Forget what was taken. Until the next call, layers of this backward and batch size need no more than `take`.
+  void begin(int64_t task, int64_t batch_size);
+
+  // Take what a record gets in the backward under way, if that has begun and the record has the right batch size.
+  bool admit(pybind11::handle record, const at::Tensor& input, const at::Tensor& grad);
+
+  // Take a use of a layer, if it is small and of those that `layer_grads` serves.
+  bool take(pybind11::handle record, const at::Tensor& input, const at::Tensor& grad);
+
+  // By dtype and device, the parameters and their contributions side by side, (B, D); forgets what was taken.
+  pybind11::list contribute();
+
+ private:
+  struct Use {
+    pybind11::object parameters;  // by name
+    std::string kind;
+    at::Tensor grad, input;
+    int64_t groups;
+    double eps;
+  };
+
+  const int64_t each_, all_;
+  const double share_;
+  int64_t task_ = -1, batch_size_ = 0, held_ = 0;
+  std::vector<Use> uses_;
+};
+
+// The small layers of the capture of `record`; null where there are none.
+Together* together_of(pybind11::handle record);
+
+// Adds `Together` to the module.
+void bind_together(pybind11::module_& m);
+
+}  // namespace rgd_ext
