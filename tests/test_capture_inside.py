@@ -278,17 +278,29 @@ def test_small_layers_under_autocast(monkeypatch):
     assert_close(found[0], found[1])
 
 
-def test_small_layer_with_inputs_of_another_dtype_waits_for_its_rule():
-    # As under autocast on a GPU, where norms widen their inputs.
+@pytest.fixture
+def layer_norm_record():
     if _C is None:
         pytest.skip("plain PyTorch forms one layer after another")
-    layer, x, together = nn.LayerNorm(4), torch.randn(5, 4), _C.Together(1 << 10, 1 << 20, 3)
-    record = SimpleNamespace(
-        kind="layer_norm", parameters=dict(layer.named_parameters()), rule=partial(layer_norm, layer)
-    )
-    assert together.take(record, x, x)
-    assert not together.take(record, x.bfloat16(), x)
+    layer = nn.LayerNorm(4)
+    rule = partial(layer_norm, layer)
+    return SimpleNamespace(kind="layer_norm", parameters=dict(layer.named_parameters()), rule=rule)
+
+
+def test_small_layer_with_inputs_of_another_dtype_waits_for_its_rule(layer_norm_record):
+    # As under autocast on a GPU, where norms widen their inputs.
+    x, together = torch.randn(5, 4), _C.Together(each=1 << 10, all=1 << 20, share=3)
+    assert together.take(layer_norm_record, x, x)
+    assert not together.take(layer_norm_record, x.bfloat16(), x)
     assert len(together.contribute()) == 1
+
+
+def test_small_layers_have_their_memory_in_every_backward(layer_norm_record):
+    x = torch.randn(5, 4)
+    together = _C.Together(each=2 * x.nbytes, all=5 * x.nbytes, share=3)
+    for task in range(2):
+        together.begin(task, 5)
+        assert [together.take(layer_norm_record, x, x) for _ in range(3)] == [True, True, False]
 
 
 def test_small_layer_with_many_weights_is_planned():

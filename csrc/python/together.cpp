@@ -23,13 +23,6 @@ const Attribute kArgs("args"), kBatchSize("batch_size"), kBias("bias"), kCapture
     kInside("inside"), kKind("kind"), kNormalizedShape("normalized_shape"), kNumGroups("num_groups"),
     kParameters("parameters"), kRule("rule"), kSmall("small"), kTogether("together"), kWeight("weight");
 
-// The weight, where the parameters are a weight, or a weight and a bias; null otherwise.
-const at::Tensor* weight_of(py::handle parameters) {
-  const py::handle weight = kWeight.in(parameters);
-  if (!weight || py::len(parameters) != (kBias.in(parameters) ? 2u : 1u)) return nullptr;
-  return &THPVariable_Unpack(weight.ptr());
-}
-
 // Of a norm: None stands for the rounding of the dtype that sums have.
 double eps_of(py::handle module, const at::Tensor& input) {
   const py::object eps = kEps.of(module);
@@ -84,9 +77,9 @@ bool Together::take(py::handle record, const at::Tensor& input, const at::Tensor
   if (kind.is_none()) return false;
   const int64_t bytes = input.nbytes() + grad.nbytes();
   const py::object parameters = kParameters.of(record);
-  const at::Tensor* const weight = weight_of(parameters);
+  const py::handle weight = kWeight.in(parameters);
   const at::ScalarType dtype = grad.scalar_type();
-  if (bytes > each_ || held_ + bytes > all_ || !weight || weight->scalar_type() != dtype ||
+  if (bytes > each_ || held_ + bytes > all_ || !weight || THPVariable_Unpack(weight.ptr()).scalar_type() != dtype ||
       input.scalar_type() != dtype)
     return false;
   Use use{parameters, kind.cast<std::string>(), grad, input, 1, 0};
@@ -111,7 +104,6 @@ bool Together::take(py::handle record, const at::Tensor& input, const at::Tensor
 
 py::list Together::contribute() {
   const std::vector<Use> uses = std::exchange(uses_, {});
-  begin(-1, 0);
   std::vector<Group> groups;
   for (const Use& use : uses) {
     auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& known) { return known.admits(use.grad); });

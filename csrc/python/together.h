@@ -26,7 +26,7 @@ class Together {
   // Take a use of a layer, if it is small and of those that `layer_grads` serves.
   bool take(pybind11::handle record, const at::Tensor& input, const at::Tensor& grad);
 
-  // By dtype and device, the parameters and their contributions side by side, (B, D); forgets what was taken.
+  // By dtype and device, the parameters and their contributions side by side, (B, D). What was taken is forgotten.
   pybind11::list contribute();
 
  private:
@@ -44,7 +44,7 @@ class Together {
   std::vector<Use> uses_;
 };
 
-// The small layers of the capture of `record`; null where there are none.
+// Those of the capture of `record`.
 Together* together_of(pybind11::handle record);
 
 // Adds `Together` to the module.

@@ -84,8 +84,7 @@ struct Watch : torch::autograd::Node {
       const bool all = which && std::find(which->begin(), which->end(), false) == which->end();
       grad = in_python([&] {
         // The usual case of a small layer, at a fraction of the price.
-        Together* const small = all && !at::GradMode::is_enabled() ? together_of(record.get()) : nullptr;
-        if (small && !tensors.empty() && small->admit(record.get(), tensors[0], grad)) return grad;
+        if (all && !tensors.empty() && together_of(record.get())->admit(record.get(), tensors[0], grad)) return grad;
         return kReceive.of(record.get())(tensors, grad, which).cast<at::Tensor>();
       });
     }
