@@ -1,6 +1,5 @@
 #include "together.h"
 
-#include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -33,91 +32,79 @@ double eps_of(py::handle module, const at::Tensor& input) {
 
 at::Tensor sequences(const at::Tensor& x) { return x.dim() > 3 ? x.flatten(1, -2) : x; }
 
-// Layers of one dtype and device, as `layer_grads` takes them.
-struct Group {
-  bool admits(const at::Tensor& grad) const {
-    return grad.scalar_type() == grads[0].scalar_type() && grad.device() == grads[0].device();
-  }
-
-  at::Tensor form() const {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("rgd_ext::layer_grads", "")
-                               .typed<at::Tensor(const c10::List<std::string>&, at::TensorList, at::TensorList,
-                                                 at::IntArrayRef, at::ArrayRef<double>, const c10::List<bool>&)>();
-    const py::gil_scoped_release unlocked;
-    // Sums in the dtype they are given, even if backward is called under autocast.
-    const c10::impl::ExcludeDispatchKeyGuard full_precision(c10::autocast_dispatch_keyset);
-    return op.call(kinds, grads, inputs, groups, eps, biases);
-  }
-
-  py::list parameters;
-  c10::List<std::string> kinds;
-  std::vector<at::Tensor> grads, inputs;
-  std::vector<int64_t> groups;
-  std::vector<double> eps;
-  c10::List<bool> biases;
-};
-
 }  // namespace
+
+bool Together::Group::admits(const at::Tensor& grad) const {
+  return grad.scalar_type() == grads[0].scalar_type() && grad.device() == grads[0].device();
+}
+
+at::Tensor Together::Group::form() const {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("rgd_ext::layer_grads", "")
+                             .typed<at::Tensor(const c10::List<std::string>&, at::TensorList, at::TensorList,
+                                               at::IntArrayRef, at::ArrayRef<double>, const c10::List<bool>&)>();
+  const py::gil_scoped_release unlocked;
+  // Sums in the dtype they are given, even if backward is called under autocast.
+  const c10::impl::ExcludeDispatchKeyGuard full_precision(c10::autocast_dispatch_keyset);
+  return op.call(kinds, grads, inputs, groups, eps, biases);
+}
 
 void Together::begin(int64_t task, int64_t batch_size) {
   task_ = task;
   batch_size_ = batch_size;
   held_ = 0;
-  uses_.clear();
+  groups_.clear();
 }
 
 bool Together::admit(py::handle record, const at::Tensor& input, const at::Tensor& grad) {
-  return task_ != -1 && task_ == torch::autograd::get_current_graph_task_id() && kInside.of(record).cast<int>() == -1 &&
+  return task_ == torch::autograd::get_current_graph_task_id() && kInside.of(record).cast<int>() == -1 &&
          kBatchSize.of(record).cast<int64_t>() == batch_size_ && take(record, input, grad);
 }
 
 bool Together::take(py::handle record, const at::Tensor& input, const at::Tensor& grad) {
-  const py::object kind = kKind.of(record);
-  if (kind.is_none()) return false;
+  const py::object name = kKind.of(record);
+  if (name.is_none()) return false;
   const int64_t bytes = input.nbytes() + grad.nbytes();
   const py::object parameters = kParameters.of(record);
-  const py::handle weight = kWeight.in(parameters);
+  const py::handle weight = kWeight.in(parameters), bias = kBias.in(parameters);
   const at::ScalarType dtype = grad.scalar_type();
   if (bytes > each_ || held_ + bytes > all_ || !weight || THPVariable_Unpack(weight.ptr()).scalar_type() != dtype ||
       input.scalar_type() != dtype)
     return false;
-  Use use{parameters, kind.cast<std::string>(), grad, input, 1, 0};
-  if (use.kind == "linear") {
+  const auto kind = name.cast<std::string>();
+  at::Tensor x = input, e = grad;
+  int64_t channel_groups = 1;
+  double eps = 0;
+  if (kind == "linear") {
     if (input.dim() < 3) return false;
-    use.input = sequences(input), use.grad = sequences(grad);
-    const int64_t inputs = input.size(-1), outputs = grad.size(-1);
+    x = sequences(input);
+    e = sequences(grad);
     // Where gradients take much more memory than what they come from, there are better ways.
-    if (inputs * outputs > share_ * use.input.size(1) * (inputs + outputs)) return false;
+    if (x.size(2) * e.size(2) > share_ * x.size(1) * (x.size(2) + e.size(2))) return false;
   } else {
     const py::object module = py::reinterpret_borrow<py::tuple>(kArgs.of(kRule.of(record)))[0];
-    if (use.kind == "group_norm")
-      use.groups = kNumGroups.of(module).cast<int64_t>();
+    if (kind == "group_norm")
+      channel_groups = kNumGroups.of(module).cast<int64_t>();
     else if (py::len(kNormalizedShape.of(module)) != 1)
       return false;
-    use.eps = eps_of(module, input);
+    eps = eps_of(module, input);
   }
+  auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& known) { return known.admits(grad); });
+  if (group == groups_.end()) group = groups_.emplace(group);
+  group->parameters.append(weight);
+  if (bias) group->parameters.append(bias);
+  group->kinds.push_back(kind);
+  group->grads.push_back(std::move(e));
+  group->inputs.push_back(std::move(x));
+  group->groups.push_back(channel_groups);
+  group->eps.push_back(eps);
+  group->biases.push_back(bool(bias));
   held_ += bytes;
-  uses_.push_back(std::move(use));
   return true;
 }
 
 py::list Together::contribute() {
-  const std::vector<Use> uses = std::exchange(uses_, {});
-  std::vector<Group> groups;
-  for (const Use& use : uses) {
-    auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& known) { return known.admits(use.grad); });
-    if (group == groups.end()) group = groups.emplace(group);
-    group->parameters.append(kWeight.in(use.parameters));
-    const py::handle bias = kBias.in(use.parameters);
-    if (bias) group->parameters.append(bias);
-    group->kinds.push_back(use.kind);
-    group->grads.push_back(use.grad);
-    group->inputs.push_back(use.input);
-    group->groups.push_back(use.groups);
-    group->eps.push_back(use.eps);
-    group->biases.push_back(bool(bias));
-  }
+  const std::vector<Group> groups = std::exchange(groups_, {});
   py::list found;
   for (const Group& group : groups) found.append(py::make_tuple(group.parameters, group.form()));
   return found;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
@@ -30,18 +31,23 @@ class Together {
   pybind11::list contribute();
 
  private:
-  struct Use {
-    pybind11::object parameters;  // by name
-    std::string kind;
-    at::Tensor grad, input;
-    int64_t groups;
-    double eps;
+  // Layers of one dtype and device, as `layer_grads` takes them.
+  struct Group {
+    bool admits(const at::Tensor& grad) const;
+    at::Tensor form() const;
+
+    pybind11::list parameters;
+    c10::List<std::string> kinds;
+    std::vector<at::Tensor> grads, inputs;
+    std::vector<int64_t> groups;
+    std::vector<double> eps;
+    c10::List<bool> biases;
   };
 
   const int64_t each_, all_;
   const double share_;
   int64_t task_ = -1, batch_size_ = 0, held_ = 0;
-  std::vector<Use> uses_;
+  std::vector<Group> groups_;
 };
 
 // Those of the capture of `record`.
