@@ -40,4 +40,9 @@ void check_layers(at::TensorList inputs, at::TensorList output_grads, const c10:
 // Raises where `matrix` is not (B, B) of float64 or float32; symmetry itself is taken on trust.
 void check_symmetric(const at::Tensor& matrix);
 
+// Raises where alignments and squared_norms are not (B,) with one number in each of the others, of one dtype and
+// device.
+void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
+                      const at::Tensor& squared_norms, const at::Tensor& epsilon);
+
 }  // namespace rgd_ext

@@ -26,7 +26,13 @@ def device_calls(grads):
     weights, vectors = weights_for(grads), vectors_for(grads, 3)
     epsilon = torch.full((), 0.1, device=grads[0].device)
     return {
+        "ghost_gram": lambda g: ops.ghost_gram(
+            [x.flatten(1) for x in g], [x.flatten(1) for x in reversed(g)], [True] * len(g)
+        ),
+        "gram_moments": lambda g: ops.gram_moments(ops.gram(g)),
+        "sample_weights": lambda g: ops.sample_weights(*ops.gram_moments(ops.gram(g))[:3], epsilon.double(), 1e-7),
         "moments": lambda g: ops.moments(g),
+        "scalar_moments": lambda g: ops.scalar_moments(g),
         "combine": lambda g: ops.combine(g, weights),
         "diffusion_mv": lambda g: ops.diffusion_mv(g, [v[0] for v in vectors]),
         "diffusion_mv of three": lambda g: ops.diffusion_mv(g, vectors),
@@ -36,7 +42,7 @@ def device_calls(grads):
     }
 
 
-DEVICE_CALLS = [*(name for name in CALLS if name != "precondition by tensor"), "largest_eigenvalue"]
+DEVICE_CALLS = list(device_calls(sample_grads("flat", torch.float32)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,6 +145,12 @@ def test_more_tensors_than_one_launch_takes():
     flat = torch.cat(grads, 1)
     assert_close(torch.cat(ops.precondition(grads, 0.1)), ops.precondition(flat, 0.1)[0])
     assert_close(ops.gram(grads), ops.gram(flat))
+
+
+def test_more_layers_than_one_launch_takes():
+    inputs, output_grads = ([torch.randn(9, 1 + n % k, device="cuda") for n in range(40)] for k in (7, 5))
+    grads = [torch.einsum("bm,bn->bmn", e, a).flatten(1) for a, e in zip(inputs, output_grads, strict=True)]
+    assert_close(ops.ghost_gram(inputs, output_grads, [True] * 40), ops.gram([*grads, *output_grads]))
 
 
 @pytest.mark.slow

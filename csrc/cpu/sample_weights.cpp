@@ -9,20 +9,6 @@
 namespace rgd_ext::cpu {
 namespace {
 
-void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
-                      const at::Tensor& squared_norms, const at::Tensor& epsilon) {
-  TORCH_CHECK_VALUE(alignments.dim() == 1 && alignments.size(0) > 0 && squared_norms.sizes() == alignments.sizes(),
-                    "alignments and squared_norms have shapes ", alignments.sizes(), " and ", squared_norms.sizes(),
-                    ": pass one of each per sample, (B,)");
-  for (const at::Tensor* tensor : {&squared_grad_norm, &squared_norms, &epsilon}) {
-    TORCH_CHECK_VALUE(tensor == &squared_norms || tensor->dim() == 0, "|g|^2 or epsilon has shape ", tensor->sizes(),
-                      ": pass a scalar");
-    TORCH_CHECK_VALUE(tensor->scalar_type() == alignments.scalar_type() && tensor->device() == alignments.device(),
-                      "alignments is ", alignments.scalar_type(), " on ", alignments.device(), " but another argument ",
-                      tensor->scalar_type(), " on ", tensor->device(), ": convert one to the other");
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> sample_weights(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
                                                   const at::Tensor& squared_norms, const at::Tensor& epsilon,
                                                   double ulp) {

@@ -10,8 +10,9 @@ namespace rgd_ext::cuda {
 
 // kBlock samples (32, 64 or 128) by kBlock samples. Eight warps share kSide^2 squares; where there are fewer squares
 // than warps, `kSlices` warps share a square's columns, and each has results of its own.
-template <int kBlock>
+template <int kBlockSamples>
 struct GramShape {
+  static constexpr int kBlock = kBlockSamples;
   static constexpr int kSide = kBlock / 32;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kSlices = kSide * kSide < kWarps ? kWarps / (kSide * kSide) : 1;
@@ -49,6 +50,7 @@ struct WarpSquares {
 // 32, so the loads of a fragment meet 32 different banks.
 template <typename S, int kBlock>
 struct MatrixUnitSums {
+  using Storage = S;
   using Shape = GramShape<kBlock>;
   using T = float;
   static constexpr int kSquares = Shape::kSquares;
@@ -108,6 +110,7 @@ struct MatrixUnitSums {
 // Squares by plain arithmetic: a thread has rows y, y + 8, ... and columns x, x + 4, ... of each.
 template <typename S, int kBlock>
 struct PlainSums {
+  using Storage = S;
   using Shape = GramShape<kBlock>;
   using T = Accumulate<S>;
   static constexpr int kSquares = Shape::kSquares;
@@ -161,11 +164,18 @@ struct BlockPair {
   }
 };
 
-// partials[(share * rows + i) * rows + j] for i and j of the pair block_index_y(); `share` numbers the slices of all
-// blocks() from first_share on. Sums = MatrixUnitSums or PlainSums.
-template <typename S, int kCapacity, int kBlock, template <typename, int> class Sums>
-RGD_DEVICE void gram(const Table<kCapacity>& table, Accumulate<S>* partials, int64_t first_share, char* shared) {
-  using Shape = GramShape<kBlock>;
+// The tiles `begin`, `begin` + `step`, ... before `end` (one at least): the part of a product that one thread block
+// adds up. Its slices leave their results as the shares from first_share on.
+struct Part {
+  int64_t begin, end, step, first_share;
+};
+
+// partials[(share * rows + i) * rows + j] for i and j of the pair block_index_y(). Sums = MatrixUnitSums or PlainSums.
+template <typename Sums, int kCapacity>
+RGD_DEVICE void gram(const Table<kCapacity>& table, const Part& part, typename Sums::T* partials, char* shared) {
+  using S = typename Sums::Storage;
+  using Shape = typename Sums::Shape;
+  constexpr int kBlock = Shape::kBlock;
   const BlockPair pair(block_index_y());
   const bool diagonal = pair.i == pair.j;
   const int64_t rows = table.rows, tile_bytes = shared_tile_bytes(kBlock, Shape::kLanes);
@@ -175,75 +185,97 @@ RGD_DEVICE void gram(const Table<kCapacity>& table, Accumulate<S>* partials, int
   const auto block_rows = [&](int64_t block) {
     return rows - block * kBlock < kBlock ? rows - block * kBlock : int64_t{kBlock};
   };
-  const auto copy = [&](const Tile<S>& tile, int parity) {
-    copy_tile(tile, pair.i * kBlock, block_rows(pair.i), buffer(2 * parity));
-    if (!diagonal) copy_tile(tile, pair.j * kBlock, block_rows(pair.j), buffer(2 * parity + 1));
-    commit_copies();
-  };
+  // Stage t holds the rows of block i and, off the diagonal, those of block j beside them.
+  const int stages = diagonal ? 4 : 2;
+  const auto left = [&](int64_t stage) { return buffer(static_cast<int>(stage % stages) * (4 / stages)); };
+  const auto right = [&](int64_t stage) { return buffer(static_cast<int>(stage % stages) * (4 / stages) + !diagonal); };
   // Samples past the last one add zeros.
   for (int64_t index = thread_index(); index < 4 * tile_bytes / 16; index += kThreads)
     reinterpret_cast<Packet<S>*>(shared)[index] = Packet<S>{};
   barrier();
 
   const WarpSquares<kBlock> place;
-  const int64_t share = first_share + block_index() * Shape::kSlices + place.slice;
+  const int64_t share = part.first_share + place.slice;
   const auto write = [&](bool first) {
     const int64_t size = computed_here(rows);
-    return [=](int square, int row, int column, Accumulate<S> sum) {
+    return [=](int square, int row, int column, typename Sums::T sum) {
       const int64_t i = pair.i * kBlock + place.row(square) * 32 + row;
       const int64_t j = pair.j * kBlock + place.column * 32 + column;
       if (i >= size || j > i) return;
-      Accumulate<S>& partial = partials[(share * size + i) * size + j];
+      typename Sums::T& partial = partials[(share * size + i) * size + j];
       partial = first ? sum : partial + sum;
     };
   };
 
-  Sums<S, kBlock> sums{};
-  int64_t number = block_index();
-  Tiles<S, kCapacity> tiles(table, number);
+  Sums sums{};
+  Tiles<S, kCapacity> tiles(table, part.begin);
+  int64_t next = part.begin;
+  const auto copy_next = [&](int64_t stage) {
+    if (next < part.end) {
+      const Tile<S> tile = tiles[next];
+      copy_tile(tile, pair.i * kBlock, block_rows(pair.i), left(stage));
+      if (!diagonal) copy_tile(tile, pair.j * kBlock, block_rows(pair.j), right(stage));
+    }
+    commit_copies();
+    next += part.step;
+  };
+  for (int stage = 0; stage < stages - 1; ++stage) copy_next(stage);
   bool first = true;
   int columns = 0;
-  copy(tiles[number], 0);
-  for (int parity = 0; number < table.tiles; number += blocks(), parity ^= 1) {
-    const bool last = number + blocks() >= table.tiles;
-    if (last) {
-      commit_copies();
+  int64_t stage = 0;
+  for (int64_t number = part.begin; number < part.end; number += part.step, ++stage) {
+    if (diagonal) {
+      wait_copies<2>();
     } else {
-      copy(tiles[number + blocks()], 1 - parity);
+      wait_copies<0>();
     }
-    wait_copies<1>();
-    barrier();
-    sums.add(buffer(2 * parity), buffer(2 * parity + !diagonal), place, diagonal);
+    barrier();  // this stage is there, and nobody reads the one before any more
+    copy_next(stage + stages - 1);
+    sums.add(left(stage), right(stage), place, diagonal);
     columns += Shape::kLanes * Packet<S>::kColumns;
-    if (last || columns >= kColumnsInRegisters) {
+    if (number + part.step >= part.end || columns >= kColumnsInRegisters) {
       sums.drain(write(first));
       first = false;
       columns = 0;
     }
-    barrier();  // before the next copies overwrite what is read here
   }
 }
 
-// Threads of a block of reduce_gram share this many entries of K.
-constexpr int kGramEntries = 8;
-constexpr int64_t kReduceGramSharedBytes = kThreads * sizeof(double);
+constexpr int64_t kReduceSharedBytes = kThreads * sizeof(double);
 
-// gram[i, j] = gram[j, i] = sum of partials[s, i, j] over the shares, for i >= j.
-template <typename T>
-RGD_DEVICE void reduce_gram(const T* partials, int64_t rows, int64_t shares, T* gram, char* shared) {
-  constexpr int kGroups = kThreads / kGramEntries;
-  const int entry = thread_index() % kGramEntries, group = thread_index() / kGramEntries;
-  const int64_t index = block_index() * kGramEntries + entry, i = index / rows, j = index % rows;
+// gram[i, j] = gram[j, i] = sum of part(group, i * rows + j) over all groups, in their order, for i >= j. kEntries
+// threads beside each other make a group.
+template <int kEntries, typename T, typename F>
+RGD_DEVICE void reduce_symmetric(int64_t rows, T* gram, char* shared, F part) {
+  const int entry = thread_index() % kEntries, group = thread_index() / kEntries;
+  const int64_t index = block_index() * kEntries + entry, i = index / rows, j = index % rows;
   const bool mine = i < rows && j <= i;
   double* sums = reinterpret_cast<double*>(shared);
-  double sum = 0;
-  if (mine)
-    for (int64_t share = group; share < shares; share += kGroups) sum += partials[share * rows * rows + index];
+  double sum = mine ? part(group, index) : 0;
   sums[thread_index()] = sum;
   barrier();
   if (!mine || group > 0) return;
-  for (int other = 1; other < kGroups; ++other) sum += sums[other * kGramEntries + entry];
+  for (int other = 1; other < kThreads / kEntries; ++other) sum += sums[other * kEntries + entry];
   gram[index] = gram[j * rows + i] = static_cast<T>(sum);
+}
+
+template <int kEntries>
+constexpr int64_t reduce_blocks(int64_t rows) {
+  return (rows * rows + kEntries - 1) / kEntries;
+}
+
+// Entries of K to a block of reduce_gram, which has few of them and many shares.
+constexpr int kGramEntries = 8;
+
+// gram = the sum of the shares, each (rows, rows).
+template <typename T>
+RGD_DEVICE void reduce_gram(const T* partials, int64_t rows, int64_t shares, T* gram, char* shared) {
+  reduce_symmetric<kGramEntries>(rows, gram, shared, [&](int group, int64_t index) {
+    double sum = 0;
+    for (int64_t share = group; share < shares; share += kThreads / kGramEntries)
+      sum += partials[share * rows * rows + index];
+    return sum;
+  });
 }
 
 }  // namespace rgd_ext::cuda

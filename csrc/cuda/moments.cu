@@ -99,8 +99,7 @@ at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
   const int64_t rows = partials.size(0), slots = partials.size(1);
   const at::Tensor results = at::empty({rows}, partials.options().dtype(dtype));
   const auto reduce = [&](auto kernel, auto* to) {
-    launch(kernel, (rows + kThreads / kWarp - 1) / (kThreads / kWarp), 1, 0, partials.const_data_ptr<double>(), rows,
-           slots, to);
+    launch(kernel, row_blocks(rows), 1, 0, partials.const_data_ptr<double>(), rows, slots, to);
   };
   if (dtype == at::kDouble) {
     reduce(reduce_kernel<double>, results.mutable_data_ptr<double>());

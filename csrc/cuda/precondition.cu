@@ -25,8 +25,8 @@ std::vector<at::Tensor> precondition_operator(at::TensorList grads, const at::Te
   const int64_t rows = grads[0].size(0), slots = partials.size(1);
   const at::Tensor weights = at::empty({1, rows}, step.options());
   const auto reduce = [&](auto kernel, auto* to) {
-    launch(kernel, (rows + kThreads / kWarp - 1) / (kThreads / kWarp), 1, 0, partials.const_data_ptr<double>(), rows,
-           slots, step.const_data_ptr<std::remove_pointer_t<decltype(to)>>(), to);
+    launch(kernel, row_blocks(rows), 1, 0, partials.const_data_ptr<double>(), rows, slots,
+           step.const_data_ptr<std::remove_pointer_t<decltype(to)>>(), to);
   };
   if (step.scalar_type() == at::kDouble) {
     reduce(weights_kernel<double>, weights.mutable_data_ptr<double>());

@@ -59,6 +59,12 @@ struct Tiles {
 
   RGD_DEVICE int width() const { return table.lanes * Packet<S>::kColumns; }
 
+  // One past the last tile of the matrix found last.
+  RGD_DEVICE int64_t end() const {
+    const Matrix& found = table.matrix[matrix];
+    return found.first_tile + (found.columns + width() - 1) / width();
+  }
+
   RGD_DEVICE Tile<S> operator[](int64_t tile) {
     while (matrix + 1 < table.matrices && tile >= table.matrix[matrix + 1].first_tile) ++matrix;
     while (tile < table.matrix[matrix].first_tile) --matrix;

@@ -7,11 +7,14 @@
 
 #include "check.h"
 #include "combine.cuh"
+#include "ghost_gram.cuh"
 #include "gram.cuh"
+#include "gram_moments.cuh"
 #include "largest_eigenvalue.cuh"
 #include "moments.cuh"
 #include "products.cuh"
 #include "reduce.cuh"
+#include "sample_weights.cuh"
 
 namespace {
 
@@ -128,7 +131,7 @@ double error(const Doubles& got, const Doubles& want, double scale) {
 template <typename T>
 Doubles reduced(const Doubles& partials, int64_t rows, int64_t slots, unsigned seed) {
   std::unique_ptr<T[]> results(new T[rows]);
-  machine.run((rows + 7) / 8, 1, 0, seed, [&](char*) { reduce_rows(partials.data(), rows, slots, results.get()); });
+  machine.run(row_blocks(rows), 1, 0, seed, [&](char*) { reduce_rows(partials.data(), rows, slots, results.get()); });
   return {results.get(), results.get() + rows};
 }
 
@@ -197,30 +200,85 @@ double check_products(const Shape& shape, unsigned seed) {
   return error(got, want, scale) / sum_precision<S>();
 }
 
-template <typename S, int kBlock, template <typename, int> class Sums>
-double check_gram(const Shape& shape, unsigned seed) {
-  using T = Accumulate<S>;
-  using Layout = GramShape<kBlock>;
-  Problem<S> problem(shape, Layout::kLanes);
-  const int64_t rows = shape.rows, side = (rows + kBlock - 1) / kBlock;
-  const int64_t first_share = 1, shares = first_share + problem.blocks() * Layout::kSlices;
-  std::vector<T> partials(shares * rows * rows, NAN), gram(rows * rows, NAN);
-  std::fill(partials.begin(), partials.begin() + rows * rows, T(0));  // share 0: another launch's
-  machine.run(problem.blocks(), side * (side + 1) / 2, Layout::kSharedBytes, seed, [&](char* shared) {
-    rgd_ext::cuda::gram<S, kCapacity, kBlock, Sums>(problem.table, partials.data(), first_share, shared);
-  });
-  machine.run((rows * rows + kGramEntries - 1) / kGramEntries, 1, kReduceGramSharedBytes, seed,
-              [&](char* shared) { reduce_gram(partials.data(), rows, shares, gram.data(), shared); });
-  double scale = 0;
-  Doubles want;
-  for (const Doubles& a : problem.rows)
-    for (const Doubles& b : problem.rows) want.push_back(dot(a, b));
-  for (const Doubles& row : problem.rows) scale = std::max(scale, dot(row, row));
+// For every pair of samples.
+template <typename F>
+Doubles pairs(int64_t rows, F product) {
+  Doubles products;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < rows; ++j)
-      if (gram[i * rows + j] != gram[j * rows + i]) return INFINITY;
-  const bool tf32 = std::is_same_v<S, float> && std::is_same_v<Sums<S, kBlock>, MatrixUnitSums<S, kBlock>>;
-  return error(Doubles(gram.begin(), gram.end()), want, scale) / (tf32 ? 1e-3 : sum_precision<S>());
+    for (int64_t j = 0; j < rows; ++j) products.push_back(product(i, j));
+  return products;
+}
+
+template <typename Sums>
+double gram_error(const std::vector<typename Sums::T>& gram, const Doubles& want, int64_t rows) {
+  using S = typename Sums::Storage;
+  if (pairs(rows, [&](int64_t i, int64_t j) { return gram[i * rows + j]; }) !=
+      pairs(rows, [&](int64_t i, int64_t j) { return gram[j * rows + i]; }))
+    return INFINITY;
+  const bool tf32 = std::is_same_v<S, float> && std::is_same_v<Sums, MatrixUnitSums<S, Sums::Shape::kBlock>>;
+  return error(Doubles(gram.begin(), gram.end()), want, 0) / (tf32 ? 1e-3 : sum_precision<S>());
+}
+
+template <typename Sums>
+double check_gram(const Shape& shape, unsigned seed) {
+  using Layout = typename Sums::Shape;
+  const Problem<typename Sums::Storage> problem(shape, Layout::kLanes);
+  const int64_t rows = shape.rows, side = (rows + Layout::kBlock - 1) / Layout::kBlock;
+  const int64_t first_share = 1, shares = first_share + problem.blocks() * Layout::kSlices;
+  std::vector<typename Sums::T> partials(shares * rows * rows, NAN), gram(rows * rows, NAN);
+  std::fill(partials.begin(), partials.begin() + rows * rows, 0);  // share 0: another launch's
+  machine.run(problem.blocks(), side * (side + 1) / 2, Layout::kSharedBytes, seed, [&](char* shared) {
+    const Part part{block_index(), problem.table.tiles, blocks(), first_share + block_index() * Layout::kSlices};
+    rgd_ext::cuda::gram<Sums>(problem.table, part, partials.data(), shared);
+  });
+  machine.run(reduce_blocks<kGramEntries>(rows), 1, kReduceSharedBytes, seed,
+              [&](char* shared) { reduce_gram(partials.data(), rows, shares, gram.data(), shared); });
+  const auto want = [&](int64_t i, int64_t j) { return dot(problem.rows[i], problem.rows[j]); };
+  return gram_error<Sums>(gram, pairs(rows, want), rows);
+}
+
+// Layers whose inputs have the columns of `shape`, and output gradients some of their own; every other has a bias. On
+// top of a Gramian that is there.
+template <typename Sums>
+double check_ghost_gram(const Shape& shape, unsigned seed) {
+  using Layout = typename Sums::Shape;
+  Shape both = shape;
+  both.columns.clear();
+  for (int64_t n : shape.columns) both.columns.insert(both.columns.end(), {n, n * 7 % 90 + 1});
+  const Problem<typename Sums::Storage> problem(both, Layout::kLanes);
+  const int64_t rows = shape.rows, side = (rows + Layout::kBlock - 1) / Layout::kBlock;
+
+  Layers<kCapacity> layers{.factors = problem.table, .block_tiles = 0, .biases = {}};
+  Table<kCapacity>& factors = layers.factors;
+  layers.block_tiles = static_cast<int>(std::max<int64_t>(factors.tiles / shape.blocks, 1));
+  for (int m = 0; m < factors.matrices; ++m) {
+    layers.biases[m / 2] = m / 2 % 2 == 0;
+    const int64_t end = m + 1 < factors.matrices ? problem.table.matrix[m + 1].first_tile : problem.table.tiles;
+    const int64_t blocks = (end - problem.table.matrix[m].first_tile + layers.block_tiles - 1) / layers.block_tiles;
+    if (m == 0) factors.tiles = 0;
+    factors.matrix[m].first_tile = factors.tiles;
+    factors.tiles += blocks * layers.block_tiles;
+  }
+  const int64_t blocks = factors.tiles / layers.block_tiles;
+  std::vector<typename Sums::T> partials(blocks * Layout::kSlices * rows * rows, NAN), gram(rows * rows, 1);
+  machine.run(blocks, side * (side + 1) / 2, Layout::kSharedBytes, seed,
+              [&](char* shared) { ghost_products<Sums>(layers, partials.data(), shared); });
+  machine.run(reduce_blocks<kGhostEntries>(rows), 1, kReduceSharedBytes, seed, [&](char* shared) {
+    reduce_layers(layers, partials.data(), Layout::kSlices, true, gram.data(), shared);
+  });
+  const auto want = [&](int64_t i, int64_t j) {
+    double sum = 1;
+    int64_t column = 0;
+    for (int m = 0; m < factors.matrices; m += 2) {
+      double products[2] = {0, 0};
+      for (int f = 0; f < 2; ++f)
+        for (int64_t c = 0; c < factors.matrix[m + f].columns; ++c, ++column)
+          products[f] += problem.rows[i][column] * problem.rows[j][column];
+      sum += (products[0] + layers.biases[m / 2]) * products[1];
+    }
+    return sum;
+  };
+  return gram_error<Sums>(gram, pairs(rows, want), rows);
 }
 
 double check_weights(const Shape& shape, unsigned seed) {
@@ -229,7 +287,7 @@ double check_weights(const Shape& shape, unsigned seed) {
   for (size_t i = 0; i < partials.size(); ++i) partials[i] = std::sin(static_cast<double>(i));
   std::unique_ptr<double[]> weights(new double[rows]);
   const double epsilon = 0.3;
-  machine.run((rows + 7) / 8, 1, 0, seed,
+  machine.run(row_blocks(rows), 1, 0, seed,
               [&](char*) { reduce_to_weights(partials.data(), rows, slots, &epsilon, weights.get()); });
   Doubles want;
   for (int64_t i = 0; i < rows; ++i) {
@@ -238,6 +296,47 @@ double check_weights(const Shape& shape, unsigned seed) {
     want.push_back((1 - epsilon * sum) / rows);
   }
   return error({weights.get(), weights.get() + rows}, want, 1) / 1e-13;
+}
+
+double check_gram_moments(const Shape& shape, unsigned seed) {
+  const Problem<double> problem(shape);
+  const int64_t rows = shape.rows, blocks = row_blocks(rows);
+  const Doubles gram = pairs(rows, [&](int64_t i, int64_t j) { return dot(problem.rows[i], problem.rows[j]); });
+  Doubles means(rows, NAN), found(1 + 2 * rows + rows * rows, NAN);
+  machine.run(blocks, 1, 0, seed, [&](char*) { row_means(gram.data(), rows, means.data()); });
+  double* to = found.data();
+  machine.run(blocks, 1, 0, seed, [&](char*) {
+    centre_gram(gram.data(), means.data(), rows, GramMoments{to, to + 1, to + 1 + rows, to + 1 + 2 * rows});
+  });
+  const Doubles mean = weighted_sum(problem.rows, Doubles(rows, 1.0 / rows));
+  std::vector<Doubles> centred;
+  for (const Doubles& row : problem.rows) centred.push_back(minus(row, mean));
+  Doubles want = {dot(mean, mean)};
+  for (const Doubles& row : centred) want.push_back(dot(row, mean));
+  for (const Doubles& row : centred) want.push_back(dot(row, row));
+  for (const Doubles& row : centred)
+    for (const Doubles& other : centred) want.push_back(dot(row, other));
+  return error(found, want, *std::max_element(gram.begin(), gram.end())) / 1e-13;
+}
+
+// Once with a D that counts as zero and once with one that does not.
+double check_sample_weights(const Shape& shape, unsigned seed) {
+  const int64_t rows = shape.rows;
+  Doubles alignments, norms, found(2 * (1 + rows), NAN), want;
+  for (int64_t i = 0; i < rows; ++i) alignments.push_back(std::sin(static_cast<double>(i)));
+  for (int64_t i = 0; i < rows; ++i) norms.push_back(1 + static_cast<double>(i % 3));
+  const double trace = dot(norms, Doubles(rows, 1.0 / rows)), epsilon = 0.3, ulp = 1e-3;
+  double* to = found.data();
+  for (const double factor : {0.99, 1.01}) {
+    const double squared = trace / (8 * ulp) / factor, wanted = factor > 1 ? epsilon : 0;
+    machine.run(1, 1, 0, seed, [&](char*) {
+      sample_weights(&squared, alignments.data(), norms.data(), &epsilon, ulp, rows, to, to + 1);
+    });
+    to += 1 + rows;
+    want.push_back(wanted);
+    for (double alignment : alignments) want.push_back((1 - wanted * alignment) / rows);
+  }
+  return error(found, want, 0) / 1e-15;
 }
 
 // A reflection of a diagonal matrix: all eigenvalues are known, the largest of them twice.
@@ -276,12 +375,17 @@ struct Kernel {
   Check check;
 };
 
-double gram_of(const Shape& shape, unsigned seed, Check small, Check middle, Check large) {
-  return (shape.rows <= 32 ? small : shape.rows <= 64 ? middle : large)(shape, seed);
-}
 template <typename S, template <typename, int> class Sums>
 double check_gram_by_size(const Shape& shape, unsigned seed) {
-  return gram_of(shape, seed, check_gram<S, 32, Sums>, check_gram<S, 64, Sums>, check_gram<S, 128, Sums>);
+  return (shape.rows <= 32   ? check_gram<Sums<S, 32>>
+          : shape.rows <= 64 ? check_gram<Sums<S, 64>>
+                             : check_gram<Sums<S, 128>>)(shape, seed);
+}
+template <typename S, template <typename, int> class Sums>
+double check_ghost_gram_by_size(const Shape& shape, unsigned seed) {
+  return (shape.rows <= 32   ? check_ghost_gram<Sums<S, 32>>
+          : shape.rows <= 64 ? check_ghost_gram<Sums<S, 64>>
+                             : check_ghost_gram<Sums<S, 128>>)(shape, seed);
 }
 
 template <typename S>
@@ -292,15 +396,20 @@ std::vector<Kernel> kernels_of(const std::string& dtype) {
                                  {"centred products", check_products<S, true>},
                                  {"products", check_products<S, false>}};
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>)
-    kernels.push_back({"gram", check_gram_by_size<S, PlainSums>});
+    kernels.insert(kernels.end(), {{"gram", check_gram_by_size<S, PlainSums>},
+                                   {"ghost gram", check_ghost_gram_by_size<S, PlainSums>}});
   if constexpr (!std::is_same_v<S, double>)
-    kernels.push_back({"gram by matrix units", check_gram_by_size<S, MatrixUnitSums>});
+    kernels.insert(kernels.end(), {{"gram by matrix units", check_gram_by_size<S, MatrixUnitSums>},
+                                   {"ghost gram by matrix units", check_ghost_gram_by_size<S, MatrixUnitSums>}});
   for (Kernel& kernel : kernels) kernel.name = dtype + " " + kernel.name;
   return kernels;
 }
 
 std::vector<Kernel> all_kernels() {
-  std::vector<Kernel> kernels = {{"weights", check_weights}, {"largest eigenvalue", check_largest_eigenvalue}};
+  std::vector<Kernel> kernels = {{"weights", check_weights},
+                                 {"gram moments", check_gram_moments},
+                                 {"sample weights", check_sample_weights},
+                                 {"largest eigenvalue", check_largest_eigenvalue}};
   for (auto& more : {kernels_of<float>("float"), kernels_of<double>("double"), kernels_of<BFloat16>("bfloat16"),
                      kernels_of<Half>("half")})
     kernels.insert(kernels.end(), more.begin(), more.end());

@@ -1,0 +1,95 @@
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include "ghost_gram.cuh"
+#include "gram_launch.h"
+
+namespace rgd_ext::cuda {
+namespace {
+
+// Few models have more layers that see one vector per sample; these take several launches.
+using LayersOfLaunch = Layers<kFew>;
+
+template <typename Sums>
+__global__ void __launch_bounds__(kThreads, Sums::kBlocksPerMultiprocessor)
+    ghost_products_kernel(const __grid_constant__ LayersOfLaunch layers, typename Sums::T* partials) {
+  extern __shared__ __align__(16) char shared[];
+  ghost_products<Sums>(layers, partials, shared);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) reduce_layers_kernel(const __grid_constant__ LayersOfLaunch layers,
+                                                                 const T* partials, int slices, bool adds, T* gram) {
+  extern __shared__ __align__(16) char shared[];
+  reduce_layers(layers, partials, slices, adds, gram, shared);
+}
+
+// The layers [begin, end) dealt out to some `wanted` blocks.
+template <typename Sums>
+LayersOfLaunch layers_of(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases,
+                         size_t begin, size_t end, int64_t wanted) {
+  const int64_t width = Sums::Shape::kLanes * Packet<typename Sums::Storage>::kColumns;
+  const auto tiles = [&](const at::Tensor& factor) { return (factor.size(1) + width - 1) / width; };
+  const auto blocks = [&](int64_t block_tiles) {
+    int64_t count = 0;
+    for (size_t l = begin; l < end; ++l)
+      for (const at::Tensor* factor : {&inputs[l], &output_grads[l]})
+        count += (tiles(*factor) + block_tiles - 1) / block_tiles;
+    return count;
+  };
+  const int64_t least = std::max<int64_t>((blocks(1) + wanted - 1) / wanted, 1);
+  int64_t block_tiles = least;
+  // The last block of a factor may have little to do: rather all a bit more than a second wave of blocks.
+  while (blocks(block_tiles) > wanted && block_tiles < 2 * least) ++block_tiles;
+
+  LayersOfLaunch layers;
+  layers.block_tiles = static_cast<int>(block_tiles);
+  Table<kFew>& factors = layers.factors;
+  factors.rows = output_grads[0].size(0);
+  factors.lanes = Sums::Shape::kLanes;
+  factors.tiles = factors.matrices = 0;
+  for (size_t l = begin; l < end; ++l) {
+    layers.biases[l - begin] = biases[l];
+    for (const at::Tensor* factor : {&inputs[l], &output_grads[l]}) {
+      factors.matrix[factors.matrices++] = {factor->const_data_ptr(), nullptr, factor->stride(0), factor->size(1),
+                                            factors.tiles};
+      factors.tiles += (tiles(*factor) + block_tiles - 1) / block_tiles * block_tiles;
+    }
+  }
+  return layers;
+}
+
+template <typename Sums>
+at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
+  using T = typename Sums::T;
+  using Shape = typename Sums::Shape;
+  const int64_t rows = output_grads[0].size(0), pairs = block_pairs<Sums>(rows);
+  const at::ScalarType dtype = accumulate_dtype(output_grads[0].scalar_type());
+  const at::Tensor gram = at::empty({rows, rows}, output_grads[0].options().dtype(dtype));
+  const auto products = ghost_products_kernel<Sums>;
+  const int64_t wanted = std::max<int64_t>(resident_blocks(products, Shape::kSharedBytes) / pairs, 1);
+  for (size_t begin = 0; begin < inputs.size(); begin += kFew / 2) {
+    const size_t end = std::min(begin + kFew / 2, inputs.size());
+    const LayersOfLaunch layers = layers_of<Sums>(inputs, output_grads, biases, begin, end, wanted);
+    const int64_t blocks = layers.factors.tiles / layers.block_tiles;
+    const at::Tensor partials = at::empty({blocks * Shape::kSlices, rows, rows}, gram.options());
+    launch(products, blocks, pairs, Shape::kSharedBytes, layers, partials.mutable_data_ptr<T>());
+    launch(reduce_layers_kernel<T>, reduce_blocks<kGhostEntries>(rows), 1, kReduceSharedBytes, layers,
+           partials.const_data_ptr<T>(), Shape::kSlices, begin > 0, gram.mutable_data_ptr<T>());
+  }
+  return gram;
+}
+
+at::Tensor ghost_gram_operator(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
+  check_layers(inputs, output_grads, biases);
+  const c10::cuda::CUDAGuard guard(output_grads[0].device());
+  const auto a = with_contiguous_rows(inputs), e = with_contiguous_rows(output_grads);
+  return with_gram_sums(e[0].scalar_type(), e[0].size(0),
+                        [&]<typename Sums>(std::type_identity<Sums>) { return read_layers<Sums>(a, e, biases); });
+}
+
+}  // namespace
+}  // namespace rgd_ext::cuda
+
+TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("ghost_gram", rgd_ext::cuda::ghost_gram_operator); }

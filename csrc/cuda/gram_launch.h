@@ -1,0 +1,55 @@
+#pragma once
+
+// Which sums the Gramians of a dtype and a number of samples are made with, and how many blocks of samples that takes.
+
+#include <ATen/Context.h>
+
+#include <type_traits>
+
+#include "gram.cuh"
+#include "launch.h"
+
+namespace rgd_ext::cuda {
+
+// Whether both of torch's ways to say so agree that the last bits of float products do not matter.
+inline bool tf32_allowed() {
+  try {
+    return at::globalContext().allowTF32CuBLAS();
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+template <template <typename, int> class Sums, typename S, typename F>
+auto with_block(int64_t rows, F use) {
+  return rows <= 32   ? use(std::type_identity<Sums<S, 32>>{})
+         : rows <= 64 ? use(std::type_identity<Sums<S, 64>>{})
+                      : use(std::type_identity<Sums<S, 128>>{});
+}
+
+// use(std::type_identity<Sums>{}). Products of 2-byte types are exact in float; float itself goes to the matrix units
+// only where the user gave up its last bits with torch.backends.cuda.matmul.allow_tf32 or
+// torch.set_float32_matmul_precision.
+template <typename F>
+auto with_gram_sums(at::ScalarType dtype, int64_t rows, F use) {
+  return with_storage(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    if constexpr (std::is_same_v<S, double>) {
+      return with_block<PlainSums, S>(rows, use);
+    } else if constexpr (std::is_same_v<S, float>) {
+      return tf32_allowed() ? with_block<MatrixUnitSums, S>(rows, use) : with_block<PlainSums, S>(rows, use);
+    } else {
+      return with_block<MatrixUnitSums, S>(rows, use);
+    }
+  });
+}
+
+// Blocks of samples by blocks of samples, on and below the diagonal of K.
+template <typename Sums>
+int64_t block_pairs(int64_t rows) {
+  const int64_t side = (rows + Sums::Shape::kBlock - 1) / Sums::Shape::kBlock, pairs = side * (side + 1) / 2;
+  TORCH_CHECK_VALUE(pairs <= 65535, "the Gramian of ", rows, " samples is larger than one launch can make: use fewer");
+  return pairs;
+}
+
+}  // namespace rgd_ext::cuda
