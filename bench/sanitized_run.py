@@ -28,13 +28,21 @@ def run(device: str) -> None:
             grads = [torch.randn(shape).to(dtype).to(device) for shape in shapes]
             weights = torch.randn(len(grads[0])).to(device)
             vectors = [torch.randn(3, *shape[1:]).to(dtype).to(device) for shape in shapes]
+            rows = [g.flatten(1) for g in grads]
+            statistics = ops.gram_moments(ops.gram(grads))
+            epsilon = torch.tensor(0.1).to(device)
             results = {
                 "moments": ops.moments(grads),
                 "combine": ops.combine(grads, weights),
                 "diffusion_mv": ops.diffusion_mv(grads, vectors),
                 "gram": ops.gram(grads),
                 "largest_eigenvalue": ops.largest_eigenvalue(ops.gram(grads)),
-                "precondition": ops.precondition(grads, torch.tensor(0.1).to(device)),
+                "precondition": ops.precondition(grads, epsilon),
+                "ghost_gram": ops.ghost_gram(rows, rows[::-1], [True] * len(rows)),
+                "gram_moments": statistics,
+                "sample_weights": ops.sample_weights(*statistics[:3], epsilon.double(), 1e-7),
+                "group_norm_grads": ops.group_norm_grads(grads[0], grads[0], 1, 1e-5),
+                "layer_norm_grads": ops.layer_norm_grads(grads[0], grads[0], 1e-5),
             }
             for name, result in results.items():
                 if not all(leaf.cpu().isfinite().all() for leaf in tree_leaves(result)):

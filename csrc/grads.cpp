@@ -132,4 +132,18 @@ void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& ali
   }
 }
 
+void check_group_norm(const at::Tensor& output_grad, const at::Tensor& input, int64_t groups) {
+  check_grads({output_grad, input});
+  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
+                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, n, ...)");
+  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "groups is ", groups, ": it must divide ", input.size(1),
+                    " channels");
+}
+
+void check_layer_norm(const at::Tensor& output_grad, const at::Tensor& input) {
+  check_grads({output_grad, input});
+  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
+                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, ..., n)");
+}
+
 }  // namespace rgd_ext

@@ -45,4 +45,10 @@ void check_symmetric(const at::Tensor& matrix);
 void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
                       const at::Tensor& squared_norms, const at::Tensor& epsilon);
 
+// Raises where they are not of one shape (B, n, ...), dtype and device, or `groups` does not divide n.
+void check_group_norm(const at::Tensor& output_grad, const at::Tensor& input, int64_t groups);
+
+// Raises where they are not of one shape (B, ..., n), dtype and device.
+void check_layer_norm(const at::Tensor& output_grad, const at::Tensor& input);
+
 }  // namespace rgd_ext

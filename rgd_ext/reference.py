@@ -259,9 +259,9 @@ def layer_grads(
         if kind == "linear":
             pair = linear_grads(e, x)
         elif kind == "group_norm":
-            pair = group_norm_grads(e, x, number, epsilon)
+            pair = torch.ops.rgd_ext.group_norm_grads(e, x, number, epsilon)
         elif kind in ("layer_norm", "rms_norm"):
-            pair = layer_norm_grads(e, x, epsilon, kind == "layer_norm")
+            pair = torch.ops.rgd_ext.layer_norm_grads(e, x, epsilon, kind == "layer_norm")
         else:
             raise ValueError(f"kind is {kind}: choose linear, layer_norm, rms_norm or group_norm")
         columns += [gradient.flatten(1) for gradient in pair[: 1 + bias]]

@@ -50,11 +50,7 @@ void group_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
 
 std::tuple<at::Tensor, at::Tensor> group_norm_grads(const at::Tensor& output_grad, const at::Tensor& input,
                                                     int64_t groups, double eps) {
-  check_grads({output_grad, input});
-  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, n, ...)");
-  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "groups is ", groups, ": it must divide ", input.size(1),
-                    " channels");
+  check_group_norm(output_grad, input, groups);
   at::Tensor weight = at::empty({input.size(0), input.size(1)}, input.options());
   at::Tensor bias = at::empty({input.size(0), input.size(1)}, input.options());
   form_group_norm(output_grad, input, groups, eps, {weight}, Place{bias});

@@ -55,9 +55,7 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
 
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads(const at::Tensor& output_grad, const at::Tensor& input, double eps,
                                                     bool centred) {
-  check_grads({output_grad, input});
-  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, ..., n)");
+  check_layer_norm(output_grad, input);
   at::Tensor weight = at::empty({input.size(0), input.size(-1)}, input.options());
   at::Tensor bias = at::empty({input.size(0), input.size(-1)}, input.options());
   form_layer_norm(output_grad, input, eps, centred, {weight}, Place{bias});

@@ -14,7 +14,6 @@ template <int kBlockSamples>
 struct GramShape {
   static constexpr int kBlock = kBlockSamples;
   static constexpr int kSide = kBlock / 32;
-  static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kSlices = kSide * kSide < kWarps ? kWarps / (kSide * kSide) : 1;
   static constexpr int kSquares = kSide * kSide > kWarps ? kSide * kSide / kWarps : 1;  // of a warp
   static constexpr int kLanes = kBlock == 32 ? 16 : 8;
@@ -43,7 +42,7 @@ struct WarpSquares {
       first_row = warp / Shape::kSlices / Shape::kSide;
     }
   }
-  RGD_DEVICE int row(int square) const { return first_row + square * (Shape::kWarps / Shape::kSide); }
+  RGD_DEVICE int row(int square) const { return first_row + square * (kWarps / Shape::kSide); }
 };
 
 // Squares by matrix units. The packets of a row are 4-byte words to them: word w of row r stands in bank (4 r + w) %

@@ -12,7 +12,7 @@ namespace rgd_ext::cuda {
 struct Team {
   double* shared;  // one number per warp, and one
 
-  static constexpr int64_t kSharedBytes = (kThreads / kWarp + 1) * sizeof(double);
+  static constexpr int64_t kSharedBytes = (kWarps + 1) * sizeof(double);
 
   template <typename F>
   RGD_DEVICE void each(int64_t size, F use) const {
@@ -26,7 +26,7 @@ struct Team {
     if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = own;
     barrier();
     double result = shared[0];
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) result = combine(result, shared[warp]);
+    for (int warp = 1; warp < kWarps; ++warp) result = combine(result, shared[warp]);
     barrier();  // before `shared` is written again
     return result;
   }
@@ -40,7 +40,7 @@ struct Team {
   // What thread 0 computes, for all.
   template <typename F>
   RGD_DEVICE bool first(F compute) const {
-    int* place = reinterpret_cast<int*>(shared + kThreads / kWarp);
+    int* place = reinterpret_cast<int*>(shared + kWarps);
     if (thread_index() == 0) *place = compute();
     barrier();
     return *place != 0;
@@ -83,7 +83,7 @@ RGD_DEVICE void largest_eigenvalue(const T* matrix, int64_t size, double* worksp
     }
     for (int repeat = 0; repeat < 2; ++repeat) {
       barrier();  // warps read all of the product
-      for (int64_t k = thread_index() / kWarp; k < n; k += kThreads / kWarp) {
+      for (int64_t k = thread_index() / kWarp; k < n; k += kWarps) {
         double sum = 0;
         for (int64_t i = thread_index() % kWarp; i < size; i += kWarp) sum += basis[k * size + i] * product[i];
         sum = warp_sum(sum);

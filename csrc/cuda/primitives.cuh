@@ -128,6 +128,7 @@ namespace rgd_ext::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;  // of a block
 
 // The values of a warp's lanes combined, in a fixed order; every lane calls it and gets the result.
 template <typename T, typename F>

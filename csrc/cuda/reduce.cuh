@@ -1,15 +1,14 @@
 #pragma once
 
-// Sums of what the blocks of another kernel left, in a fixed order.
+// Sums in a fixed order: of what the blocks of another kernel left, and long ones of a thread.
 
 #include "primitives.cuh"
 
 namespace rgd_ext::cuda {
 
 // Rows are dealt out to warps.
-constexpr int kRowsOfBlock = kThreads / kWarp;
-constexpr int64_t row_blocks(int64_t rows) { return (rows + kRowsOfBlock - 1) / kRowsOfBlock; }
-RGD_DEVICE int64_t row_of_warp() { return block_index() * kRowsOfBlock + thread_index() / kWarp; }
+constexpr int64_t row_blocks(int64_t rows) { return (rows + kWarps - 1) / kWarps; }
+RGD_DEVICE int64_t row_of_warp() { return block_index() * kWarps + thread_index() / kWarp; }
 
 // The sum of values[0, count), by a warp; every lane gets it.
 template <typename T>
@@ -18,6 +17,27 @@ RGD_DEVICE double sum_by_warp(const T* values, int64_t count) {
   for (int64_t i = thread_index() % kWarp; i < count; i += kWarp) sum += values[i];
   return warp_sum(sum);
 }
+
+// A sum of many numbers, in T for a while and then in double, which some GPUs are slow at.
+template <typename T>
+class LongSum {
+ public:
+  RGD_DEVICE void add(T value) {
+    recent_ += value;
+    if (++count_ < kRecent) return;
+    total_ += recent_;
+    recent_ = 0;
+    count_ = 0;
+  }
+  RGD_DEVICE double total() const { return total_ + recent_; }
+
+ private:
+  static constexpr int kRecent = 32;
+
+  double total_ = 0;
+  T recent_ = 0;
+  int count_ = 0;
+};
 
 // results[r] = sum_s partials[r * slots + s], one warp a row.
 template <typename T>

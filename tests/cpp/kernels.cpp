@@ -10,7 +10,9 @@
 #include "ghost_gram.cuh"
 #include "gram.cuh"
 #include "gram_moments.cuh"
+#include "group_norm_grads.cuh"
 #include "largest_eigenvalue.cuh"
+#include "layer_norm_grads.cuh"
 #include "moments.cuh"
 #include "products.cuh"
 #include "reduce.cuh"
@@ -339,6 +341,112 @@ double check_sample_weights(const Shape& shape, unsigned seed) {
   return error(found, want, 0) / 1e-15;
 }
 
+// sum_t e_t (x_t - mean) / deviation and sum_t e_t, of the terms t of a channel.
+struct Normalised {
+  double mean, deviation, product = 0, grad = 0;
+
+  // With statistics of all x; of their squares alone if not centred.
+  template <typename F>
+  Normalised(int64_t count, double eps, bool centred, F x) {
+    double sum = 0, squares = 0;
+    for (int64_t t = 0; t < count; ++t) sum += x(t);
+    mean = centred ? sum / std::max<int64_t>(count, 1) : 0;
+    for (int64_t t = 0; t < count; ++t) squares += (x(t) - mean) * (x(t) - mean);
+    deviation = std::sqrt(squares / std::max<int64_t>(count, 1) + eps);
+  }
+  void add(double e, double x) {
+    product += e * (x - mean) / deviation;
+    grad += e;
+  }
+};
+
+// Inputs and output gradients, to the byte on the heap and in double; and what becomes of them.
+template <typename S>
+struct NormProblem {
+  std::unique_ptr<S[]> input, output_grad, weight, bias;
+  Doubles x, e, want;
+  int64_t results;
+
+  NormProblem(int64_t numbers, int64_t results)
+      : input(new S[numbers]),
+        output_grad(new S[numbers]),
+        weight(new S[results]),
+        bias(new S[results]),
+        results(results) {
+    std::mt19937 random(11);
+    std::normal_distribution<float> normal(3);
+    for (auto [to, copy] : {std::pair{&input, &x}, {&output_grad, &e}})
+      for (int64_t i = 0; i < numbers; ++i) {
+        narrow(Accumulate<S>(normal(random)), (*to)[i]);
+        copy->push_back(value((*to)[i]));
+      }
+    std::memset(static_cast<void*>(weight.get()), 0xff, results * sizeof(S));
+    std::memset(static_cast<void*>(bias.get()), 0xff, results * sizeof(S));
+  }
+
+  // Of all weights and then all biases, which `want` holds.
+  double deviation(double scale) const {
+    Doubles found;
+    for (const auto* from : {&weight, &bias})
+      for (int64_t c = 0; c < results; ++c) found.push_back(value((*from)[c]));
+    return error(found, want, scale) / precision<S>();
+  }
+};
+
+// Few channels and many, of a few groups of as many places as `shape` has columns.
+template <typename S>
+double check_group_norm(const Shape& shape, unsigned seed) {
+  const int64_t groups = shape.blocks + 1, channels = 1 + shape.rows % 11, positions = shape.columns[0];
+  const int64_t all = channels * positions;
+  const double eps = 1e-5;
+  NormProblem<S> problem(groups * all, groups * channels);
+  std::unique_ptr<ChannelSums[]> sums(new ChannelSums[groups * channels * channel_parts(channels)]);
+  machine.run(groups, 1, kGroupNormSharedBytes, seed, [&](char* shared) {
+    group_norm_grads(problem.output_grad.get(), problem.input.get(), channels, positions, eps, sums.get(),
+                     problem.weight.get(), problem.bias.get(), shared);
+  });
+  Doubles grads;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Normalised group(all, eps, true, [&](int64_t t) { return problem.x[g * all + t]; });
+    for (int64_t c = 0; c < channels; ++c) {
+      Normalised channel = group;
+      for (int64_t i = g * all + c * positions; i < g * all + (c + 1) * positions; ++i)
+        channel.add(problem.e[i], problem.x[i]);
+      problem.want.push_back(channel.product);
+      grads.push_back(channel.grad);
+    }
+  }
+  problem.want.insert(problem.want.end(), grads.begin(), grads.end());
+  return problem.deviation(std::sqrt(positions));
+}
+
+template <typename S, bool kCentred>
+double check_layer_norm(const Shape& shape, unsigned seed) {
+  const int64_t batch_size = shape.blocks, places = shape.rows, columns = std::max<int64_t>(shape.columns[0], 1);
+  const int64_t rows = batch_size * places;
+  const double eps = 1e-5;
+  NormProblem<S> problem(rows * columns, batch_size * columns);
+  std::unique_ptr<RowStatistics<Accumulate<S>>[]> statistics(new RowStatistics<Accumulate<S>>[rows]);
+  machine.run(row_blocks(rows), 1, 0, seed,
+              [&](char*) { row_statistics(problem.input.get(), rows, columns, eps, kCentred, statistics.get()); });
+  machine.run(batch_size * column_chunks(columns), 1, kLayerNormSharedBytes, seed, [&](char* shared) {
+    layer_norm_grads(problem.output_grad.get(), problem.input.get(), statistics.get(), places, columns,
+                     problem.weight.get(), problem.bias.get(), shared);
+  });
+  problem.want.assign(2 * batch_size * columns, 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* x = problem.x.data() + r * columns;
+    const Normalised row(columns, eps, kCentred, [&](int64_t c) { return x[c]; });
+    for (int64_t c = 0; c < columns; ++c) {
+      Normalised entry = row;
+      entry.add(problem.e[r * columns + c], x[c]);
+      problem.want[r / places * columns + c] += entry.product;
+      problem.want[(batch_size + r / places) * columns + c] += entry.grad;
+    }
+  }
+  return problem.deviation(std::sqrt(places));
+}
+
 // A reflection of a diagonal matrix: all eigenvalues are known, the largest of them twice.
 double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
   const int64_t size = shape.rows;
@@ -394,7 +502,10 @@ std::vector<Kernel> kernels_of(const std::string& dtype) {
                                  {"combine", check_combine<S, 1>},
                                  {"combine of several", check_combine<S, 4>},
                                  {"centred products", check_products<S, true>},
-                                 {"products", check_products<S, false>}};
+                                 {"products", check_products<S, false>},
+                                 {"group norm", check_group_norm<S>},
+                                 {"layer norm", check_layer_norm<S, true>},
+                                 {"rms norm", check_layer_norm<S, false>}};
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>)
     kernels.insert(kernels.end(), {{"gram", check_gram_by_size<S, PlainSums>},
                                    {"ghost gram", check_ghost_gram_by_size<S, PlainSums>}});
