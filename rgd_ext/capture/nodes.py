@@ -87,8 +87,10 @@ def watch(use: Record, output: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output of a layer whose forward ran with detached parameters; its gradient and the inputs go to `use`."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(output).tangent is not None:
         raise RuntimeError(FORWARD_MODE)
-    if type(output) is not Tensor:  # nodes make plain tensors
-        return watch(use, output.as_subclass(Tensor), inputs).as_subclass(type(output))
+    if type(output) is not Tensor:
+        plain = output.as_subclass(Tensor)
+        if type(plain) is Tensor:  # nodes make plain tensors of it; those of a dispatch mode stay what they are
+            return watch(use, plain, inputs).as_subclass(type(output))
     return _watch(use, output, inputs, tuple(use.parameters.values()))
 
 
