@@ -139,6 +139,7 @@ def test_a_row_is_one_transfer(model, handle, path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_row_waits_for_the_device_once(path):
     model = mlp().cuda()
     with rgd_ext.precondition(model) as handle, rgd_ext.Monitor(handle, path) as record:

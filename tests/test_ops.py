@@ -37,6 +37,10 @@ def laid_out(grads, layout):
         return grads
     if layout == "row slices":  # a few columns of a wider matrix; unaligned pointers
         return [torch.cat([g.new_ones(len(g), 3), g.reshape(len(g), -1)], 1)[:, 3:].view_as(g) for g in grads]
+    if layout == "aligned row slices":  # rows start on 16 bytes and may end inside them
+        flat = [g.reshape(len(g), -1) for g in grads]
+        wide = [torch.nn.functional.pad(f, (0, 16 - f.shape[1] % 16)) for f in flat]
+        return [w[:, : f.shape[1]].view_as(g) for w, f, g in zip(wide, flat, grads, strict=True)]
     if layout == "every other row":
         return [g.repeat_interleave(2, 0)[::2] for g in grads]
     if layout == "permuted":
@@ -44,11 +48,11 @@ def laid_out(grads, layout):
     return [g[:1].expand_as(g) for g in grads]
 
 
-LAYOUTS = ["contiguous", "row slices", "every other row", "permuted", "expanded"]
+LAYOUTS = ["contiguous", "row slices", "aligned row slices", "every other row", "permuted", "expanded"]
 
 
 def weights_for(grads):
-    return torch.linspace(-0.5, 1.5, len(grads[0]), device=grads[0].device)
+    return torch.linspace(-0.5, 1.5, len(grads[0])).to(grads[0].device)  # the same bits on every device
 
 
 def vectors_for(grads, number=None):
@@ -528,7 +532,7 @@ def formed_by_autograd(kind, output_grad, x, groups, eps, has_bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_grads_are_side_by_side(dtype, layout, device):
     arguments = formed_layers(FORMED, dtype, device, layout)
-    result, columns = torch.ops.rgd_ext.layer_grads(*arguments), []
+    result, columns = torch.ops.rgd_ext.layer_grads(*arguments).cpu(), []
     assert result.dtype == dtype
     for layer in zip(*arguments, strict=True):
         columns.append(formed_by_autograd(*layer))

@@ -11,6 +11,9 @@ namespace {
 // Few models have more layers that see one vector per sample; these take several launches.
 using LayersOfLaunch = Layers<kFew>;
 
+// Of products that wait for their sum, where batches are so large that they matter.
+constexpr int64_t kMostBytes = 256 << 20;
+
 template <typename Sums>
 __global__ void __launch_bounds__(kThreads, Sums::kBlocksPerMultiprocessor)
     ghost_products_kernel(const __grid_constant__ LayersOfLaunch layers, typename Sums::T* partials) {
@@ -69,8 +72,11 @@ at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const
   const at::Tensor gram = at::empty({rows, rows}, output_grads[0].options().dtype(dtype));
   const auto products = ghost_products_kernel<Sums>;
   const int64_t wanted = std::max<int64_t>(resident_blocks(products, Shape::kSharedBytes) / pairs, 1);
-  for (size_t begin = 0; begin < inputs.size(); begin += kFew / 2) {
-    const size_t end = std::min(begin + kFew / 2, inputs.size());
+  // Each layer leaves two products at least.
+  const int64_t bytes = 2 * Shape::kSlices * rows * rows * static_cast<int64_t>(sizeof(T));
+  const int64_t together = std::clamp<int64_t>(kMostBytes / bytes, 1, kFew / 2);
+  for (size_t begin = 0; begin < inputs.size(); begin += together) {
+    const size_t end = std::min(begin + together, inputs.size());
     const LayersOfLaunch layers = layers_of<Sums>(inputs, output_grads, biases, begin, end, wanted);
     const int64_t blocks = layers.factors.tiles / layers.block_tiles;
     const at::Tensor partials = at::empty({blocks * Shape::kSlices, rows, rows}, gram.options());

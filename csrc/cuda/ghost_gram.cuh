@@ -38,9 +38,10 @@ RGD_DEVICE void reduce_layers(const Layers<kCapacity>& layers, const T* partials
   };
   reduce_symmetric<kGhostEntries>(rows, gram, shared, [&](int group, int64_t index) {
     const auto product = [&](int factor) {
+      const T* partial = partials + first_share(factor) * rows * rows + index;
       double sum = 0;
-      for (int64_t share = first_share(factor); share < first_share(factor + 1); ++share)
-        sum += partials[share * rows * rows + index];
+      for (int64_t left = first_share(factor + 1) - first_share(factor); left > 0; --left, partial += rows * rows)
+        sum += *partial;
       return sum;
     };
     double sum = adds && group == 0 ? gram[index] : 0;

@@ -105,10 +105,10 @@ RGD_DEVICE uint32_t to_tf32(uint32_t word) {
 // B; sums = elements (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 template <typename S>
 RGD_DEVICE void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#define RGD_MMA(instruction)                                                         \
-  asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define RGD_MMA(instruction)                                                                  \
+  asm volatile(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<S, BFloat16>) {
     RGD_MMA("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32");
   } else if constexpr (std::is_same_v<S, Half>) {

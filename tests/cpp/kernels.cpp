@@ -46,14 +46,15 @@ struct Shape {
   std::vector<int64_t> columns;
   int lanes;
   int64_t blocks;
-  int64_t padding;  // elements in front of each row; odd numbers leave rows unaligned
+  int64_t padding;     // elements in front of each row; odd numbers leave rows unaligned
+  int64_t behind = 0;  // elements behind each row but the last; may let aligned rows end inside 16 bytes
 };
 
 std::string describe(const Shape& shape) {
   std::string text = std::to_string(shape.rows) + " x {";
   for (int64_t n : shape.columns) text += " " + std::to_string(n);
   return text + " }, " + std::to_string(shape.lanes) + " lanes, " + std::to_string(shape.blocks) + " blocks, padding " +
-         std::to_string(shape.padding);
+         std::to_string(shape.padding) + " and " + std::to_string(shape.behind);
 }
 
 // Matrices to the byte on the heap, the same in double as one, and vectors beside them.
@@ -71,8 +72,8 @@ struct Problem {
     table.rows = shape.rows;
     table.lanes = lanes;
     for (int64_t n : shape.columns) {
-      const int64_t stride = n + shape.padding, width = lanes * Packet<S>::kColumns;
-      const int64_t size = std::max<int64_t>(shape.rows * stride, 0);
+      const int64_t stride = n + shape.padding + shape.behind, width = lanes * Packet<S>::kColumns;
+      const int64_t size = std::max<int64_t>(shape.rows * stride - shape.behind, 0);
       data.emplace_back(new S[size]);
       others.emplace_back(new S[kVectors * n]);
       const auto draw = [&](S& to, Doubles& copy) {
@@ -529,9 +530,10 @@ std::vector<Kernel> all_kernels() {
 
 void test_against_double() {
   const std::vector<Shape> shapes = {
-      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},  {3, {0, 5}, 8, 1, 1},        {7, {640}, 32, 2, 0},
-      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8}, {33, {300, 0, 41}, 4, 2, 1}, {64, {257}, 32, 5, 3},
-      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0}, {150, {97, 64}, 4, 3, 5},    {260, {65}, 4, 2, 0},
+      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},        {3, {0, 5}, 8, 1, 1},        {7, {640}, 32, 2, 0},
+      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8},       {33, {300, 0, 41}, 4, 2, 1}, {64, {257}, 32, 5, 3},
+      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0},       {150, {97, 64}, 4, 3, 5},    {260, {65}, 4, 2, 0},
+      {9, {61, 5}, 8, 2, 0, 3},     {70, {125, 13}, 8, 3, 0, 3},
   };
   unsigned seed = 0;
   for (const Kernel& kernel : all_kernels()) {
