@@ -11,8 +11,10 @@ CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
 
+# The two workers share the processors, so threads that wait must not spin.
+test: export OMP_WAIT_POLICY = passive
 test: $(BUILT)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

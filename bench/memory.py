@@ -27,7 +27,7 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it announces every profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         call()
     events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
