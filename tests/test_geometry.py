@@ -87,7 +87,11 @@ def test_d_vanishes_exactly_where_all_gradients_agree():
 
 
 @every_problem
-@pytest.mark.parametrize("policy", [0.01, Fixed(-0.01), Spectral(0.5), Trace(-0.5), lambda s: 0.1 / s.trace], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [0.01, Fixed(-0.01), Spectral(0.5), Trace(-0.5), lambda s: 0.1 / s.trace],
+    ids=["number", "Fixed", "Spectral", "Trace", "callable"],
+)
 def test_metric_and_both_inverses(shape, policy):
     losses, x = problem(shape)
     rows = gradients(losses, x)

@@ -94,6 +94,7 @@ batches = st.integers(2, 6).flatmap(
 @settings(deadline=None, max_examples=60)
 @given(batches)
 @example([[-2.0, 0, 0], [-3.0, 0, 0], [-3.0, 1, 2]])  # the zero among its eigenvalues is of the size of their rounding
+@example([[0.0, 0, -3], [0.0, 1, -3], [1.0, 0, -4]])  # and here of the size of the rounding of the entries
 def test_two_forms_of_equation_3_agree_and_d_is_symmetric_positive_of_low_rank(rows):
     rows = torch.tensor(rows, dtype=torch.float64)
     b = len(rows)
@@ -105,7 +106,9 @@ def test_two_forms_of_equation_3_agree_and_d_is_symmetric_positive_of_low_rank(r
     assert torch.allclose(matrix, matrix.T, atol=1e-12)
     _, stats = rgd_ext.direction(rows)
     assert torch.linalg.eigvalsh(matrix)[0] > -1e-12
-    assert torch.linalg.matrix_rank(matrix, hermitian=True) <= b - 1
+    # Entries are rounded as products of gradients are, which may be larger than what is left of them in D.
+    ulp = torch.finfo(matrix.dtype).eps * len(matrix) * rows.square().sum(1).max()
+    assert torch.linalg.matrix_rank(matrix, atol=ulp.item(), hermitian=True) <= b - 1
     assert stats.rank <= b - 1
 
 
