@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from oracle import TOLERANCE, assert_close
-from test_ops import CALLS, DTYPES, leaves, sample_grads, vectors_for, weights_for
+from test_ops import CALLS, DTYPES, RAW_BAD, leaves, move_examples, sample_grads, vectors_for, weights_for
 
 import rgd_ext
 from rgd_ext import ops, reference
@@ -192,6 +192,26 @@ def test_mixed_devices_are_refused():
     ):
         with pytest.raises((ValueError, RuntimeError), match="move them to one device"):
             call()
+
+
+# Of operators with a kernel; weights and other devices are above.
+CHECKED = ["batch sizes", "dtypes", "vectors", "biases", "layers", "layer of sequences", "rows of a layer"]
+CHECKED += [
+    "dtype of a layer",
+    "not square",
+    "gramian not square",
+    "statistics of other sizes",
+    "epsilon of other dtype",
+]
+CHECKED += ["statistics without samples", "epsilon for each sample", "groups of a norm", "shape of a norm"]
+CHECKED += ["shape of a layer norm", "layer norm of numbers"]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_kernels_check_what_reaches_them(name, monkeypatch):
+    move_examples("cuda", monkeypatch)
+    with torch.device("cuda"), pytest.raises((RuntimeError, ValueError, TypeError)):
+        RAW_BAD[name]()
 
 
 def test_tf32_is_only_used_where_it_was_allowed():

@@ -246,18 +246,20 @@ def test_conv_weight_grads_are_those_of_each_sample_alone(name, dtype, device):
     assert_close(result.cpu(), weight_grads_by_autograd(*arguments), dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["1-d", "2-d", "3-d"])
-def test_conv_weight_grads_of_any_layout(name, layout):
-    arguments = sample_convolution(name, torch.float32, layout=layout)
-    assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
+def test_conv_weight_grads_of_any_layout(name, layout, device):
+    arguments = sample_convolution(name, torch.float32, device, layout)
+    assert_close(ops.conv_weight_grads(*arguments).cpu(), weight_grads_by_autograd(*arguments))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["1-d", "2-d, uneven", "2-d, groups", "3-d"])
-def test_conv_weight_grads_of_output_that_leaves_input_unused(name):
+def test_conv_weight_grads_of_output_that_leaves_input_unused(name, device):
     # As transposed convolutions with output padding have it.
-    arguments = sample_convolution(name, torch.float64, fewer_places=1)
-    assert_close(ops.conv_weight_grads(*arguments), weight_grads_by_autograd(*arguments))
+    arguments = sample_convolution(name, torch.float64, device, fewer_places=1)
+    assert_close(ops.conv_weight_grads(*arguments).cpu(), weight_grads_by_autograd(*arguments))
 
 
 # Of convolutions without groups.
@@ -290,12 +292,13 @@ def test_conv_statistics(name, dtype, device):
         assert difference < TOLERANCE[reference.accumulate_dtype(dtype)] * largest
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["1-d", "2-d, uneven", "3-d"])
-def test_conv_statistics_of_any_layout(name, layout):
-    *arguments, _ = sample_convolution(name, torch.float64, layout=layout, fewer_places=1)
+def test_conv_statistics_of_any_layout(name, layout, device):
+    *arguments, _ = sample_convolution(name, torch.float64, device, layout, fewer_places=1)
     for result, wanted in zip(conv_statistics(*arguments), conv_statistics_by_autograd(*arguments), strict=True):
-        torch.testing.assert_close(result, wanted, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(result.cpu(), wanted, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["2-d, many samples", "2-d, several panels", "3-d"])
@@ -357,11 +360,12 @@ def test_group_norm_grads_are_those_of_each_sample_alone(name, dtype, device):
         assert_close(result.cpu(), wanted, dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_group_norm_grads_of_any_layout(layout):
-    arguments = sample_norm("space", torch.float32, layout=layout)
+def test_group_norm_grads_of_any_layout(layout, device):
+    arguments = sample_norm("space", torch.float32, device, layout)
     for result, wanted in zip(ops.group_norm_grads(*arguments), group_norm_grads_by_autograd(*arguments), strict=True):
-        assert_close(result, wanted)
+        assert_close(result.cpu(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -413,12 +417,13 @@ def test_layer_norm_grads_are_those_of_each_sample_alone(name, dtype, device):
         assert_close(result.cpu(), wanted, dtype)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
-def test_layer_norm_grads_of_any_layout(norm, layout):
-    arguments = sample_layer_norm(f"{norm}, short", torch.float32, layout=layout)
+def test_layer_norm_grads_of_any_layout(norm, layout, device):
+    arguments = sample_layer_norm(f"{norm}, short", torch.float32, device, layout)
     for result, wanted in zip(ops.layer_norm_grads(*arguments), layer_norm_grads_by_autograd(*arguments), strict=True):
-        assert_close(result, wanted)
+        assert_close(result.cpu(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -861,10 +866,18 @@ BAD = {
 }
 
 
+def move_examples(device, monkeypatch):
+    """What BAD and RAW_BAD are called with, to a device."""
+    for name in "GSEXW":
+        monkeypatch.setitem(globals(), name, globals()[name].to(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
+def test_bad_input(name, device, monkeypatch):
+    move_examples(device, monkeypatch)
     call, error, match = BAD[name]
-    with pytest.raises(error, match=match):
+    with torch.device(device), pytest.raises(error, match=match.replace("cpu", device)):
         call()
 
 
