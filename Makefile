@@ -31,7 +31,7 @@ sanitize: CMAKE_OPTIONS := -DRGD_EXT_ASAN=ON -DRGD_EXT_UBSAN=ON
 cpp sanitize: $(VENV)/.requirements
 	PATH=$(abspath $(BIN)):$$PATH cmake -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python $(CMAKE_OPTIONS)
 	$(BIN)/cmake --build $(CMAKE_BUILD)
-	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure --parallel 2
 
 # Compiles the CUDA kernels against a CUDA build of torch and runs the tests that need no GPU. In a copy, since the
 # extension of one torch does not load in another.
