@@ -186,8 +186,8 @@ RGD_DEVICE void gram(const Table<kCapacity>& table, const Part& part, typename S
   };
   // Stage t holds the rows of block i and, off the diagonal, those of block j beside them.
   const int stages = diagonal ? 4 : 2;
-  const auto left = [&](int64_t stage) { return buffer(static_cast<int>(stage % stages) * (4 / stages)); };
-  const auto right = [&](int64_t stage) { return buffer(static_cast<int>(stage % stages) * (4 / stages) + !diagonal); };
+  const auto left = [&](int stage) { return buffer(stage % stages * (4 / stages)); };
+  const auto right = [&](int stage) { return buffer(stage % stages * (4 / stages) + !diagonal); };
   // Samples past the last one add zeros.
   for (int64_t index = thread_index(); index < 4 * tile_bytes / 16; index += kThreads)
     reinterpret_cast<Packet<S>*>(shared)[index] = Packet<S>{};
@@ -208,31 +208,29 @@ RGD_DEVICE void gram(const Table<kCapacity>& table, const Part& part, typename S
 
   Sums sums{};
   Tiles<S, kCapacity> tiles(table, part.begin);
-  int64_t next = part.begin;
-  const auto copy_next = [&](int64_t stage) {
-    if (next < part.end) {
-      const Tile<S> tile = tiles[next];
+  const int count = static_cast<int>((part.end - part.begin + part.step - 1) / part.step);
+  const auto copy = [&](int stage) {
+    if (stage < count) {
+      const Tile<S> tile = tiles[part.begin + stage * part.step];
       copy_tile(tile, pair.i * kBlock, block_rows(pair.i), left(stage));
       if (!diagonal) copy_tile(tile, pair.j * kBlock, block_rows(pair.j), right(stage));
     }
     commit_copies();
-    next += part.step;
   };
-  for (int stage = 0; stage < stages - 1; ++stage) copy_next(stage);
+  for (int stage = 0; stage < stages - 1; ++stage) copy(stage);
   bool first = true;
   int columns = 0;
-  int64_t stage = 0;
-  for (int64_t number = part.begin; number < part.end; number += part.step, ++stage) {
+  for (int stage = 0; stage < count; ++stage) {
     if (diagonal) {
       wait_copies<2>();
     } else {
       wait_copies<0>();
     }
     barrier();  // this stage is there, and nobody reads the one before any more
-    copy_next(stage + stages - 1);
+    copy(stage + stages - 1);
     sums.add(left(stage), right(stage), place, diagonal);
     columns += Shape::kLanes * Packet<S>::kColumns;
-    if (number + part.step >= part.end || columns >= kColumnsInRegisters) {
+    if (stage + 1 == count || columns >= kColumnsInRegisters) {
       sums.drain(write(first));
       first = false;
       columns = 0;
