@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to check on a machine with an NVIDIA GPU, in one call of less than 30 minutes, without a network:
+# Everything there is to check on a machine with an NVIDIA GPU, in one call of less than 35 minutes, without a network:
 #     bench/gpu_check.sh [FOLDER for results, default bench/results]
 # PYTHON names a python with a CUDA build of torch; STEPS the steps to run, of: build info test test-cpu memcheck
 # racecheck initcheck kernels steps. Only a failed build stops the others; the exit status is 1 if any failed.

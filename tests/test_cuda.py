@@ -195,16 +195,26 @@ def test_mixed_devices_are_refused():
 
 
 # Of operators with a kernel; weights and other devices are above.
-CHECKED = ["batch sizes", "dtypes", "vectors", "biases", "layers", "layer of sequences", "rows of a layer"]
-CHECKED += [
+CHECKED = [
+    "batch sizes",
+    "dtypes",
+    "vectors",
+    "biases",
+    "layers",
+    "layer of sequences",
+    "rows of a layer",
     "dtype of a layer",
     "not square",
     "gramian not square",
     "statistics of other sizes",
     "epsilon of other dtype",
+    "statistics without samples",
+    "epsilon for each sample",
+    "groups of a norm",
+    "shape of a norm",
+    "shape of a layer norm",
+    "layer norm of numbers",
 ]
-CHECKED += ["statistics without samples", "epsilon for each sample", "groups of a norm", "shape of a norm"]
-CHECKED += ["shape of a layer norm", "layer norm of numbers"]
 
 
 @pytest.mark.parametrize("name", CHECKED)
