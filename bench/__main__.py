@@ -7,14 +7,14 @@ import sys
 
 import torch
 
-from . import kernels, overhead, scaling, steps, table1
+from . import kernels, overhead, scaling, steps, table1, verification
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    modules = {"kernels": kernels, "steps": steps, "scaling": scaling, "overhead": overhead}
-    for name, module in modules.items():
+    for module in (kernels, steps, scaling, overhead, verification):
+        name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         command.add_argument("--device", choices=["cpu", "cuda"], default=default, help="default: cuda where there is")

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from . import geometry, ops
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
-from .capture import Preconditioner, mark, precondition, register_rule, unit
+from .capture import Preconditioner, Verification, mark, precondition, register_rule, unit, verify
 from .diffusion import DiffusionMatrix
 from .gradients import PerSampleGradients
 from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
@@ -24,6 +24,7 @@ __all__ = [
     "Spectral",
     "Stats",
     "Trace",
+    "Verification",
     "build_info",
     "convert_batch_norm",
     "direction",
@@ -33,4 +34,5 @@ __all__ = [
     "precondition",
     "register_rule",
     "unit",
+    "verify",
 ]

@@ -278,6 +278,17 @@ def test_overhead_is_the_slope_between_the_depths(monkeypatch):
     ]
 
 
+def test_verification(bench, tmp_path, capsys):
+    path = tmp_path / "verification.json"
+    bench("verification", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    for model, result in record["results"].items():
+        assert model in printed
+        times = result["milliseconds"]
+        assert times.keys() == {f"{which}, {arm}" for which in ("first", "later") for arm in result["bytes"]}
+        assert min(times["first, verified"]) > min(times["first, not verified"])
+
+
 def test_parameter_lists_are_those_of_the_networks():
     from bench.cases import gpt2_small_shapes, resnet50_shapes
 

@@ -226,7 +226,7 @@ def test_rules_of_small_layers_wait_for_the_end_of_the_backward(places, memory_b
     x = torch.randn(6, places, 4, requires_grad=True)
     expected = weak_field(per_sample_gradients(copy.deepcopy(model).double(), loss_of, [x.detach().double()]))
     x.register_hook(lambda grad: events.append("backward"))
-    with rgd_ext.precondition(model, memory_budget=memory_budget):
+    with rgd_ext.precondition(model, memory_budget=memory_budget, verify=False):
         loss_of(model(x)).backward()
     assert events == (["backward", "rule", "rule"] if is_late else ["rule", "rule", "backward"])
     assert_close(flat_grad(model).double(), expected, torch.float32)

@@ -228,7 +228,9 @@ def test_embedding_gradient_is_scaled_by_the_frequency_in_the_batch():
     x = torch.randint(9, (B, 3))
     curved(model(x)).backward()
     expected, model.weight.grad = model.weight.grad, None
-    with rgd_ext.precondition(model, epsilon=0.0):
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"'weight'.*sample 0 of 5 has a relative error"):
+        model(x)  # what a sample gets depends on the others
+    with rgd_ext.precondition(model, epsilon=0.0, verify=False):
         curved(model(x)).backward()
     assert_close(model.weight.grad, expected)
 

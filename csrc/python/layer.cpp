@@ -31,7 +31,7 @@ bool is_plain_tensor(py::handle object) {
 bool is_usual_input(py::handle x, py::handle batch_size, int64_t sample_ndim) {
   if (!is_plain_tensor(x) || batch_size.is_none()) return false;
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.requires_grad() && tensor.dim() > sample_ndim && tensor.size(0) == batch_size.cast<int64_t>();
+  return tensor.layout() == at::kStrided && tensor.requires_grad() && tensor.dim() > sample_ndim && tensor.size(0) == batch_size.cast<int64_t>();
 }
 
 // Whether the class of the module has the forward that runs, and the rule needs nothing that may change meanwhile.
@@ -40,14 +40,15 @@ bool is_usual_module(py::handle tap, py::handle module) {
   return kPrevious.of(tap).is_none() && !kMark.in(attributes) && !py::len(kBuffers.in(attributes));
 }
 
-// The trainable parameters in the places of a tap, by name and in order; none where one is not watched yet.
+// The trainable parameters in the places of a tap, by name and in order; none where one is gone or not watched yet.
 std::pair<py::dict, variable_list> trainable(py::handle slots, py::handle guards) {
   std::pair<py::dict, variable_list> found;
   for (Py_ssize_t s = 0; s < PyList_GET_SIZE(slots.ptr()); ++s) {
     PyObject* const slot = PyList_GET_ITEM(slots.ptr(), s);  // owner, key, name
     PyObject* const parameter =
         PyDict_GetItemWithError(kParameters.of(PyTuple_GET_ITEM(slot, 0)).ptr(), PyTuple_GET_ITEM(slot, 1));
-    if (!parameter || parameter == Py_None || !THPVariable_Unpack(parameter).requires_grad()) continue;
+    if (!parameter) return {};
+    if (parameter == Py_None || !THPVariable_Unpack(parameter).requires_grad()) continue;
     const auto id = py::reinterpret_steal<py::int_>(PyLong_FromVoidPtr(parameter));
     if (!PyDict_Contains(guards.ptr(), id.ptr())) return {};
     if (PyDict_SetItem(found.first.ptr(), PyTuple_GET_ITEM(slot, 2), parameter)) throw py::error_already_set();

@@ -2,6 +2,8 @@
 
 from .batch import mark
 from .preconditioner import Preconditioner, precondition
+from .proof import Verification
 from .rules import register_rule, unit
+from .verify import verify
 
-__all__ = ["Preconditioner", "mark", "precondition", "register_rule", "unit"]
+__all__ = ["Preconditioner", "Verification", "mark", "precondition", "register_rule", "unit", "verify"]

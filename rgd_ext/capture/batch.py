@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -43,6 +44,13 @@ def tensors_in(tree: object) -> list[Tensor]:
     return found
 
 
+def arrays_in(args: tuple, kwargs: dict) -> Sequence[Tensor]:
+    """The tensors with dimensions among the arguments of a call."""
+    # One tensor, nearly always, needs no search.
+    found = args if len(args) == 1 and type(args[0]) is Tensor and not kwargs else tensors_in((args, kwargs))
+    return [t for t in found if t.ndim > 0]
+
+
 def modules_in(model: nn.Module) -> list[nn.Module]:
     """Those of `model.modules()`, at a fraction of its price."""
     found, seen = [model], {model}
@@ -70,12 +78,14 @@ class Batch:
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict, model: nn.Module | None = None) -> Batch:
-        """The batch in the arguments of a model: dimension 0 of the first tensor that has dimensions."""
-        # One tensor, nearly always, needs no search.
-        found = args if len(args) == 1 and type(args[0]) is Tensor and not kwargs else tensors_in((args, kwargs))
-        tensors = [t for t in found if t.ndim > 0]
-        size = tensors[0].shape[0] if tensors else None
-        return cls(size, frozenset(storage(t) for t in tensors if t.shape[0] == size), model)
+        """The batch in the arguments of a model."""
+        return cls.among(arrays_in(args, kwargs), model)
+
+    @classmethod
+    def among(cls, arrays: Sequence[Tensor], model: nn.Module | None = None) -> Batch:
+        """The batch along dimension 0 of the first of `arrays`, a model's inputs."""
+        size = arrays[0].shape[0] if arrays else None
+        return cls(size, frozenset(storage(t) for t in arrays if t.shape[0] == size), model)
 
     @cached_property
     def _constants(self) -> set[int]:
@@ -144,4 +154,6 @@ class Batch:
 
 def storage(x: Tensor) -> int:
     """The address of the memory of `x` and of its views."""
-    return x.untyped_storage().data_ptr()
+    if x.layout == torch.strided:
+        return x.untyped_storage().data_ptr()
+    return id(x)  # a sparse tensor has several, and no views

@@ -26,7 +26,7 @@ def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGra
         RuntimeError: if its capture is paused, or inside a torch.func transform.
     """
     existing = live_handle(model)
-    handle = existing or precondition(model)
+    handle = existing or precondition(model, verify=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(loss: Tensor, batch_size: int) -> CapturedGradients:

@@ -14,6 +14,7 @@ from .recurrent import Recurrent
 from .rules import rule_for, unit
 from .taps import Container, Layer, Released, Slot, Tap
 from .units import Attention, Unit
+from .wrappers import check_not_wrapped
 
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def check_model(model: nn.Module, batch_norm: str) -> None:
     """Raise ValueError where `model` cannot be captured, saying why."""
+    check_not_wrapped(model)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if is_lazy(parameter):

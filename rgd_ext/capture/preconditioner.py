@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -17,7 +17,8 @@ from torch._C import _current_graph_task_id, _functorch
 from .._binary import _C
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .aside import Aside
-from .batch import Batch, modules_in, tensors_in
+from .batch import Batch, arrays_in, modules_in, tensors_in
+from .calls import Calls
 from .captured import CapturedGradients
 from .dry_run import dry_run
 from .embedding import Rows
@@ -30,7 +31,10 @@ from .precision import full_precision
 from .shared import Shared
 from .small import SmallLayers
 from .sums import add, join
+from .taps import Tap
+from .verifier import Verifier
 from .workspace import LITTLE, Workspace, fresh
+from .wrappers import check_not_in_ddp, check_not_sharded
 
 NESTED = (
     "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
@@ -59,6 +63,7 @@ class Preconditioner:
         batch: of the call of the model under way, or None.
         aside: of the backward under way, what can be had in one way only.
         small: of the backward under way, small layers.
+        verifier: of calls of the model.
         guards: by its id, every trainable parameter and the hook that notices gradients past the taps. By id because
             the hash of a tensor is a call of Python.
     """
@@ -70,8 +75,10 @@ class Preconditioner:
         inverse: Inverse,
         batch_norm: Literal["error", "contribution"],
         memory_budget: float | None = None,
+        verify: bool = True,
     ) -> None:
         self.model, self.batch_norm = model, batch_norm
+        self.verifier = Verifier(verify)
         self.stats: Stats | None = None
         self._policy, self._inverse = policy, inverse
         every = getattr(policy, "every", 1)
@@ -95,6 +102,7 @@ class Preconditioner:
         self._workspace = Workspace(LITTLE if memory_budget in (None, math.inf) else 0)
         self.small = SmallLayers(self._workspace.kept)
         self._is_dry = False
+        self._calls = Calls()
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
         self._slots = {(owner, key) for tap in self._taps for owner, key, _ in tap.slots}
@@ -175,6 +183,17 @@ class Preconditioner:
         finally:
             self._union = outer
 
+    @contextmanager
+    def trial(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
+        """`collect`, and nothing is remembered of the backwards inside."""
+        saved = self._planner, self._choices
+        self._planner = Planner(self._planner.budget)
+        try:
+            with self.collect() as parts:
+                yield parts
+        finally:
+            self._planner, self._choices = saved
+
     def is_collecting(self) -> bool:
         """Whether what backwards contribute outlives them."""
         return self._union is not None
@@ -202,11 +221,12 @@ class Preconditioner:
             )
         self._is_dry = True
         try:
-            dry_run(self.model, args, kwargs, times=1)
+            with self.verifier.paused():
+                dry_run(self.model, args, kwargs, times=1)
         finally:
             self._is_dry = False
         choices = self._in_order(self._choices)
-        with self._rehearsed():
+        with self._rehearsed(), self.verifier.paused():
             rgd_seconds = dry_run(self.model, args, kwargs, times=3)
         with self.paused():
             return plan_of(choices, rgd_seconds, dry_run(self.model, args, kwargs, times=3))
@@ -233,11 +253,18 @@ class Preconditioner:
             return False
         return _functorch.peek_interpreter_stack() is None
 
-    def call(self, forward: Callable[[tuple, dict], object], args: tuple, kwargs: dict) -> object:
+    def call(self, tap: Tap, args: tuple, kwargs: dict) -> object:
         """A call of the model, or of a part of it."""
-        self.batch = Batch.of(args, kwargs, self.model)
+        check_not_in_ddp(self.model)
+        arrays = arrays_in(args, kwargs)
+        return self.verifier.call(self, tap, arrays, args, kwargs, partial(self._called, tap, arrays, args, kwargs))
+
+    def _called(self, tap: Tap, arrays: Sequence[Tensor], args: tuple, kwargs: dict) -> object:
+        if arrays and not self.verifier.is_proving and _current_graph_task_id() == -1:
+            self._calls.note(tap.module, tap.name, arrays[0], is_part=tap.module is not self.model)
+        self.batch = Batch.among(arrays, self.model)
         try:
-            output = forward(args, kwargs)
+            output = tap.recorded(args, kwargs)
         finally:
             self.batch = None
         for module in modules_in(self.model):
@@ -272,17 +299,23 @@ class Preconditioner:
         if id(parameter) not in self.guards:
             self._check_hooks(parameter, 0)
             if parameter not in self._names:  # as after load_state_dict(assign=True)
+                check_not_sharded(self.model)
                 self._names = {p: name for name, p in self.model.named_parameters()}
                 for replaced in self.guards.keys() - set(map(id, self._names)):
                     self.guards.pop(replaced)[1].remove()
             # Weak: the garbage collector does not see into a guard that was compiled.
             refuse = partial(_refuse, weakref.ref(self), id(parameter))
+            self.verifier.forget()
             self.guards[id(parameter)] = parameter, _guard(parameter, refuse)
 
     def name_of(self, parameter: Tensor) -> str:
         """Its name in the model."""
         name = self._names.get(parameter)
         return name or next((name for name, p in self.model.named_parameters() if p is parameter), "?")
+
+    def tap_of(self, module: nn.Module) -> Tap | None:
+        """The tap in front of a module's forward."""
+        return next((tap for tap in self._taps if tap.module is module), None)
 
     def captures(self, parameter: Tensor) -> bool:
         """Whether the gradient of `parameter` is written by this handle."""
@@ -409,6 +442,8 @@ class Preconditioner:
     def _finish(self, task: int) -> None:
         if task != self._task:
             raise RuntimeError(NESTED)
+        if not self.verifier.is_proving:
+            self._calls.end(self._size)
         self.small.contribute(self)
         aside, self.aside, given = self.aside, Aside(), None
         if aside and self._is_known(aside):
@@ -475,6 +510,12 @@ def live_handle(model: nn.Module) -> Preconditioner | None:
     return next((handle for handle in _live if handle.model is model), None)
 
 
+def handle_of(module: nn.Module) -> tuple[Preconditioner, Tap] | None:
+    """The handle that captures `module`, or what contains it, and its tap."""
+    found = ((handle, handle.tap_of(module)) for handle in _live)
+    return next(((handle, tap) for handle, tap in found if tap is not None), None)
+
+
 def is_captured(parameter: Tensor) -> bool:
     """Whether a live capture writes the gradient of `parameter`."""
     return any(handle.captures(parameter) for handle in _live)
@@ -487,6 +528,7 @@ def precondition(
     inverse: Inverse = "weak-field",
     batch_norm: Literal["error", "contribution"] = "error",
     memory_budget: float | None = None,
+    verify: bool = True,
 ) -> Preconditioner:
     """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
 
@@ -505,6 +547,8 @@ def precondition(
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
             a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
             way takes; with these two up to 16 MiB are kept from step to step, on the CPU.
+        verify: prove on the model's own batches, before the first direction of each kind, that every sample gets its
+            own gradient; see `rgd_ext.verify`. For models whose forward has effects outside of the model.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
@@ -530,7 +574,9 @@ def precondition(
     policy = checked_policy(epsilon, inverse)
     budget = _checked_budget(memory_budget)
     check_model(model, batch_norm)
-    return Preconditioner(model, policy, inverse, batch_norm, budget)
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify is {verify!r}: pass True or False")
+    return Preconditioner(model, policy, inverse, batch_norm, budget, verify)
 
 
 def _checked_budget(memory_budget: float | None) -> float | None:

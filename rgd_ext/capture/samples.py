@@ -20,6 +20,8 @@ class Mapped:
     @classmethod
     def batches_of_one(cls, x: Tensor, dim: int) -> Mapped:
         """The samples along `dim` of `x`, each with that dimension kept as 1."""
+        if x.layout not in (torch.strided, torch.sparse_coo):
+            x = x.to_sparse_coo()  # the others have no batches of one
         return cls(x.movedim(dim, 0).unsqueeze(dim + 1))
 
 

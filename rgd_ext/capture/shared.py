@@ -31,11 +31,12 @@ class Shared(torch.Tensor):
     def __new__(cls, per_sample: Tensor, owner: str, batch: Batch) -> Shared:
         shared = torch.Tensor._make_subclass(cls, per_sample.detach()[0], per_sample.requires_grad)
         shared.per_sample, shared.owner, shared.batch = per_sample, owner, batch
+        shared.followed = [False]
         if per_sample.requires_grad:
             # What takes the value past __torch_function__ (an autograd.Function, a scripted function) ends here.
             message = _refusal(shared, "goes through a function that torch.func does not see")
             with torch._C.DisableTorchFunctionSubclass():
-                shared.register_hook(partial(_refuse, message))
+                shared.register_hook(partial(_refuse, message, shared.followed))
         return shared
 
     @classmethod
@@ -53,9 +54,62 @@ def share(per_sample: Tensor, owner: str, batch: Batch) -> Tensor:
     return per_sample[0] if per_sample.shape[0] == 1 else Shared(per_sample, owner, batch)
 
 
-def _refuse(message: str, grad: Tensor | None) -> None:
-    if grad is not None:
+def _refuse(message: str, followed: list[bool], grad: Tensor | None) -> None:
+    if grad is not None and not followed[0]:
         raise ValueError(message)
+
+
+class _ThroughFunction(torch.autograd.Function):
+    """The copies of a value that an autograd.Function gave for shared values.
+
+    The Function is asked for its derivative once per sample, so it needs no batching rule.
+    """
+
+    @staticmethod
+    def forward(ctx, values: tuple[Shared, list[Shared]], *copies: Tensor) -> Tensor:
+        # In a tuple: the value's own graph is no part of this one.
+        value, _ = ctx.value, ctx.sources = values
+        return value.as_subclass(Tensor).detach().expand(value.batch.size, *value.shape)
+
+    @staticmethod
+    def backward(ctx, grads: Tensor):
+        for source in ctx.sources:
+            source.followed[0] = True
+        try:
+            # What the Function saved is Shared, but here it stands for itself.
+            with torch._C.DisableTorchFunctionSubclass():
+                rows = [
+                    torch.autograd.grad(ctx.value, ctx.sources, grad, retain_graph=True, allow_unused=True)
+                    for grad in grads
+                ]
+        finally:
+            for source in ctx.sources:
+                source.followed[0] = False
+        columns = zip(*rows, strict=True)
+        return None, *[None if column[0] is None else torch.stack(column) for column in columns]
+
+
+def _followed(value: Shared) -> Shared:
+    """`value` itself, or, if an autograd.Function gave it, one whose copies know where they come from."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if value.grad_fn is None:
+            return value
+        sources = [source for source in _leaves(value.grad_fn) if isinstance(source, Shared)]
+    copies = _ThroughFunction.apply((value, sources), *[source.per_sample for source in sources])
+    return Shared(copies, value.owner, value.batch)
+
+
+def _leaves(node: torch.autograd.graph.Node) -> list[Tensor]:
+    """The leaves that a node of the graph leads to."""
+    found, seen, pending = [], {node}, [node]
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        following = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= following
+        pending += following
+    return found
 
 
 def _is_metadata(func: Callable) -> bool:
@@ -67,6 +121,7 @@ def _is_metadata(func: Callable) -> bool:
 
 def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
     """`func` sample by sample. Its result belongs to the batch if any of its arguments did, else it is Shared."""
+    args, kwargs = pytree.tree_map_only(Shared, _followed, (args, kwargs))
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     shared = [t for t in tensors if isinstance(t, Shared)]
     first = shared[0]

@@ -25,6 +25,7 @@ from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
 from .rules import KINDS, Registered
 from .shared import Shared, share
+from .wrappers import check_not_sharded
 
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner
@@ -85,13 +86,14 @@ class Tap(Released):
         if not capture.recording():
             return self.original(*args, **kwargs)
         if capture.batch is None:
-            return capture.call(self._recorded, args, kwargs)
-        return self._recorded(args, kwargs)
+            return capture.call(self, args, kwargs)
+        return self.recorded(args, kwargs)
 
     def check_batch_norm(self) -> None:
         """Raise ValueError if the module would couple the samples."""
 
-    def _recorded(self, args: tuple, kwargs: dict):
+    def recorded(self, args: tuple, kwargs: dict):
+        """The forward, in a call of the model that is under way."""
         if self.batch_norms:
             self.check_batch_norm()
         parameters = self._trainable()
@@ -107,15 +109,27 @@ class Tap(Released):
         parameters, guards = {}, self.capture.guards
         for owner, key, name in self.slots:
             parameter = owner._parameters.get(key)
-            if parameter is None or not parameter.requires_grad:
+            if parameter is None:
+                self._check_place(owner, key, name)
+                continue
+            if not parameter.requires_grad:
                 continue
             if id(parameter) not in guards:
                 # What is no Parameter was put there by torch.func.functional_call, which differentiates it itself.
                 if not isinstance(parameter, nn.Parameter):
+                    check_not_sharded(self.module)
                     continue
                 self.capture.guard(parameter)
             parameters[name] = parameter
         return parameters
+
+    def _check_place(self, owner: nn.Module, key: str, name: str) -> None:
+        if key not in owner._parameters:
+            check_not_sharded(self.module)
+            raise ValueError(
+                f"parameter '{name}' of module '{self.name}' is gone since the capture, so what took its place would"
+                " get its plain gradient: call .remove() on the handle and capture the model again"
+            )
 
     @contextmanager
     def _replaced(self, values: dict[str, Tensor]):
@@ -190,6 +204,8 @@ class Layer(Tap):
                 raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
             if any(isinstance(x, Shared) for x in inputs):
                 return self._of_shared(parameters, inputs, args, kwargs)
+        if any(x.layout != torch.strided for x in inputs):
+            inputs = tuple(x.to_dense() for x in inputs)  # rules know strides only
         first = inputs[0]
         dim = batch.dim(first, self.module, self.name, self.sample_ndim)
         output = self._output(parameters, args, kwargs)

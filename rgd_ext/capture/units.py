@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, modules_in
 from .dry_run import unchanged_buffers
+from .equal_draws import unknown_draws
+from .proof import Refuted
+from .runs import nothing_cached
 from .samples import Mapped, map_samples
 from .shared import Shared, share
 from .taps import Tap
@@ -25,8 +28,6 @@ class Unit(Tap):
     def __init__(self, capture, module, name, slots) -> None:
         super().__init__(capture, module, name, slots)
         self.batch_norms = batch_norms(module, name)
-        # Modes in which the module was seen to keep the samples apart, or drew random numbers.
-        self._seen: set[bool] = set()
 
     def check_batch_norm(self):
         # One sample at a time, a batch's statistics would silently become the sample's.
@@ -35,7 +36,7 @@ class Unit(Tap):
     def record(self, batch, parameters, args, kwargs):
         if batch.size is None:
             batch = Batch.of(args, kwargs)
-        plain = self._plain_output(args, kwargs) if batch.size != 1 else None
+        plain = self._plain_output(args, kwargs) if batch.size != 1 and self.capture.verifier.is_proving else None
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
 
@@ -44,7 +45,7 @@ class Unit(Tap):
                 return self.original(*args, **kwargs)
 
         try:
-            with self._checked_buffers():
+            with self._checked_buffers(), nothing_cached():
                 results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
         except RuntimeError as error:
             raise RuntimeError(
@@ -56,23 +57,18 @@ class Unit(Tap):
         joined = [self._joined(batch, r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
         if plain is not None:
             self._compare(joined, plain)
-            self._seen.add(self.module.training)
         return pytree.tree_unflatten(joined, spec)
 
     def _plain_output(self, args: tuple, kwargs: dict) -> list | None:
-        """What the module gives for the whole batch, once in each mode, to see that it keeps the samples apart."""
+        """What the module gives for the whole batch, while the capture is verified; None where that tells nothing."""
         leaves = pytree.tree_leaves((args, kwargs))
-        if self.module.training in self._seen or any(isinstance(leaf, Shared) for leaf in leaves):
+        if any(isinstance(leaf, Shared) for leaf in leaves):
             return None
         args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.detach().clone(), (args, kwargs))
         devices = {x.device for x in leaves if isinstance(x, Tensor) and x.is_cuda}
-        with torch.no_grad(), torch.random.fork_rng(devices), unchanged_buffers(self.module):
-            states = _random_states(devices)
+        with torch.no_grad(), torch.random.fork_rng(devices), unchanged_buffers(self.module), nothing_cached():
             output = pytree.tree_leaves(self.original(*args, **kwargs))
-            drew = any(not torch.equal(a, b) for a, b in zip(states, _random_states(devices), strict=True))
-        if drew:
-            self._seen.add(self.module.training)
-        return None if drew else output
+        return None if unknown_draws() else output
 
     @contextmanager
     def _checked_buffers(self) -> Iterator[None]:
@@ -103,11 +99,11 @@ class Unit(Tap):
             largest = torch.nan_to_num(want.abs()).max().item() if want.numel() else 0.0
             tolerance = 100 * eps**0.75 * largest
             if got.shape != want.shape or not torch.allclose(got, want, 0, tolerance, equal_nan=True):
-                raise ValueError(
+                raise Refuted(
                     f"module '{self.name}' ({type(self.module).__name__}) gives other values for a batch than for its"
                     " samples one by one: it couples the samples (as batch statistics do), or takes an input that all"
-                    " samples share for one with samples (see rgd_ext.mark). Per-sample gradients need it changed, or"
-                    " its own rgd_ext.register_rule"
+                    " samples share for one with samples. Give such an argument a leading dimension of 1, or capture"
+                    " the enclosing module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
                 )
 
     def _mapped(self, batch: Batch, args: tuple, kwargs: dict):
@@ -144,10 +140,6 @@ class Unit(Tap):
                 f" a dimension {dim} of size 1. Modules keep the samples apart, along the dimension they come in"
             )
         return result.squeeze(dim + 1).movedim(0, dim)
-
-
-def _random_states(devices: set[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
 
 
 class Attention(Unit):

@@ -1,0 +1,96 @@
+"""What the verification of a capture costs: the first step with and without it, and every later one."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import rgd_ext
+
+from .environment import clocks
+from .measure import Samples, host_clock, interleave, synchronize
+from .memory import extra_memory
+from .models import Case, Example, cases, loss
+from .report import Section, show, write_json
+from .training_steps import LR
+
+HEADER = ("model", "first step, verified, ms", "not verified, ms", "difference, in steps", "later steps", "peak memory")
+ARMS = {"verified": True, "not verified": False}
+
+
+def with_dropout(case: Case) -> Case:
+    """The model with dropout after each of its parts."""
+
+    def between(parts: nn.Module) -> nn.Sequential:
+        return nn.Sequential(*[each for part in parts for each in (part, nn.Dropout(0.1))][:-1])
+
+    def build() -> Example:
+        model, x, y = case.build()
+        if isinstance(model, nn.Sequential):
+            return between(model), x, y
+        model.blocks = between(model.blocks)
+        return model, x, y
+
+    return Case(build)
+
+
+def optimizer_of(model: nn.Module, verify: bool) -> rgd_ext.RGD:
+    return rgd_ext.RGD(model, LR, batch_norm="contribution", verify=verify)
+
+
+def step(model: nn.Module, optimizer: rgd_ext.RGD, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    optimizer.step()
+
+
+def first_step(model: nn.Module, x: Tensor, y: Tensor, verify: bool) -> None:
+    """Capture, make a step, and remove the capture."""
+    optimizer = optimizer_of(model, verify)
+    step(model, optimizer, x, y)
+    optimizer.zero_grad()
+    optimizer.preconditioner.remove()
+
+
+def bench(case: Case, device: str, rounds: int) -> tuple[Samples, dict[str, int]]:
+    """Milliseconds of a step, and bytes that the first one takes at its peak."""
+    model, x, y = case.build()
+    model, x, y = model.to(device), x.to(device), y.to(device)
+    wait, timed, memory = synchronize(device), {}, {}
+    for name, verify in ARMS.items():
+        first, trained = copy.deepcopy(model), copy.deepcopy(model)
+        run = partial(first_step, first, x, y, verify)
+        run()
+        memory[name] = extra_memory(run, device)
+        timed[f"first, {name}"] = host_clock(run, 1, wait)
+        timed[f"later, {name}"] = host_clock(partial(step, trained, optimizer_of(trained, verify), x, y), 1, wait)
+    return interleave(timed, rounds), memory
+
+
+def section(name: str, samples: Samples, memory: dict[str, int]) -> Section:
+    """The row of a table."""
+    first, plain, later, plain_later = (
+        samples[f"{which}, {arm}"] for which in ("first", "later") for arm in ("verified", "not verified")
+    )
+    steps = statistics.median((a - b) / b for a, b in zip(first, plain, strict=True))
+    ratio = statistics.median(a / b for a, b in zip(later, plain_later, strict=True))
+    times = [f"{statistics.median(each):.4g}" for each in (first, plain)]
+    return [[name, *times, f"{steps:.2f}", f"{ratio:.3f}", f"{memory['verified'] / memory['not verified']:.2f}"]]
+
+
+def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
+    """Run all models, print a table and write the raw samples."""
+    before = clocks()
+    torch.manual_seed(0)
+    chosen = dict(list(cases(quick).items())[:3])
+    chosen |= {f"{name}, dropout": with_dropout(case) for name, case in chosen.items()}
+    found = {name: bench(case, device, 3 if quick else 30) for name, case in chosen.items() if only in name}
+    show(HEADER, [section(name, *result) for name, result in found.items()], f"verification, {device}")
+    if json:
+        results = {name: {"milliseconds": samples, "bytes": memory} for name, (samples, memory) in found.items()}
+        write_json(json, {"benchmark": "verification", "device": device, "results": results}, before)
+    return []

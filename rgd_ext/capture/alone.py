@@ -1,0 +1,155 @@
+"""One sample of a batch by itself: its part of the arguments of a call, and of the outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .batch import tensors_in
+from .state import with_tensors
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor holds samples along a dimension with an equal number of places for each.
+
+    Attributes:
+        dim: the dimension.
+        is_outer: whether the places of a sample lie side by side, as after flatten of (B, T), or B apart.
+    """
+
+    dim: int
+    is_outer: bool
+
+    def of(self, x: Tensor, sample: int, count: int) -> Tensor:
+        """The part of `sample` in a tensor of `count` samples."""
+        places = x.shape[self.dim] // count
+        if self.is_outer:
+            return x.narrow(self.dim, sample * places, places)
+        return x.unflatten(self.dim, (places, count)).select(self.dim + 1, sample)
+
+    def scale(self, x: Tensor, factors: Tensor) -> None:
+        """Multiply the parts of all samples in a contiguous tensor by a factor each, in place."""
+        count, places = len(factors), x.shape[self.dim] // len(factors)
+        shape = (count, places) if self.is_outer else (places, count)
+        following = x.ndim - self.dim - 1 + self.is_outer
+        x.unflatten(self.dim, shape).mul_(factors.to(x).view(-1, *[1] * following))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A forward of copies of one sample.
+
+    Attributes:
+        sample: its number in the batch.
+        count: of the copies. One says most, but some models cannot take it.
+        outputs: all tensors that the module gave.
+        splits: by the place of an output, where the batch's output holds the sample; None where all share it.
+        difference: the largest between the outputs for a copy and the sample's part of the batch's, relative to its
+            norm; infinite where they are not finite.
+    """
+
+    sample: int
+    count: int
+    outputs: Sequence[Tensor]
+    splits: dict[int, Split | None]
+    difference: float
+
+    def cotangent(self, number: int, of_batch: Tensor, batch_size: int) -> Tensor:
+        """For the output of that number, what `of_batch` is to the sample in the batch."""
+        split, output = self.splits[number], self.outputs[number]
+        if split is None:
+            return of_batch
+        part = split.of(of_batch, self.sample, batch_size)
+        if self.count == 1:
+            return part.reshape(output.shape)
+        found = output.new_zeros(output.shape)
+        split.of(found, _place(self.sample, self.count, batch_size), self.count).copy_(part)
+        return found
+
+
+def _place(sample: int, count: int, batch_size: int) -> int:
+    """The number of the copy that stands for the sample: where it stood, if all others became copies of it."""
+    return sample if count == batch_size else 0
+
+
+# Arguments and keywords of a call -> those of some samples, given their indices.
+Reading: TypeAlias = Callable[[Tensor], tuple[tuple, dict]]
+
+
+def readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
+    """Ways to take samples out of the arguments, the usual one first: some tensors may be shared by all samples."""
+    tensors = tensors_in((args, kwargs))
+    for dim in (0, 1):
+        there = [n for n, x in enumerate(tensors) if x.ndim > dim and x.shape[dim] == batch_size]
+        choices = [there] if there else []
+        if len(there) > 1:
+            choices += [[n for n in there if n != shared] for shared in there[1:]] + [there[:1]]
+        for chosen in choices:
+            yield lambda samples, dim=dim, chosen=chosen: _taken((args, kwargs), samples, dim, chosen)
+
+
+def _taken(tree: tuple[tuple, dict], samples: Tensor, dim: int, chosen: Sequence[int]) -> tuple[tuple, dict]:
+    numbers = iter(range(len(tensors_in(tree))))
+
+    def of_tensor(x: Tensor) -> Tensor:
+        if next(numbers) not in chosen:
+            return x
+        return _selected(x.detach(), dim, samples.to(x.device)).requires_grad_(x.requires_grad)
+
+    return with_tensors(of_tensor, tree)
+
+
+def _selected(x: Tensor, dim: int, samples: Tensor) -> Tensor:
+    if x.layout in (torch.strided, torch.sparse_coo):
+        return x.index_select(dim, samples)
+    return x.to_sparse_coo().index_select(dim, samples).to_sparse(layout=x.layout)
+
+
+def alone_in(
+    batch: dict[int, Tensor], sample: int, batch_size: int, outputs: Sequence[Tensor], count: int
+) -> Alone | None:
+    """The outputs for copies of a sample beside some outputs for its batch; None if their shapes do not fit."""
+    if len(outputs) <= max(batch):
+        return None
+    splits, largest, place = {}, 0.0, _place(sample, count, batch_size)
+    for number, whole in batch.items():
+        output = outputs[number]
+        differences = {
+            split: _difference(
+                split.of(whole, sample, batch_size), output if count == 1 else split.of(output, place, count)
+            )
+            for split in _splits(whole, output, batch_size, count)
+        }
+        if not differences and output.shape != whole.shape:
+            return None
+        splits[number] = min(differences, key=differences.get, default=None)
+        largest = max(largest, min(differences.values(), default=0.0))
+    return Alone(sample, count, outputs, splits, largest)
+
+
+def _splits(whole: Tensor, output: Tensor, batch_size: int, count: int) -> list[Split]:
+    """How `whole` can hold the samples, if so many of them give `output`."""
+    exact, squeezed = [], []
+    for dim, size in enumerate(whole.shape):
+        if size == 0 or size % batch_size:
+            continue
+        shape = [*whole.shape]
+        shape[dim] = size // batch_size * count
+        forms = [Split(dim, True)] if size == batch_size else [Split(dim, True), Split(dim, False)]
+        if shape == [*output.shape]:
+            exact += forms
+        elif count == 1 and [n for n in shape if n > 1] == [n for n in output.shape if n > 1]:
+            squeezed += forms
+    return exact or squeezed
+
+
+def _difference(part: Tensor, alone: Tensor) -> float:
+    part, alone = part.detach().double(), alone.detach().double().reshape(part.shape)
+    norm, difference = part.norm().item(), (part - alone).norm().item()
+    return difference / (norm or 1.0) if math.isfinite(difference) else math.inf

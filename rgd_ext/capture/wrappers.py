@@ -1,0 +1,51 @@
+"""Wrappers for several processes that a captured model cannot run in: without an error it would train wrongly."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .batch import modules_in
+
+_WAY_OUT = (
+    "Capture and call the model itself in every process, start from equal parameters, and average the directions after"
+    " backward(): `for p in model.parameters(): torch.distributed.all_reduce(p.grad,"
+    " op=torch.distributed.ReduceOp.SUM); p.grad /= torch.distributed.get_world_size()`"
+)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise ValueError if parts of `model` are wrapped for data parallelism or sharded."""
+    for name, module in model.named_modules():
+        if isinstance(module, (DistributedDataParallel, nn.DataParallel)):
+            raise ValueError(
+                f"module '{name or type(module).__name__}' is a {type(module).__name__}, which does not find the"
+                f" gradients of a captured model. {_WAY_OUT}"
+            )
+    check_not_sharded(model)
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise ValueError if `model` has been given to torch.distributed.fsdp, or its parameters are distributed."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    is_distributed = tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
+    if is_distributed or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
+        raise ValueError(
+            f"the parameters of the model ({type(model).__name__}) are sharded (fully_shard, FullyShardedDataParallel"
+            f" or DTensor), and those of a captured model must be whole. {_WAY_OUT}"
+        )
+
+
+def check_not_in_ddp(model: nn.Module) -> None:
+    """Raise RuntimeError in the forward of a DistributedDataParallel that has parameters of `model`."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None:
+        return
+    owned = {id(p) for p in model.parameters()}
+    if any(id(p) in owned for p in ddp.parameters()):
+        raise RuntimeError(
+            f"the captured model ({type(model).__name__}) is called inside a DistributedDataParallel, which does not"
+            f" find its gradients: they would be zero, or differ between the processes. {_WAY_OUT}"
+        )

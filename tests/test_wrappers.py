@@ -1,0 +1,106 @@
+"""Wrappers of torch.distributed around a captured model, or inside: an error, never wrong gradients in silence."""
+
+import pytest
+import torch
+from capturing import captured_grad, loss_of
+from models import mlp
+from oracle import flat_grad
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import rgd_ext
+
+pytestmark = [
+    pytest.mark.skipif(not distributed.is_available(), reason="torch without torch.distributed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
+def test_ddp_around_a_captured_model(options):
+    model = mlp()
+    with rgd_ext.precondition(model):
+        wrapped = DistributedDataParallel(model, **options)
+        with pytest.raises(RuntimeError, match=r"inside a DistributedDataParallel.*all_reduce"):
+            wrapped(torch.randn(5, 6))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_capture_of_a_ddp_model():
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    for capture in (rgd_ext.precondition, lambda model: rgd_ext.RGD(model, lr=0.1)):
+        with pytest.raises(ValueError, match=r"is a DistributedDataParallel.*all_reduce"):
+            capture(wrapped)
+    with rgd_ext.precondition(model), pytest.raises(RuntimeError, match="inside a DistributedDataParallel"):
+        wrapped(torch.randn(5, 6))
+
+
+def test_another_model_inside_ddp():
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            return self.body(x) + teacher(x)
+
+    teacher = mlp()
+    with rgd_ext.precondition(teacher):
+        loss_of(DistributedDataParallel(Student())(torch.randn(5, 6))).backward()
+    assert teacher[0].weight.grad is not None
+
+
+def test_the_way_out():
+    model, x = mlp(), torch.randn(5, 6)
+    expected = captured_grad(model, x)
+    model.zero_grad()
+    with rgd_ext.precondition(model):
+        loss_of(model(x)).backward()
+        for p in model.parameters():
+            distributed.all_reduce(p.grad, op=distributed.ReduceOp.SUM)
+            p.grad /= distributed.get_world_size()
+    assert torch.equal(flat_grad(model), expected)
+
+
+def shard_one(model):
+    fully_shard(model[0])
+    return model
+
+
+SHARDED = {
+    "fully_shard": fully_shard,
+    "fully_shard of a part": shard_one,
+    "FSDP": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+    "FSDP, original": lambda model: FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_models(name):
+    with pytest.raises(ValueError, match=r"are sharded.*all_reduce"):
+        rgd_ext.precondition(SHARDED[name](mlp()) or mlp())
+    model = mlp()
+    rgd_ext.precondition(model)
+    model = SHARDED[name](model) or model
+    with pytest.raises(ValueError, match="are sharded"):
+        model(torch.randn(5, 6))
+
+
+def test_a_parameter_that_is_gone_since_the_capture():
+    model = mlp()
+    with rgd_ext.precondition(model):
+        nn.utils.parametrizations.weight_norm(model[0])
+        with pytest.raises(ValueError, match=r"'weight' of module '0' is gone since the capture.*\.remove\(\)"):
+            model(torch.randn(5, 6))
+    assert captured_grad(model, torch.randn(5, 6)).isfinite().all()
