@@ -35,6 +35,7 @@ def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result)
     for policy, tolerance in TOLERANCE[x.device.type].items():
         name = f"RGD {policy}"
         training = Training(OURS[name], model, x, y)
+        training.model(x)  # verified
         with without_tf32(), oracle.Sides() as sides:
             training()
         grads = grads or oracle.per_sample_grads(model, x, y, sides)
@@ -57,7 +58,9 @@ def candidates(
                     training()  # in which ours measure the device
                     compare(name, arm, training.direction(), directions, result)
                 gc.collect()  # hooks make cycles
-                result.peak_bytes[name] = extra_memory(partial(two_steps, Training(arm, model, x, y)), x.device.type)
+                training = Training(arm, model, x, y)
+                training()  # in which ours are verified
+                result.peak_bytes[name] = extra_memory(partial(two_steps, training), x.device.type)
                 price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
                 found[name] = training
         except Exception as problem:

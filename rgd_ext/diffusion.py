@@ -97,8 +97,8 @@ class DiffusionMatrix:
 
         The model, its `.grad`, its capture (`RGD`, `precondition`) and the random number generators are left as they
         were. In training mode, dropout gives D for one draw of its masks. The object keeps what the backward needed of
-        the activations. Two more forwards, without gradients, show whether the model couples the samples: whether its
-        outputs for every other sample stay the same when those between change.
+        the activations. The batch is verified as `rgd_ext.verify` does it, so that a model that couples the samples is
+        refused.
 
         Args:
             model: as `rgd_ext.precondition` takes it.

@@ -5,7 +5,6 @@ import random
 import re
 import warnings
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -401,7 +400,142 @@ def test_single_samples_and_one_backward_name_accumulate():
         assert handle.stats.batch_size == 3
 
 
+def test_samples_in_the_midst_that_change_places():
+    order = torch.tensor([0, 2, 1, 4, 3, 5])
+    model = Net(lambda m, x: m.b(m.a(x)[order].tanh())[order], a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"do not follow their own samples.*the capture credits"):
+        rgd_ext.verify(model, torch.randn(B, 5))
+
+
+def test_a_loss_of_mixed_samples_beside_outputs_of_their_own():
+    def forward(m, x):
+        h = m.a(x).tanh()
+        return {"loss": m.b(h - h.mean(0)).square().mean(), "logits": m.b(h)}
+
+    assert (
+        "no weighted sum" in rgd_ext.verify(Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2)), torch.randn(B, 5)).note
+    )
+    # A loss of the outputs alone is like one outside of the model.
+    contrast = Net(lambda m, x: (z := m.a(x), F.cross_entropy(z @ z.T, torch.arange(B))), a=nn.Linear(5, 4))
+    assert not rgd_ext.verify(contrast, torch.randn(B, 5)).note
+
+
+def test_products_between_all_samples_are_left_out():
+    def forward(m, x, y):
+        left, right = m.a(x), m.b(y)
+        return left, right, left @ right.T
+
+    verification = rgd_ext.verify(
+        Net(forward, a=nn.Linear(5, 4), b=nn.Linear(3, 4)), double(B, 5).float(), double(B, 3).float()
+    )
+    assert verification.samples
+    assert "left out" in verification.note
+
+
+def test_what_is_no_tensor_is_part_of_the_kind():
+    def forward(m, x, mix):
+        return m.b(m.a(x).flip(0)).flip(0) if mix else m.b(m.a(x))
+
+    model, x = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2)), torch.randn(B, 5)
+    with rgd_ext.precondition(model):
+        model(x, False)
+        with pytest.raises(ValueError, match="relative error"):
+            model(x, True)
+
+
+def test_a_mode_of_a_module_inside_is_part_of_the_kind():
+    inner = Net(lambda m, x: F.batch_norm(x, None, None, training=True) if m.training else x).eval()
+    model, x = Net(lambda m, x: m.inner(m.a(x)), a=nn.Linear(5, 4), inner=inner), torch.randn(B, 5)
+    with rgd_ext.precondition(model):
+        model(x)
+        inner.train()
+        with pytest.raises(ValueError, match="mixes samples"):
+            model(x)
+
+
+def test_weights_behind_zeros_are_proven_when_they_are_none():
+    def forward(m, x):
+        return m.a(x) + m.gate * m.b(m.a(x).flip(0)).flip(0)
+
+    model = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 4), gate=nn.Parameter(torch.zeros(4)))
+    optimizer = rgd_ext.RGD(model, lr=0.1)
+    with pytest.raises(ValueError, match=r"parameter '\w\.\w+'.*relative error"):  # noqa: PT012
+        for _ in range(3):
+            loss_of(model(torch.randn(B, 5))).backward()
+            optimizer.step()
+
+
+def test_batch_normalisation_hides_no_other_fault():
+    model = Net(
+        lambda m, x: m.b(m.norm(m.a(x)).flip(0)).flip(0), a=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), b=nn.Linear(4, 2)
+    )
+    with rgd_ext.precondition(model, batch_norm="contribution"):
+        with pytest.raises(ValueError, match="the capture credits"):
+            model(torch.randn(B, 5))
+        assert model.norm.num_batches_tracked == 0
+
+
 # Right models are proven
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("padding", [0, -1])
+def test_padding_of_an_embedding_in_a_unit_gets_no_gradient(padding):
+    model, x = nn.Sequential(Scaled(10, 4, padding_idx=padding), nn.Linear(4, 3)).double(), torch.randint(10, (B, 4))
+    x[:, 1] = padding % 10
+    assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_a_unit_that_gives_one_value_for_all():
+    class Positions(nn.Embedding):
+        def forward(self, ids, positions):
+            return super().forward(positions[None])
+
+    def forward(m, ids):
+        return m.head(m.tokens(ids) + m.positions(ids, positions=torch.arange(ids.shape[1])))
+
+    model = Net(forward, tokens=nn.Embedding(9, 4), positions=Positions(9, 4), head=nn.Linear(4, 3)).double()
+    x = torch.randint(9, (5, 7))
+    assert_close(captured_grad(model, x), weak_field(per_sample_gradients(model, loss_of, [x])))
+
+
+def test_complex_outputs_and_masked_logits():
+    model = Net(lambda m, x: torch.fft.rfft(m.b(m.a(x))), a=nn.Linear(5, 4), b=nn.Linear(4, 4))
+    assert rgd_ext.verify(model, torch.randn(B, 5)).samples
+    model._forward = lambda m, x: torch.fft.rfft(m.b(m.a(x).flip(0))).flip(0)
+    with pytest.raises(ValueError, match="the capture credits"):
+        rgd_ext.verify(model, torch.randn(B, 5))
+    mask = torch.tensor([0, -torch.inf, 0, 0])
+    model._forward = lambda m, x: m.b(m.a(x)) + mask
+    assert rgd_ext.verify(model, torch.randn(B, 5)).samples
+
+
+def test_rounding_is_no_error():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 4)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rgd_ext.verify(encoder, torch.randn(7, 5, 32)).samples
+
+    def low_inside(m, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.encoder(x).float()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*too much rounding")
+        captured_grad(Net(low_inside, encoder=encoder), torch.randn(7, 5, 32))
+
+
+def test_random_numbers_of_numpy_per_sample():
+    def forward(m, x):
+        return m.b(1 + 1e-3 * m.a(x * torch.tensor(numpy.random.rand(*x.shape) > 0.3)))
+
+    for seed in range(5):
+        numpy.random.seed(seed)
+        assert rgd_ext.verify(Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2)), torch.randn(B, 5)).samples
 
 
 def noise(m, x):
@@ -539,16 +673,20 @@ class Traces(nn.Module):
         self.a, self.norm, self.b = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
         self.register_buffer("average", torch.zeros(4))
         self.count, self.kept, self.log, self.cache = 0, torch.zeros(4), [], {"last": torch.zeros(4)}
-        self.state = {"calls": 0}
+        self.state, self.nested = {"calls": 0}, {"lists": [[]], "arrays": (numpy.zeros(1),)}
+        self.frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
 
     def forward(self, x):
         self.count += 1
         self.state["calls"] += 1
         self.log.append(self.count)
+        self.nested["lists"][0].append(1)
+        self.nested["arrays"][0][0] += 1
         z = F.dropout(self.norm(self.a(x)), 0.1) * random.random() * numpy.random.rand()
         with torch.no_grad():
             self.average += z.mean(0)
             self.kept += z.mean(0)
+            self.frozen.mul_(0.9).add_(z.mean(0))
             self.cache["last"] += z.mean(0)
         self.last = z.detach()
         return self.b(z)
@@ -580,6 +718,7 @@ def test_training_has_the_same_bits_and_state():
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     assert (model.count, model.log, model.state) == (3, [1, 2, 3], {"calls": 3})
+    assert (model.nested["lists"], model.nested["arrays"][0][0]) == ([[1, 1, 1]], 3)
     assert torch.equal(model.kept, other.kept)
     assert torch.equal(model.cache["last"], other.cache["last"])
     assert torch.equal(model.last, other.last)
@@ -626,7 +765,8 @@ def test_buffers_are_the_same_objects_even_after_an_error():
     attributes = [dict(vars(module)) for module in model.modules()]
     with rgd_ext.precondition(model, batch_norm="contribution"):
         attributes = [dict(vars(module)) for module in model.modules()]
-        model(torch.randn(B, 5))  # coupled by the user's word, so only the sum is checked
+        with pytest.raises(ValueError, match="mixes samples"):  # besides the batch normalisation
+            model(torch.randn(B, 5))
         for name, buffer in model.named_buffers():
             assert buffer is before[name][0]
         assert [dict(vars(module)) for module in model.modules()] == attributes
@@ -637,6 +777,23 @@ def test_hooks_that_change_outputs_are_seen():
     model[1].register_forward_hook(lambda module, inputs, output: output - output.mean(0))
     with rgd_ext.precondition(model), pytest.raises(ValueError, match="mixes samples"):
         model(x)
+
+
+def test_global_hooks_see_what_the_user_calls():
+    calls, model = [], mlp()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
+    try:
+        with rgd_ext.precondition(model):
+            model(torch.randn(B, 6))
+    finally:
+        hook.remove()
+    assert len(calls) == 6
+
+
+def test_an_argument_that_can_be_read_once():
+    model = Net(lambda m, x, factors: m.a(x) * next(factors), a=nn.Linear(5, 4))
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match="iterator"):
+        loss_of(model(torch.randn(B, 5), iter([2.0]))).backward()
 
 
 def test_hooks_that_a_forward_needs():
@@ -690,13 +847,46 @@ def test_a_forward_that_refuses_a_second_call_trains_on():
     assert_close(expected, weak_field(per_sample_gradients(model.a, loss_of, [x])))
 
 
+@pytest.mark.parametrize("where", ["_combined", "_columns"])
+def test_a_proof_that_breaks_down_stops_no_training(where, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("no such tensor")
+
+    monkeypatch.setattr(f"rgd_ext.capture.proof.Proof.{where}", fail)
+    model, x = mlp(), torch.randn(B, 6)
+    with rgd_ext.precondition(model) as handle:
+        with pytest.warns(UserWarning, match="could not be verified: NotImplementedError: no such tensor"):
+            output = model(x)
+        loss_of(output).backward()
+    assert handle.stats.batch_size == B
+
+
+def test_random_numbers_from_elsewhere_are_no_error():
+    model = Net(lambda m, x: m.a(x) * float(numpy.random.default_rng().random()), a=nn.Linear(5, 4))
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match="outputs change from call to call"):
+        model(torch.randn(B, 5))
+
+
+def test_numbers_that_are_not_finite_leave_the_next_call_to_be_proven():
+    model, x = Net(less_the_mean, a=nn.Linear(5, 4), b=nn.Linear(4, 2)), torch.randn(B, 5)
+    with rgd_ext.precondition(model):
+        with pytest.warns(UserWarning, match="not finite"):
+            model(x * float("nan"))
+        with pytest.raises(ValueError, match="mixes samples"):
+            model(x)
+
+
 def test_errors_of_the_forward_itself_come_through():
     with rgd_ext.precondition(mlp()) as handle, pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         handle.model(torch.randn(B, 7))
 
 
 def test_outputs_without_tensors_are_said_once():
-    model = Net(lambda m, x: SimpleNamespace(logits=m.a(x)), a=nn.Linear(5, 4))
+    class Opaque:
+        def __init__(self, logits):
+            self.logits = logits
+
+    model = Net(lambda m, x: Opaque(m.a(x)), a=nn.Linear(5, 4))
     with rgd_ext.precondition(model):
         with pytest.warns(UserWarning, match="no tensor among its outputs"):
             model(torch.randn(B, 5))

@@ -44,6 +44,14 @@ def test_capture_of_a_ddp_model():
         wrapped(torch.randn(5, 6))
 
 
+def test_ddp_around_a_part_of_a_captured_model():
+    model = mlp()
+    with rgd_ext.precondition(model):
+        model[0] = DistributedDataParallel(model[0])
+        with pytest.raises(ValueError, match="DistributedDataParallel"):
+            model(torch.randn(5, 6))
+
+
 def test_another_model_inside_ddp():
     class Student(nn.Module):
         def __init__(self):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TypeAlias
 
 import torch
@@ -33,12 +34,12 @@ class Split:
             return x.narrow(self.dim, sample * places, places)
         return x.unflatten(self.dim, (places, count)).select(self.dim + 1, sample)
 
-    def scale(self, x: Tensor, factors: Tensor) -> None:
-        """Multiply the parts of all samples in a contiguous tensor by a factor each, in place."""
+    def scaled(self, x: Tensor, factors: Tensor) -> Tensor:
+        """`x` with the parts of all samples multiplied by a factor each."""
         count, places = len(factors), x.shape[self.dim] // len(factors)
         shape = (count, places) if self.is_outer else (places, count)
         following = x.ndim - self.dim - 1 + self.is_outer
-        x.unflatten(self.dim, shape).mul_(factors.to(x).view(-1, *[1] * following))
+        return (x.unflatten(self.dim, shape) * factors.to(x).view(-1, *[1] * following)).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Alone:
         sample: its number in the batch.
         count: of the copies. One says most, but some models cannot take it.
         outputs: all tensors that the module gave.
-        splits: by the place of an output, where the batch's output holds the sample; None where all share it.
+        splits: by the place of an output, where the batch's output holds the sample; None where all share it. Outputs
+            whose shapes do not fit, such as products between all samples, are left out.
         difference: the largest between the outputs for a copy and the sample's part of the batch's, relative to its
             norm; infinite where they are not finite.
     """
@@ -78,6 +80,8 @@ def _place(sample: int, count: int, batch_size: int) -> int:
     return sample if count == batch_size else 0
 
 
+# Readings that are tried.
+_MOST = 16
 # Arguments and keywords of a call -> those of some samples, given their indices.
 Reading: TypeAlias = Callable[[Tensor], tuple[tuple, dict]]
 
@@ -88,9 +92,9 @@ def readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
     for dim in (0, 1):
         there = [n for n, x in enumerate(tensors) if x.ndim > dim and x.shape[dim] == batch_size]
         choices = [there] if there else []
-        if len(there) > 1:
-            choices += [[n for n in there if n != shared] for shared in there[1:]] + [there[:1]]
-        for chosen in choices:
+        for number in range(1, len(there)):
+            choices += [[n for n in there if n not in shared] for shared in combinations(there[1:], number)]
+        for chosen in choices[:_MOST]:
             yield lambda samples, dim=dim, chosen=chosen: _taken((args, kwargs), samples, dim, chosen)
 
 
@@ -114,7 +118,7 @@ def _selected(x: Tensor, dim: int, samples: Tensor) -> Tensor:
 def alone_in(
     batch: dict[int, Tensor], sample: int, batch_size: int, outputs: Sequence[Tensor], count: int
 ) -> Alone | None:
-    """The outputs for copies of a sample beside some outputs for its batch; None if their shapes do not fit."""
+    """The outputs for copies of a sample beside some outputs for its batch; None if the shapes of none fit."""
     if len(outputs) <= max(batch):
         return None
     splits, largest, place = {}, 0.0, _place(sample, count, batch_size)
@@ -126,11 +130,12 @@ def alone_in(
             )
             for split in _splits(whole, output, batch_size, count)
         }
-        if not differences and output.shape != whole.shape:
-            return None
-        splits[number] = min(differences, key=differences.get, default=None)
-        largest = max(largest, min(differences.values(), default=0.0))
-    return Alone(sample, count, outputs, splits, largest)
+        if differences:
+            splits[number] = min(differences, key=differences.get)
+            largest = max(largest, differences[splits[number]])
+        elif output.shape == whole.shape:
+            splits[number] = None
+    return Alone(sample, count, outputs, splits, largest) if splits else None
 
 
 def _splits(whole: Tensor, output: Tensor, batch_size: int, count: int) -> list[Split]:

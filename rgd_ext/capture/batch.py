@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +32,20 @@ def mark(module: nn.Module, batch_dim: int | None) -> None:
     setattr(module, _MARK, batch_dim)
 
 
+def holds_fields(leaf: object) -> bool:
+    """Whether `leaf` is a dataclass or a namespace."""
+    return (is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, SimpleNamespace)
+
+
 def tensors_in(tree: object) -> list[Tensor]:
-    """The tensors among the leaves of nested tuples, lists, mappings and dataclasses."""
+    """The tensors among the leaves of nested tuples, lists, mappings, dataclasses and namespaces."""
     found = []
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif isinstance(leaf, Mapping):
             found += tensors_in(list(leaf.values()))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
+        elif holds_fields(leaf):
             found += tensors_in(list(vars(leaf).values()))
     return found
 

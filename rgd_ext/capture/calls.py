@@ -44,6 +44,8 @@ class Calls:
 
     def end(self, batch_size: int | None) -> None:
         """A backward of `batch_size` samples has used them."""
+        if not (self._of_one_sample or self._indices or self._squares):
+            return
         often = [module for module, number in self._of_one_sample.items() if number > 1]
         if batch_size == 1 and often and not self._has_warned:
             self._has_warned = True

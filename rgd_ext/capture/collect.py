@@ -15,8 +15,10 @@ from .preconditioner import live_handle, precondition
 
 
 @contextmanager
-def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGradients]]:
+def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tensor, int], CapturedGradients]]:
     """Capture `model` for a while, or use the capture it has, without any effect on either.
+
+    With `verify` a capture for a while is verified.
 
     Yields a function that runs the backward of a loss of B samples, given B, and returns their g_i = B h_i, with the
     trainable parameters in the order of `model.parameters()`.
@@ -26,7 +28,7 @@ def collecting(model: nn.Module) -> Iterator[Callable[[Tensor, int], CapturedGra
         RuntimeError: if its capture is paused, or inside a torch.func transform.
     """
     existing = live_handle(model)
-    handle = existing or precondition(model, verify=False)
+    handle = existing or precondition(model, verify=verify)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(loss: Tensor, batch_size: int) -> CapturedGradients:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 
 # What each random number of these operators is: dropout keeps everything, noise is the same everywhere.
 _CONSTANT = {
     "bernoulli": 1,
     "bernoulli_": 1,
-    "rand": 0.5,
-    "rand_like": 0.5,
+    "rand": 0.3,  # what happens with a probability of a half happens
+    "rand_like": 0.3,
     "randn": 0.5,
     "randn_like": 0.5,
     "normal_": 0.5,
@@ -22,7 +23,6 @@ _CONSTANT = {
     "cauchy_": 0.5,
     "log_normal_": 0.5,
     "geometric_": 1,
-    "randint_like": 0,
 }
 
 
@@ -53,6 +53,7 @@ def _leaky(result: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float,
 # (result, *args, **kwargs) -> what takes its place.
 _RULES: dict[str, Callable] = {
     "randint": lambda result, low, high, *_, **__: result.fill_(low if isinstance(high, int) else 0),
+    "randint_like": lambda result, _, low, high=None, **__: result.fill_(0 if high is None else low),
     "random_": lambda result, _, *limits, **__: result.fill_(limits[0] if len(limits) == 2 else 0),
     "randperm": _reversed,
     "multinomial": _likeliest,
@@ -91,6 +92,26 @@ class EqualDraws(TorchDispatchMode):
         result = func(*args, **kwargs)
         if any(not torch.equal(a, b) for a, b in zip(before, _states(), strict=True)):
             self.unknown.add(name)
+        return result
+
+
+class LowestPrecision(TorchDispatchMode):
+    """Notes the coarsest dtype of real numbers that operators give.
+
+    Attributes:
+        dtype: that dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            is_real = isinstance(x, Tensor) and x.dtype.is_floating_point
+            if is_real and torch.finfo(x.dtype).eps > torch.finfo(self.dtype).eps:
+                self.dtype = x.dtype
         return result
 
 

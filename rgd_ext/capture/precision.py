@@ -11,6 +11,9 @@ _UNCHANGED = nullcontext()
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
-    kind = device.type  # meta tensors know no autocast
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if is_on else _UNCHANGED
+    return torch.autocast(device.type, enabled=False) if is_autocast(device.type) else _UNCHANGED
+
+
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is enabled for devices of a kind; meta tensors know none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

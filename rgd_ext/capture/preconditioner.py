@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch._C import _current_graph_task_id, _functorch
+from torch.nn.parallel import DistributedDataParallel
 
 from .._binary import _C
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .aside import Aside
-from .batch import Batch, arrays_in, modules_in, tensors_in
+from .batch import Batch, modules_in, tensors_in
 from .calls import Calls
 from .captured import CapturedGradients
 from .dry_run import dry_run
@@ -28,13 +29,14 @@ from .nodes import Contributions, Record, Wanted
 from .plan import Plan, plan_of
 from .planner import Choice, Planner
 from .precision import full_precision
+from .runs import Call
 from .shared import Shared
 from .small import SmallLayers
 from .sums import add, join
 from .taps import Tap
 from .verifier import Verifier
 from .workspace import LITTLE, Workspace, fresh
-from .wrappers import check_not_in_ddp, check_not_sharded
+from .wrappers import check_not_in_ddp, check_not_parallel, check_not_sharded
 
 NESTED = (
     "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
@@ -64,6 +66,7 @@ class Preconditioner:
         aside: of the backward under way, what can be had in one way only.
         small: of the backward under way, small layers.
         verifier: of calls of the model.
+        modules: of the model when it was captured.
         guards: by its id, every trainable parameter and the hook that notices gradients past the taps. By id because
             the hash of a tensor is a call of Python.
     """
@@ -78,7 +81,7 @@ class Preconditioner:
         verify: bool = True,
     ) -> None:
         self.model, self.batch_norm = model, batch_norm
-        self.verifier = Verifier(verify)
+        self.verifier = Verifier(self, verify)
         self.stats: Stats | None = None
         self._policy, self._inverse = policy, inverse
         every = getattr(policy, "every", 1)
@@ -103,6 +106,7 @@ class Preconditioner:
         self.small = SmallLayers(self._workspace.kept)
         self._is_dry = False
         self._calls = Calls()
+        self.modules = modules_in(model)
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
         self._slots = {(owner, key) for tap in self._taps for owner, key, _ in tap.slots}
@@ -256,18 +260,23 @@ class Preconditioner:
     def call(self, tap: Tap, args: tuple, kwargs: dict) -> object:
         """A call of the model, or of a part of it."""
         check_not_in_ddp(self.model)
-        arrays = arrays_in(args, kwargs)
-        return self.verifier.call(self, tap, arrays, args, kwargs, partial(self._called, tap, arrays, args, kwargs))
+        return self.verifier.run(Call.of(tap, args, kwargs))
 
-    def _called(self, tap: Tap, arrays: Sequence[Tensor], args: tuple, kwargs: dict) -> object:
-        if arrays and not self.verifier.is_proving and _current_graph_task_id() == -1:
-            self._calls.note(tap.module, tap.name, arrays[0], is_part=tap.module is not self.model)
+    def run(self, call: Call) -> object:
+        """`call`, without verification."""
+        tap, args, kwargs, arrays = call
+        is_part = tap.module is not self.model
+        is_telling = arrays and (is_part or arrays[0].shape[0] == 1)
+        if is_telling and not self.verifier.is_proving and _current_graph_task_id() == -1:
+            self._calls.note(tap.module, tap.name, arrays[0], is_part)
         self.batch = Batch.among(arrays, self.model)
         try:
             output = tap.recorded(args, kwargs)
         finally:
             self.batch = None
         for module in modules_in(self.model):
+            if type(module) is DistributedDataParallel:
+                check_not_parallel(module, "")
             for key, parameter in module._parameters.items():
                 if id(parameter) not in self.guards and parameter is not None and parameter.requires_grad:
                     self._admit_newcomer(module, key, parameter)
@@ -305,7 +314,6 @@ class Preconditioner:
                     self.guards.pop(replaced)[1].remove()
             # Weak: the garbage collector does not see into a guard that was compiled.
             refuse = partial(_refuse, weakref.ref(self), id(parameter))
-            self.verifier.forget()
             self.guards[id(parameter)] = parameter, _guard(parameter, refuse)
 
     def name_of(self, parameter: Tensor) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +19,9 @@ from ..batch_norm import batch_norms
 from ..reference import accumulate_dtype
 from .alone import Alone, Reading, alone_in
 from .captured import CapturedGradients
+from .equal_draws import LowestPrecision
 from .factors import Factor
-from .precision import full_precision
+from .precision import full_precision, is_autocast
 from .runs import Runs
 from .sketch import Difference, fitted, largest_difference, norm, sketch
 
@@ -52,6 +53,14 @@ class Refused(Unprovable):
     """The captured forward raises, which is the cause."""
 
 
+class BackwardFailed(Refused):
+    """The captured backward raises, which is the cause."""
+
+
+class NotFinite(Unprovable):
+    """Infinite or undefined numbers, which may be others in the next call."""
+
+
 class NothingToProve(Unprovable):
     """No output depends on parameters, or there are no samples."""
 
@@ -73,6 +82,9 @@ class Verification:
         tolerance: the error that would have been too large.
         seconds: the proof took.
         note: what could not be proven and why, or empty.
+        outputs: sketches of the outputs, by their places among the tensors that the module gives, if there are hooks
+            inside that did not run.
+        has_zeros: whether gradients were zero, as behind weights that start with zero, so that they showed nothing.
     """
 
     batch_size: int | None
@@ -83,6 +95,8 @@ class Verification:
     tolerance: float
     seconds: float
     note: str = ""
+    outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    has_zeros: bool = False
 
     def __str__(self) -> str:
         alone = f", samples {' and '.join(map(str, self.samples))} of {self.batch_size} alone" if self.samples else ""
@@ -94,18 +108,14 @@ class Verification:
 
 
 class Proof:
-    """The proof for one call of the module of `tap`, by `runs` of it.
-
-    Attributes:
-        values: the norms of the outputs, by their places among the tensors that the module gives; none where they
-            depend on random numbers.
-    """
+    """The proof for one call of the module of `tap`, by `runs` of it."""
 
     def __init__(self, runs: Runs, tap: Tap, batch_norm: str) -> None:
         self._runs, self._tap, self._batch_norm = runs, tap, batch_norm
         self._names = list(runs.parameters.values())
         self._note, self._tolerance = "", 0.0
-        self.values: dict[int, float] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._has_zeros = False
 
     def verification(self) -> Verification:
         """Carry it out.
@@ -119,26 +129,31 @@ class Proof:
             raise NothingToProve("it has no trainable parameters, or no samples")
         batch, alones = self._forwards()
         # Where samples have outputs of their own these tell them apart; otherwise the model gives its loss.
-        own = [n for n in batch if alones and alones[0].splits[n] is not None]
-        rest = [n for n in batch if n not in own]
-        differences, is_complete = [], False
+        fitting = [n for n in batch if not alones or all(n in alone.splits for alone in alones)]
+        own = [n for n in fitting if alones and alones[0].splits[n] is not None]
+        rest = [n for n in fitting if n not in own]
+        if len(fitting) < len(batch):
+            self._note = "Outputs that have no part for every sample were left out"
         if own:
-            difference, is_complete = self._combined(batch, alones, own)
-            differences = [difference]
-            if not difference.error <= self._tolerance:
+            differences = [self._combined(batch, alones, own, rest)]
+            if not differences[0].error <= self._tolerance:
                 differences = self._compared(*self._forwards(), own, True)
-        if rest and not is_complete:
-            differences += self._compared(*(self._forwards() if own else (batch, alones)), rest, False)
+                if rest:
+                    differences += self._compared(*self._forwards(), rest, False)
+        else:
+            differences = self._compared(batch, alones, rest, False)
         worst = max(differences)
         return Verification(
             self._runs.batch_size,
             len(self._names),
-            () if self._note else tuple(alone.sample for alone in alones),
+            tuple(alone.sample for alone in alones) if len(differences) == 1 + len(alones) or own else (),
             worst.error,
             self._names[worst.index],
             self._tolerance,
             time.perf_counter() - begin,
             self._note,
+            self._outputs,
+            self._has_zeros,
         )
 
     def _forwards(self) -> tuple[dict[int, Tensor], list[Alone]]:
@@ -148,9 +163,11 @@ class Proof:
         """
         batch = self._captured_forward()
         if self._runs.is_random():
+            del batch  # before there is another
             batch = self._captured_forward()
-        output = self._runs.output
-        self._tolerance = max(map(_tolerance_of, [*batch.values(), *self._runs.parameters]))
+        output, self._draws_elsewhere = self._runs.output, self._runs.draws_elsewhere()
+        tensors = [*batch.values(), *self._runs.parameters]
+        self._tolerance = max(tolerance_of(x, not self._runs.lacks_autocast) for x in tensors)
         alones = self._alones(batch)
         if not alones:
             try:
@@ -174,90 +191,91 @@ class Proof:
         if not batch:
             raise NothingToProve("none of its outputs holds real numbers")
         if not all(x.isfinite().all() for x in batch.values()):
-            raise Unprovable("its outputs are not finite")
+            raise NotFinite("its outputs are not finite")
         return batch
 
-    def _combined(self, batch: dict[int, Tensor], alones: list[Alone], used: list[int]) -> tuple[Difference, bool]:
-        """All at once, which as a rule is enough: a weighted sum over the samples that gives some of them more weight.
+    def _combined(self, batch: dict[int, Tensor], alones: list[Alone], own: list[int], rest: list[int]) -> Difference:
+        """All at once, which as a rule is enough: a sum with random weights, and samples alone as large as the sum.
 
-        Returns:
-            The difference, and whether the outputs `used` depend on all parameters.
+        Weights on the samples' contributions and on their cotangents are the same, as long as every sample has its own.
+        Outputs `rest` of the whole batch must add nothing but what goes through the `own` outputs, as a loss of theirs.
         """
-        silent = self._silent(alones)
-        cotangents = self._cotangents(batch, used, alones, silent)
-        # What a sample alone and what silent samples add is as large as the sum.
-        factors = {alone.sample: (-1.3) ** n * self._runs.batch_size**0.5 for n, alone in enumerate(alones)}
-        weights = 1 + self._runs.batch_size**0.5 * silent
-        for sample, factor in factors.items():
-            weights[sample] += factor
+        size, weights = self._runs.batch_size, self._weights()
+        cotangents = {n: _cotangent(batch[n], n) for n in own}
+        factors = {alone.sample: (-1.3) ** n * size**0.5 for n, alone in enumerate(alones)}
+        of_samples = [self._columns(alone, cotangents, True)[0] for alone in alones]
         values = _sketched(batch)
         contributions = self._contributions(batch, cotangents)
-        found = [self._sum(contributions.get(p), p, weights) for p in self._runs.parameters]
+        theirs = weights.clone()
+        for sample, factor in factors.items():
+            theirs[sample] += factor
+        found = [self._sum(contributions.get(p), p, theirs) for p in self._runs.parameters]
         missing = [p not in contributions for p in self._runs.parameters]
         del contributions
-        expected = self._expected(values, cotangents)
-        is_complete = all(norm([each]) for each in expected)
+        for n, v in cotangents.items():
+            v.copy_(alones[0].splits[n].scaled(v, weights))
+        expected = self._expected(values, cotangents, rest)
         if any(is_missing and norm([each]) for is_missing, each in zip(missing, expected, strict=True)):
-            return Difference(math.inf, 0), is_complete
-        for alone in alones:
-            (of_sample,) = self._columns(alone, cotangents, True)
+            return Difference(math.inf, 0)
+        for alone, of_sample in zip(alones, of_samples, strict=True):
             expected = [e + factors[alone.sample] * h for e, h in zip(expected, of_sample, strict=True)]
-        return self._difference(found, expected), is_complete
+        return self._difference(found, expected)
 
     def _compared(self, batch: dict[int, Tensor], alones: list[Alone], used: list[int], own: bool) -> list[Difference]:
-        """One after the other: the sum over the samples, some of them, and those that must not contribute."""
-        silent = self._silent(alones if own else [])
-        cotangents = self._cotangents(batch, used, alones, silent)
+        """One after the other: the sum over the samples, some of them, and all with random weights."""
+        cotangents = {n: _cotangent(batch[n], n) for n in used}
         values = _sketched(batch)
         contributions = self._contributions(batch, cotangents)
-        expected = self._expected(values, cotangents)
+        expected = self._expected(values, cotangents, [])
         differences = [self._checked_total(contributions, expected)]
-        samples = [alone.sample for alone in alones]
         columns = [self._columns(alone, cotangents, own) for alone in alones]
         for alone, theirs in zip(alones, columns, strict=True):
             weights = torch.zeros(self._runs.batch_size, dtype=torch.float64)
             weights[alone.sample] = 1
             ours = [self._sum(contributions.get(p), p, weights) for p in self._runs.parameters]
-            if not own and not self._is_sum(samples, columns, cotangents, ours, theirs):
+            if not own and not self._is_sum(alones, columns, cotangents, ours, theirs):
                 self._note = "The model's loss is no weighted sum over the samples; only its gradient was checked"
                 break
-            differences.append(self._checked_alone(alone, ours, theirs[0] if own else fitted(theirs, ours)))
-        if silent.any():
-            found = [self._sum(contributions.get(p), p, silent) for p in self._runs.parameters]
-            self._check_silent(found, expected, alones)
+            differences.append(self._checked_alone(alone, alones, ours, theirs[0] if own else fitted(theirs, ours)))
+        if own:
+            weights = self._weights()
+            found = [self._sum(contributions.get(p), p, weights) for p in self._runs.parameters]
+            weighted = {n: alones[0].splits[n].scaled(v, weights) for n, v in cotangents.items()}
+            differences.append(self._checked_weighted(found, self._expected(values, weighted, []), alones))
         return differences
 
-    def _silent(self, alones: list[Alone]) -> Tensor:
-        """Random weights of every other sample, zero for the rest: those get no cotangent, so they contribute nothing.
+    def _weights(self) -> Tensor:
+        """Random numbers, one per sample."""
+        generator = torch.Generator().manual_seed(self._runs.batch_size)
+        return torch.randn(self._runs.batch_size, generator=generator, dtype=torch.float64)
 
-        So a sample that gets what belongs to another one is found wherever it is.
+    def _expected(self, values: dict[int, Tensor], cotangents: dict[int, Tensor], rest: list[int]) -> list[Tensor]:
+        """Autograd's gradients of an ordinary forward, whose outputs must be those of the captured one, `values`.
+
+        With cotangents of the outputs `rest` too, less what these put on the others.
         """
-        weights = torch.zeros(self._runs.batch_size if alones else 0, dtype=torch.float64)
-        weights[1::2] = torch.randn(len(weights[1::2]), generator=torch.Generator().manual_seed(0), dtype=weights.dtype)
-        for alone in alones:
-            weights[alone.sample] = 0
-        return weights
-
-    def _cotangents(
-        self, batch: dict[int, Tensor], used: list[int], alones: list[Alone], silent: Tensor
-    ) -> dict[int, Tensor]:
-        cotangents = {n: _cotangent(batch[n], n) for n in used}
-        if silent.any():
-            for n, v in cotangents.items():
-                alones[0].splits[n].scale(v, silent == 0)
-        return cotangents
-
-    def _expected(self, values: dict[int, Tensor], cotangents: dict[int, Tensor]) -> list[Tensor]:
-        """Autograd's gradients of an ordinary forward, whose outputs must be those of the captured one, `values`."""
         outputs = self._chosen(self._forward(), values)
-        if not self._runs.is_equalising:
-            self.values = {n: x.detach().double().norm().item() for n, x in outputs.items()}
         self._check_values(values, outputs)
         if not any(x.requires_grad for x in outputs.values()):
             raise NothingToProve("none of its outputs depends on trainable parameters")
+        if self._runs.leaves_hooks_out and not self._runs.is_equalising:
+            self._outputs = _sketched(outputs)
+        others = {n: _cotangent(outputs[n], n) for n in rest if outputs[n].requires_grad}
+        places = [n for n in cotangents if outputs[n].requires_grad]
+        if others and places:
+            through = torch.autograd.grad(
+                [outputs[n] for n in others],
+                [outputs[n] for n in places],
+                list(others.values()),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            less = {n: cotangents[n] - g for n, g in zip(places, through, strict=True) if g is not None}
+            cotangents = cotangents | less | others
         expected = self._grads(outputs, cotangents)
         if not math.isfinite(norm(expected)):
-            raise Unprovable("the gradients of its outputs are not finite")
+            raise NotFinite("the gradients of its outputs are not finite")
+        self._has_zeros = self._has_zeros or self._runs.found_zeros
         return expected
 
     def _grads(self, outputs: dict[int, Tensor], cotangents: dict[int, Tensor], again: bool = False) -> list[Tensor]:
@@ -303,7 +321,8 @@ class Proof:
     def _alone(self, batch: dict[int, Tensor], sample: int, size: int) -> Alone:
         found: list[Alone] = []
         reason = Unprovable("no argument has as many rows as there are samples")
-        for count in sorted({1, 2, size}):
+        # Where other libraries draw the random numbers, only copies in all places get the same.
+        for count in [size] if self._draws_elsewhere else sorted({1, 2, size}):
             for reading in self._runs.readings(size):
                 try:
                     outputs = self._forward(reading, torch.tensor([sample] * count))
@@ -339,7 +358,7 @@ class Proof:
             contributions = self._runs.contributions(*map(list, zip(*pairs, strict=True)))
         except Exception as error:
             if len(pairs) == 1:  # with several, the user's loss may not use the one that fails
-                raise
+                raise BackwardFailed(str(error)) from error
             raise Unprovable(f"the backward of all its outputs at once fails ({error})") from error
         for parameter, factor in contributions.items():
             if self._runs.batch_size not in (None, factor.batch_size):
@@ -368,35 +387,39 @@ class Proof:
                 continue
             if self._runs.unknown_draws:
                 raise Unprovable(f"it draws random numbers in {', '.join(sorted(self._runs.unknown_draws))}")
-            raise Refuted(
+            raise self._refutation(
                 f"module '{self._tap.name}' ({type(self._tap.module).__name__}) gives other outputs when it is"
                 f" captured, with a relative error of {error / (size or 1):.2g}: a module inside takes an argument that"
-                f" all samples share for one with samples. {_REMEDIES}. {_ANYHOW}"
+                f" all samples share for one with samples. {_REMEDIES}. {_ANYHOW}",
+                error / (size or 1),
             )
 
     def _difference(self, found: list[Tensor], expected: list[Tensor]) -> Difference:
-        return largest_difference(found, expected, self._tolerance**0.5)
+        return largest_difference(found, expected, self._tolerance)
 
     def _checked_total(self, contributions: dict[nn.Parameter, Factor], expected: list[Tensor]) -> Difference:
         for place, parameter in enumerate(self._runs.parameters):
             if parameter not in contributions and norm([expected[place]]):
-                raise Refuted(
+                raise self._refutation(
                     f"{self._parameter(place)} gets no per-sample gradient (a relative error of 1), but the outputs"
                     " depend on it: the way from it to them goes past the capture, through an autograd.Function for"
-                    f" example, or a value kept from another call. {_REMEDIES}. {_ANYHOW}"
+                    " example (as part of a unit it needs setup_context and generate_vmap_rule), or a value kept from"
+                    f" another call. {_REMEDIES}. {_ANYHOW}",
+                    1.0,
                 )
         found = [self._sum(contributions.get(p), p) for p in self._runs.parameters]
         difference = self._difference(found, expected)
         if difference.error > self._tolerance:
-            raise Refuted(
+            raise self._refutation(
                 f"{self._parameter(difference.index)} would get a gradient with a relative error of"
-                f" {difference.error:.2g}: the contributions of the samples do not add up to it. {_REMEDIES}. {_ANYHOW}"
+                f" {difference.error:.2g}: the samples' contributions do not add up to it. {_REMEDIES}. {_ANYHOW}",
+                difference.error,
             )
         return difference
 
     def _is_sum(
         self,
-        samples: list[int],
+        alones: list[Alone],
         columns: list[list[list[Tensor]]],
         cotangents: dict[int, Tensor],
         ours: list[Tensor],
@@ -409,34 +432,41 @@ class Proof:
         """
         if self._difference(ours, fitted(theirs, ours)).error <= self._tolerance:
             return True
+        pair = torch.tensor([alone.sample for alone in alones])
         for reading in self._runs.readings(self._runs.batch_size):
             try:
-                outputs = self._forward(reading, torch.tensor(samples))
+                outputs = dict(enumerate(self._forward(reading, pair)))
             except Unprovable:
                 continue
-            expected = self._grads(dict(enumerate(outputs)), cotangents)
+            if any(n not in outputs or outputs[n].shape != v.shape for n, v in cotangents.items()):
+                continue
+            expected = self._grads(outputs, cotangents)
             everything = [column for each in columns for column in each]
             return self._difference(fitted(everything, expected), expected).error <= self._tolerance
         return False
 
-    def _checked_alone(self, alone: Alone, found: list[Tensor], expected: list[Tensor]) -> Difference:
+    def _checked_alone(
+        self, alone: Alone, alones: list[Alone], found: list[Tensor], expected: list[Tensor]
+    ) -> Difference:
         difference = self._difference(found, expected)
         if difference.error > self._tolerance:
-            raise Refuted(
+            raise self._refutation(
                 f"{self._parameter(difference.index)}: the per-sample gradient of sample {alone.sample} of"
                 f" {self._runs.batch_size} has a relative error of {difference.error:.2g} against the gradient of the"
-                f" sample alone: {self._why([alone])}. {_ANYHOW}"
+                f" sample alone: {self._why(alones)}. {_ANYHOW}",
+                difference.error,
             )
         return difference
 
-    def _check_silent(self, found: list[Tensor], expected: list[Tensor], alones: list[Alone]) -> None:
-        errors = [norm([each]) / (norm(expected) or 1.0) for each in found]
-        error = max(errors)
-        if error > self._tolerance:
-            raise Refuted(
-                f"{self._parameter(errors.index(error))}: samples whose outputs have no part in the loss get per-sample"
-                f" gradients all the same, with a relative error of {error:.2g}: {self._why(alones)}. {_ANYHOW}"
+    def _checked_weighted(self, found: list[Tensor], expected: list[Tensor], alones: list[Alone]) -> Difference:
+        difference = self._difference(found, expected)
+        if difference.error > self._tolerance:
+            raise self._refutation(
+                f"{self._parameter(difference.index)}: the per-sample gradients do not follow their own samples, with a"
+                f" relative error of {difference.error:.2g}: {self._why(alones)}. {_ANYHOW}",
+                difference.error,
             )
+        return difference
 
     def _why(self, alones: list[Alone]) -> str:
         difference = max(alone.difference for alone in alones)
@@ -450,6 +480,30 @@ class Proof:
             "the capture credits samples with what belongs to others, since the forward moves them to other places, or"
             f" has a dimension that is as large as the batch by chance. {_REMEDIES}"
         )
+
+    def _refutation(self, message: str, error: float) -> Refuted | Unprovable:
+        """What a relative error means, unless outputs change from call to call, or rounding is as large."""
+        lowest = LowestPrecision()
+        with lowest:
+            first = self._forward()
+        second = self._forward()
+        if len(first) != len(second) or any(
+            norm([sketch(a, a) - sketch(b, b)]) > self._tolerance * norm([sketch(a, a)])
+            for a, b in zip(first, second, strict=True)
+            if a.is_floating_point()
+        ):
+            return Unprovable("its outputs change from call to call, with the same random numbers")
+        size = 16 * torch.finfo(lowest.dtype).eps
+        tolerance = max(self._tolerance, TOLERANCE.get(lowest.dtype, 0.0), 3 * self._noise(second, size))
+        return Refuted(message) if error > tolerance else Unprovable("its gradients hold too much rounding to compare")
+
+    def _noise(self, outputs: list[Tensor], size: float) -> float:
+        """How much gradients change if the arguments do by a relative `size`."""
+        places = [n for n, x in enumerate(outputs) if x.requires_grad and x.is_floating_point()]
+        cotangents = {n: _cotangent(outputs[n], n) for n in places}
+        ordinary = self._grads(dict(enumerate(outputs)), cotangents)
+        outputs = self._runs.forward(self._runs.with_noise(size))
+        return self._difference(self._grads(dict(enumerate(outputs)), cotangents), ordinary).error
 
     def _parameter(self, place: int) -> str:
         name = self._names[place]
@@ -470,9 +524,9 @@ def _cotangent(output: Tensor, number: int) -> Tensor:
     return v.div_(max(1, output.shape[1:].numel()) ** 0.5).to(output.dtype)
 
 
-def _tolerance_of(x: Tensor) -> float:
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return TOLERANCE[torch.get_autocast_dtype(kind)]
+def tolerance_of(x: Tensor, autocast: bool) -> float:
+    """The largest relative error of `x` that is rounding, where autocast may be at work."""
+    if autocast and is_autocast(x.device.type):
+        return TOLERANCE[torch.get_autocast_dtype(x.device.type)]
     is_tf32 = x.is_cuda and x.dtype == torch.float32
     return TOLERANCE[torch.float16 if is_tf32 else x.dtype]

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from .batch import modules_in
+from .batch import holds_fields, modules_in
 
 # What takes more bytes is a table that forwards read, such as quantised weights.
 _LARGEST_COPY = 64 << 20
-_CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 _STRUCTURE = ("_parameters", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -34,11 +34,12 @@ def with_tensors(function: Callable[[Tensor], Tensor], tree: object) -> object:
         if isinstance(leaf, Tensor):
             return function(leaf)
         if isinstance(leaf, Mapping):
-            copied = copy.copy(leaf)
+            # A copy of another mapping may share what it holds.
+            copied = copy.copy(leaf) if isinstance(leaf, (dict, UserDict)) else dict(leaf)
             for key, value in leaf.items():
                 copied[key] = with_tensors(function, value)
             return copied
-        if is_dataclass(leaf) and not isinstance(leaf, type):
+        if holds_fields(leaf):
             copied = copy.copy(leaf)
             for key, value in vars(leaf).items():
                 object.__setattr__(copied, key, with_tensors(function, value))
@@ -49,8 +50,10 @@ def with_tensors(function: Callable[[Tensor], Tensor], tree: object) -> object:
 
 
 def _own(leaf: object) -> object:
-    """A copy of an argument that a forward may change, such as a cache; what has none is passed on as it is."""
-    if leaf is None or isinstance(leaf, (bool, int, float, str, nn.Module, type)) or callable(leaf):
+    """A copy of an argument that a forward may change, such as a cache; what has no state is passed on as it is."""
+    if isinstance(leaf, Iterator):
+        raise TypeError("an argument is an iterator, which can be read once")
+    if isinstance(leaf, (nn.Module, type)) or callable(leaf) or not hasattr(leaf, "__dict__"):
         return leaf
     try:
         return copy.deepcopy(leaf)
@@ -81,6 +84,16 @@ class RandomNumbers:
         """Whether a generator of torch's has been used since."""
         return any(not torch.equal(a, b) for a, b in zip(self._states, self._of_torch(), strict=True))
 
+    def have_others_drawn(self) -> bool:
+        """Whether Python's generator or NumPy's has been used since; what they give may depend on the batch."""
+        if random.getstate() != self._python:
+            return True
+        if self._numpy is None:
+            return False
+        _, before, position, *_ = self._numpy
+        _, now, moved, *_ = sys.modules["numpy"].random.get_state()
+        return moved != position or (now != before).any()
+
     def rewind(self) -> None:
         """Draw the same numbers again."""
         cpu, *others = self._states
@@ -101,6 +114,7 @@ class ModelState:
         self._attributes = [(module, dict(vars(module))) for module in modules_in(model)]
         places = [places for module, _ in self._attributes for places in (module._parameters, module._modules)]
         self._places = [(each, dict(each)) for each in places]
+        self._parameters = [(p, p._version, p.detach().clone()) for p in _moving(model)]
 
     def generators(self) -> list[torch.Generator]:
         """Those that modules keep as attributes."""
@@ -119,32 +133,52 @@ class ModelState:
         for places, contents in self._places:
             places.clear()
             places.update(contents)
+        for parameter, version, value in self._parameters:
+            if parameter._version != version:
+                parameter.detach().copy_(value)
 
-    def lend(self, hooks: bool) -> None:
+    def lend(self, hooks: bool, frozen_statistics: bool) -> None:
         """Restore, and put copies in the places of what forwards may change.
 
         Args:
             hooks: whether hooks around the forwards of modules inside the model stay.
+            frozen_statistics: whether batch normalisation takes its running statistics, where it has them.
         """
         self.restore()
         for module, attributes in self._attributes:
             copies = {name: _copied(value) for name, value in attributes.items() if name not in _STRUCTURE}
             vars(module).update(copies)
+            if frozen_statistics and isinstance(module, _BatchNorm) and module.running_mean is not None:
+                vars(module)["training"] = False
         if not hooks:
             for module, _ in self._attributes[1:]:
                 vars(module).update({name: OrderedDict() for name in _HOOKS})
 
 
+def _moving(model: nn.Module) -> list[nn.Parameter]:
+    """Frozen parameters that a forward may move, as the average of the others: if there are no more than of those."""
+    trained, frozen = [], []
+    for parameter in model.parameters():
+        (trained if parameter.requires_grad else frozen).append(parameter)
+    is_average = sum(p.nbytes for p in frozen) <= sum(p.nbytes for p in trained)
+    return [p for p in frozen if p.layout == torch.strided] if is_average else []
+
+
 def _copied(value: object) -> object:
-    """A copy of a tensor, or of a container and the tensors in it."""
+    """A copy of a tensor or an array, or of a container and what is in it."""
     if isinstance(value, Tensor):
         is_plain = not isinstance(value, nn.Parameter) and value.layout == torch.strided
         return detached_copy(value) if is_plain and value.nbytes <= _LARGEST_COPY else value
-    if type(value) not in _CONTAINERS:
-        return value
-    copied = copy.copy(value)
-    if isinstance(copied, dict):
-        copied.update({key: _copied(item) for key, item in value.items() if isinstance(item, Tensor)})
-    elif isinstance(copied, list):
-        copied[:] = [_copied(item) if isinstance(item, Tensor) else item for item in value]
-    return copied
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _copied(item) for key, item in value.items()})
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    if isinstance(value, deque):
+        return deque(map(_copied, value), value.maxlen)
+    if isinstance(value, set) or type(value).__module__ == "numpy":
+        return copy.copy(value)
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{key: _copied(item) for key, item in vars(value).items()})
+    return value

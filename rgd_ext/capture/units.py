@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..batch_norm import batch_norms, check_frozen
@@ -45,7 +47,7 @@ class Unit(Tap):
                 return self.original(*args, **kwargs)
 
         try:
-            with self._checked_buffers(), nothing_cached():
+            with self._checked_buffers(), nothing_cached(), _PaddingWithoutGradient():
                 results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
         except RuntimeError as error:
             raise RuntimeError(
@@ -98,12 +100,16 @@ class Unit(Tap):
             got, want = got.detach().double(), want.double()
             largest = torch.nan_to_num(want.abs()).max().item() if want.numel() else 0.0
             tolerance = 100 * eps**0.75 * largest
+            if _broadcasts(want, got):  # one value for all samples
+                want = want.expand_as(got)
             if got.shape != want.shape or not torch.allclose(got, want, 0, tolerance, equal_nan=True):
+                difference = (got - want).abs().max().item() / (largest or 1.0) if got.shape == want.shape else 1.0
                 raise Refuted(
                     f"module '{self.name}' ({type(self.module).__name__}) gives other values for a batch than for its"
-                    " samples one by one: it couples the samples (as batch statistics do), or takes an input that all"
-                    " samples share for one with samples. Give such an argument a leading dimension of 1, or capture"
-                    " the enclosing module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
+                    f" samples one by one, by {difference:.2g} of the largest: it couples the samples (as batch"
+                    " statistics do), or takes an input that all samples share for one with samples. Give such an"
+                    " argument a leading dimension of 1, or capture the enclosing module as one unit with"
+                    " rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
                 )
 
     def _mapped(self, batch: Batch, args: tuple, kwargs: dict):
@@ -140,6 +146,28 @@ class Unit(Tap):
                 f" a dimension {dim} of size 1. Modules keep the samples apart, along the dimension they come in"
             )
         return result.squeeze(dim + 1).movedim(0, dim)
+
+
+def _broadcasts(x: Tensor, like: Tensor) -> bool:
+    return x.ndim == like.ndim and all(n in (1, m) for n, m in zip(x.shape, like.shape, strict=True))
+
+
+class _PaddingWithoutGradient(TorchFunctionMode):
+    """Embeddings whose `padding_idx` gets no gradient: under vmap torch forgets it for all samples but the first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.embedding:
+            return func(*args, **(kwargs or {}))
+        arguments = _EMBEDDING.bind(*args, **(kwargs or {})).arguments
+        padding = arguments.pop("padding_idx", None)
+        rows = F.embedding(**arguments)
+        if padding is None:
+            return rows
+        is_padding = arguments["input"] == padding % arguments["weight"].shape[0]
+        return torch.where(is_padding[..., None], rows.detach(), rows)
+
+
+_EMBEDDING = inspect.signature(F.embedding)
 
 
 class Attention(Unit):

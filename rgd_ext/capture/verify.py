@@ -7,6 +7,7 @@ from torch import nn
 
 from .preconditioner import Preconditioner, handle_of, precondition
 from .proof import Refused, Unprovable, Verification
+from .runs import Call
 from .taps import Tap
 
 
@@ -53,7 +54,7 @@ def _verification(capture: Preconditioner, tap: Tap | None, args: tuple, kwargs:
                 "the model's capture records nothing here: leave `with handle.paused():` or the torch.func transform"
             )
         try:
-            return capture.verifier.proven(capture, tap, args, kwargs)[0]
+            return capture.verifier.verification(Call.of(tap, args, kwargs))
         except Refused as error:
             raise error.__cause__ from None
         except Unprovable as error:
