@@ -31,7 +31,8 @@ bool is_plain_tensor(py::handle object) {
 bool is_usual_input(py::handle x, py::handle batch_size, int64_t sample_ndim) {
   if (!is_plain_tensor(x) || batch_size.is_none()) return false;
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.layout() == at::kStrided && tensor.requires_grad() && tensor.dim() > sample_ndim && tensor.size(0) == batch_size.cast<int64_t>();
+  return tensor.layout() == at::kStrided && tensor.requires_grad() && tensor.dim() > sample_ndim &&
+         tensor.size(0) == batch_size.cast<int64_t>();
 }
 
 // Whether the class of the module has the forward that runs, and the rule needs nothing that may change meanwhile.

@@ -203,7 +203,6 @@ class Proof:
         size, weights = self._runs.batch_size, self._weights()
         cotangents = {n: _cotangent(batch[n], n) for n in own}
         factors = {alone.sample: (-1.3) ** n * size**0.5 for n, alone in enumerate(alones)}
-        of_samples = [self._columns(alone, cotangents, True)[0] for alone in alones]
         values = _sketched(batch)
         contributions = self._contributions(batch, cotangents)
         theirs = weights.clone()
@@ -217,8 +216,10 @@ class Proof:
         expected = self._expected(values, cotangents, rest)
         if any(is_missing and norm([each]) for is_missing, each in zip(missing, expected, strict=True)):
             return Difference(math.inf, 0)
-        for alone, of_sample in zip(alones, of_samples, strict=True):
-            expected = [e + factors[alone.sample] * h for e, h in zip(expected, of_sample, strict=True)]
+        for alone in alones:
+            (weighted,) = self._columns(alone, cotangents, True)
+            factor = factors[alone.sample] / weights[alone.sample].item()
+            expected = [e + factor * h for e, h in zip(expected, weighted, strict=True)]
         return self._difference(found, expected)
 
     def _compared(self, batch: dict[int, Tensor], alones: list[Alone], used: list[int], own: bool) -> list[Difference]:
@@ -245,9 +246,10 @@ class Proof:
         return differences
 
     def _weights(self) -> Tensor:
-        """Random numbers, one per sample."""
+        """Random numbers of either sign, one per sample, none of them small."""
         generator = torch.Generator().manual_seed(self._runs.batch_size)
-        return torch.randn(self._runs.batch_size, generator=generator, dtype=torch.float64)
+        size, sign = torch.rand(2, self._runs.batch_size, generator=generator, dtype=torch.float64)
+        return (0.5 + size) * torch.where(sign < 0.5, -1, 1)
 
     def _expected(self, values: dict[int, Tensor], cotangents: dict[int, Tensor], rest: list[int]) -> list[Tensor]:
         """Autograd's gradients of an ordinary forward, whose outputs must be those of the captured one, `values`.
