@@ -420,6 +420,18 @@ def test_a_loss_of_mixed_samples_beside_outputs_of_their_own():
     assert not rgd_ext.verify(contrast, torch.randn(B, 5)).note
 
 
+def test_a_loss_beside_outputs_that_lie_on_the_way_to_others():
+    def forward(m, x, y):
+        h = m.a(x).tanh()
+        z = m.b(h)
+        return F.cross_entropy(z, y), z, h
+
+    model = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 3))
+    verification = rgd_ext.verify(model, torch.randn(B, 5), torch.tensor([0, 1, 2, 0, 2, 1]))
+    assert (verification.samples, verification.note) == ((0, 5), "")
+    assert verification.largest_error < 1e-5
+
+
 def test_products_between_all_samples_are_left_out():
     def forward(m, x, y):
         left, right = m.a(x), m.b(y)

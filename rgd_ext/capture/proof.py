@@ -265,14 +265,16 @@ class Proof:
         others = {n: _cotangent(outputs[n], n) for n in rest if outputs[n].requires_grad}
         places = [n for n in cotangents if outputs[n].requires_grad]
         if others and places:
-            through = torch.autograd.grad(
+            # The last one made: others may be on the way to it. Where there is another way, one by one they are right.
+            last = max(places, key=lambda n: outputs[n].grad_fn._sequence_nr() if outputs[n].grad_fn else -1)
+            (through,) = torch.autograd.grad(
                 [outputs[n] for n in others],
-                [outputs[n] for n in places],
+                [outputs[last]],
                 list(others.values()),
                 retain_graph=True,
                 allow_unused=True,
             )
-            less = {n: cotangents[n] - g for n, g in zip(places, through, strict=True) if g is not None}
+            less = {} if through is None else {last: cotangents[last] - through}
             cotangents = cotangents | less | others
         expected = self._grads(outputs, cotangents)
         if not math.isfinite(norm(expected)):
