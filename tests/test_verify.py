@@ -377,6 +377,17 @@ def test_parametrisations_that_are_cached():
     assert_close(flat_grad(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_a_capture_computes_is_cached_for_nobody_else():
+    body = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+    model, x = nn.Sequential(body, nn.Tanh()), torch.randn(B, 5)
+    expected = model(x)
+    with rgd_ext.precondition(model) as handle, nn.utils.parametrize.cached():
+        loss_of(model(x)).backward()
+        with handle.paused():
+            assert torch.equal(model(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:There is a performance drop")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_inputs(layout):
@@ -541,6 +552,17 @@ def test_rounding_is_no_error():
         captured_grad(Net(low_inside, encoder=encoder), torch.randn(7, 5, 32))
 
 
+def test_a_chaotic_recurrence_is_no_error():
+    model, x = nn.RNN(8, 16, batch_first=True), torch.randn(5, 200, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 6
+    model = Net(lambda m, x: m.layer(x)[0][:, -1], layer=model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*too much rounding")
+        assert captured_grad(model, x).isfinite().all()
+
+
 def test_random_numbers_of_numpy_per_sample():
     def forward(m, x):
         return m.b(1 + 1e-3 * m.a(x * torch.tensor(numpy.random.rand(*x.shape) > 0.3)))
@@ -659,6 +681,18 @@ def test_autocast_and_checkpoints():
             loss_of(model(x)).backward()
         loss_of(checkpoint(model, x, use_reentrant=False)).backward()
         assert handle.stats.batch_size == B
+    with rgd_ext.precondition(mlp()) as handle:
+        loss_of(checkpoint(handle.model, x, use_reentrant=False)).backward()  # verified inside
+        assert handle.stats.batch_size == B
+
+
+def test_a_model_that_needs_autocast():
+    model, x = mlp(), torch.randn(B, 6).bfloat16()
+    with rgd_ext.precondition(model) as handle, torch.autocast("cpu", torch.bfloat16):
+        assert rgd_ext.verify(model, x).tolerance > 0.01
+        loss_of(model(x)).backward()
+        loss_of(model(x)).backward()
+    assert handle.stats.batch_size == B
 
 
 def test_several_calls_before_a_backward_and_accumulate():
