@@ -5,6 +5,7 @@ import random
 import re
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import pytest
@@ -846,6 +847,17 @@ def test_hooks_that_a_forward_needs():
     model, calls = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(3, 2)), []
     model[1].register_forward_hook(lambda module, inputs, output: calls.append(1) or output[:, :3])
     assert rgd_ext.verify(model, torch.randn(B, 5)).samples
+
+
+def test_a_proof_takes_little_more_memory_than_a_step():
+    from bench.memory import extra_memory
+    from bench.verification import first_step
+
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 1000))
+    x, y = torch.randint(50, (16, 32)), torch.randint(1000, (16, 32))
+    first_step(model, x, y, verify=True)
+    proven, plain = (extra_memory(partial(first_step, model, x, y, verify), "cpu") for verify in (True, False))
+    assert proven < 1.2 * plain
 
 
 def test_nothing_is_called_once_proven():

@@ -199,8 +199,8 @@ class Preconditioner:
             self._planner, self._choices = saved
 
     def is_collecting(self) -> bool:
-        """Whether what backwards contribute outlives them."""
-        return self._union is not None
+        """Whether what backwards contribute outlives them, and the tensors that the user changes afterwards."""
+        return self._union is not None and not self.verifier.is_proving
 
     def plan(self, *args, **kwargs) -> Plan:
         """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.

@@ -354,14 +354,15 @@ class Proof:
 
     def _contributions(self, batch: dict[int, Tensor], cotangents: dict[int, Tensor]) -> dict[nn.Parameter, Factor]:
         """What the capture takes for the contributions of the samples. Lets go of the outputs."""
-        pairs = [(batch[n], v) for n, v in cotangents.items() if batch[n].requires_grad]
+        places = [n for n in cotangents if batch[n].requires_grad]
+        outputs = [batch[n] for n in places]
         batch.clear()
-        if not pairs:
+        if not places:
             return {}
         try:
-            contributions = self._runs.contributions(*map(list, zip(*pairs, strict=True)))
+            contributions = self._runs.contributions(outputs, [cotangents[n] for n in places])
         except Exception as error:
-            if len(pairs) == 1:  # with several, the user's loss may not use the one that fails
+            if len(places) == 1:  # with several, the user's loss may not use the one that fails
                 raise BackwardFailed(str(error)) from error
             raise Unprovable(f"the backward of all its outputs at once fails ({error})") from error
         for parameter, factor in contributions.items():

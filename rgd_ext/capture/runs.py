@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import module
 from torch.nn.modules.dropout import _DropoutNd
@@ -199,9 +200,12 @@ class Runs:
         return sketches
 
     def contributions(self, outputs: list[Tensor], cotangents: list[Tensor]) -> dict[nn.Parameter, Factor]:
-        """What the capture takes for the contributions of the samples."""
+        """What the capture takes for the contributions of the samples. Empties the list of outputs."""
+        # Edges, or the outputs would be there until the end of the backward.
+        edges = [get_gradient_edge(x) for x in outputs]
+        outputs.clear()
         with self._drawing(), self._capture.trial() as parts:
-            torch.autograd.backward(outputs, cotangents, inputs=list(self.parameters))
+            torch.autograd.backward(edges, cotangents, inputs=list(self.parameters))
         return parts[0] if parts else {}
 
     def readings(self, batch_size: int) -> list[Reading]:
