@@ -57,7 +57,7 @@ def first_step(model: nn.Module, x: Tensor, y: Tensor, verify: bool) -> None:
 
 
 def bench(case: Case, device: str, rounds: int) -> tuple[Samples, dict[str, int]]:
-    """Milliseconds of a step, and bytes that the first one takes at its peak."""
+    """Milliseconds of steps, and bytes that the first one takes at its peak."""
     model, x, y = case.build()
     model, x, y = model.to(device), x.to(device), y.to(device)
     wait, timed, memory = synchronize(device), {}, {}
@@ -76,7 +76,7 @@ def section(name: str, samples: Samples, memory: dict[str, int]) -> Section:
     first, plain, later, plain_later = (
         samples[f"{which}, {arm}"] for which in ("first", "later") for arm in ("verified", "not verified")
     )
-    steps = statistics.median((a - b) / b for a, b in zip(first, plain, strict=True))
+    steps = statistics.median((a - b) / step for a, b, step in zip(first, plain, plain_later, strict=True))
     ratio = statistics.median(a / b for a, b in zip(later, plain_later, strict=True))
     times = [f"{statistics.median(each):.4g}" for each in (first, plain)]
     return [[name, *times, f"{steps:.2f}", f"{ratio:.3f}", f"{memory['verified'] / memory['not verified']:.2f}"]]

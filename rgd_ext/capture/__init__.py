@@ -1,8 +1,8 @@
 """The capture: per-sample gradients of an ordinary model from an ordinary backward."""
 
 from .batch import mark
+from .findings import Verification
 from .preconditioner import Preconditioner, precondition
-from .proof import Verification
 from .rules import register_rule, unit
 from .verify import verify
 

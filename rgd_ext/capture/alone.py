@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .batch import tensors_in
-from .state import with_tensors
+from .state import detached_copy, with_tensors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Alone:
 
     Attributes:
         sample: its number in the batch.
-        count: of the copies. One says most, but some models cannot take it.
+        count: of the copies. One is the strictest test, but some models need more.
         outputs: all tensors that the module gave.
         splits: by the place of an output, where the batch's output holds the sample; None where all share it. Outputs
             whose shapes do not fit, such as products between all samples, are left out.
@@ -91,11 +91,17 @@ def readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
     tensors = tensors_in((args, kwargs))
     for dim in (0, 1):
         there = [n for n, x in enumerate(tensors) if x.ndim > dim and x.shape[dim] == batch_size]
-        choices = [there] if there else []
-        for number in range(1, len(there)):
-            choices += [[n for n in there if n not in shared] for shared in combinations(there[1:], number)]
-        for chosen in choices[:_MOST]:
+        for chosen in islice(_choices(there), _MOST):
             yield lambda samples, dim=dim, chosen=chosen: _taken((args, kwargs), samples, dim, chosen)
+
+
+def _choices(there: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Subsets with the first, the largest ones first."""
+    if there:
+        yield there
+    for number in range(1, len(there)):
+        for shared in combinations(there[1:], number):
+            yield [n for n in there if n not in shared]
 
 
 def _taken(tree: tuple[tuple, dict], samples: Tensor, dim: int, chosen: Sequence[int]) -> tuple[tuple, dict]:
@@ -103,7 +109,7 @@ def _taken(tree: tuple[tuple, dict], samples: Tensor, dim: int, chosen: Sequence
 
     def of_tensor(x: Tensor) -> Tensor:
         if next(numbers) not in chosen:
-            return x
+            return detached_copy(x)
         return _selected(x.detach(), dim, samples.to(x.device)).requires_grad_(x.requires_grad)
 
     return with_tensors(of_tensor, tree)

@@ -56,10 +56,6 @@ class Calls:
                 " with all of them",
                 stacklevel=2,
             )
-        self.forget()
-
-    def forget(self) -> None:
-        """Nothing was called."""
         for calls in (self._of_one_sample, self._indices, self._squares):
             calls.clear()
 

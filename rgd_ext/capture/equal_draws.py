@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-# What each random number of these operators is: dropout keeps everything, noise is the same everywhere.
+from .watching import Watching
+
+# The constant that each of these operators gives: dropout keeps everything, noise is the same everywhere.
 _CONSTANT = {
     "bernoulli": 1,
     "bernoulli_": 1,
-    "rand": 0.3,  # what happens with a probability of a half happens
-    "rand_like": 0.3,
     "randn": 0.5,
     "randn_like": 0.5,
     "normal_": 0.5,
-    "uniform_": 0.5,
     "exponential_": 0.5,
     "cauchy_": 0.5,
     "log_normal_": 0.5,
@@ -29,6 +27,17 @@ _CONSTANT = {
 def _reversed(result: Tensor, n: int, *_, **__) -> Tensor:
     # A shuffle that leaves samples where they are would hide that it mixes them.
     return result.copy_(torch.arange(n - 1, -1, -1, device=result.device))
+
+
+def _reorder_equals(indices: Tensor, x: Tensor, dim: int) -> None:
+    # Shuffles are also made by sorting random numbers, which are all equal here.
+    if x.ndim and x.shape[dim] > 1:
+        are_equal = x.amax(dim, keepdim=True) == x.amin(dim, keepdim=True)
+        indices.copy_(torch.where(are_equal, x.shape[dim] - 1 - indices, indices))
+
+
+def _integer(result: Tensor, side: int, low: int, high: int) -> Tensor:
+    return result.fill_(high - 1 if side else min(low + 1, high - 1))
 
 
 def _likeliest(result: Tensor, probabilities: Tensor, number: int, *_, **__) -> Tensor:
@@ -52,9 +61,6 @@ def _leaky(result: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float,
 
 # (result, *args, **kwargs) -> what takes its place.
 _RULES: dict[str, Callable] = {
-    "randint": lambda result, low, high, *_, **__: result.fill_(low if isinstance(high, int) else 0),
-    "randint_like": lambda result, _, low, high=None, **__: result.fill_(0 if high is None else low),
-    "random_": lambda result, _, *limits, **__: result.fill_(limits[0] if len(limits) == 2 else 0),
     "randperm": _reversed,
     "multinomial": _likeliest,
     "native_dropout": _dropout,
@@ -67,51 +73,60 @@ _RULES: dict[str, Callable] = {
     "_sample_dirichlet": lambda result, shape, *_, **__: result.copy_(shape / shape.sum(-1, keepdim=True)),
 }
 
+# What branches are made of, near either end of its range: (result, side, *args, **kwargs) -> what takes its place.
+_SIDED: dict[str, Callable] = {
+    "rand": lambda result, side, *_, **__: result.fill_((0.01, 0.99)[side]),
+    "rand_like": lambda result, side, *_, **__: result.fill_((0.01, 0.99)[side]),
+    "uniform_": lambda result, side, _, low=0.0, high=1.0, **__: result.fill_(low + (high - low) * (0.01, 0.99)[side]),
+    "randint": lambda result, side, first, second, *_, **__: _integer(
+        result, side, *((first, second) if isinstance(second, int) else (0, first))
+    ),
+    "randint_like": lambda result, side, _, first, second=None, **__: _integer(
+        result, side, *((0, first) if second is None else (first, second))
+    ),
+    "random_": lambda result, side, _, *limits, **__: _integer(result, side, *(0, 2, *limits)[-2:]),
+}
+# Operators that sort, and the places of their dimension behind the tensor.
+_SORTS = {"sort": 0, "topk": 1}
 
-class EqualDraws(TorchDispatchMode):
+
+class EqualDraws(Watching):
     """Random operators give numbers that are the same for every sample, whatever the batch.
+
+    Args:
+        side: 0 or 1, for uniform numbers near the lower or the upper end of their range.
 
     Attributes:
         unknown: the operators that drew numbers of their own all the same.
+        has_sides: whether there were uniform numbers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, side: int) -> None:
         super().__init__()
         self.unknown: set[str] = set()
+        self.has_sides = False
+        self._side = side
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+    def operator(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        name = func._schema.name.removeprefix("aten::")
+        if name in _SORTS and not kwargs.get("stable"):
+            result, (x, *others) = func(*args, **kwargs), args
+            place = _SORTS[name]
+            _reorder_equals(result[1], x, others[place] if len(others) > place else kwargs.get("dim", -1))
+            return result
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
         if name in _CONSTANT:
             return func(*args, **kwargs).fill_(_CONSTANT[name])
+        if name in _SIDED:
+            self.has_sides = True
+            return _SIDED[name](func(*args, **kwargs), self._side, *args, **kwargs)
         if name in _RULES:
             return _RULES[name](func(*args, **kwargs), *args, **kwargs)
         before = _states()
         result = func(*args, **kwargs)
         if any(not torch.equal(a, b) for a, b in zip(before, _states(), strict=True)):
             self.unknown.add(name)
-        return result
-
-
-class LowestPrecision(TorchDispatchMode):
-    """Notes the coarsest dtype of real numbers that operators give.
-
-    Attributes:
-        dtype: that dtype.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype = torch.float64
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            is_real = isinstance(x, Tensor) and x.dtype.is_floating_point
-            if is_real and torch.finfo(x.dtype).eps > torch.finfo(self.dtype).eps:
-                self.dtype = x.dtype
         return result
 
 

@@ -1,10 +1,15 @@
-"""Precision of what runs in a backward."""
+"""The precision that operators compute in."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .watching import Watching
 
 _UNCHANGED = nullcontext()
 
@@ -17,3 +22,23 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 def is_autocast(kind: str) -> bool:
     """Whether autocast is enabled for devices of a kind; meta tensors know none."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+class LowestPrecision(Watching):
+    """Notes the coarsest dtype of real numbers that operators give.
+
+    Attributes:
+        dtype: that dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def operator(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        result = func(*args, **kwargs)
+        for x in tree_leaves(result):
+            is_real = isinstance(x, Tensor) and x.dtype.is_floating_point
+            if is_real and torch.finfo(x.dtype).eps > torch.finfo(self.dtype).eps:
+                self.dtype = x.dtype
+        return result

@@ -36,7 +36,7 @@ from .sums import add, join
 from .taps import Tap
 from .verifier import Verifier
 from .workspace import LITTLE, Workspace, fresh
-from .wrappers import check_not_in_ddp, check_not_parallel, check_not_sharded
+from .wrappers import check_not_in_ddp, check_not_sharded, check_not_wrapped
 
 NESTED = (
     "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
@@ -276,7 +276,7 @@ class Preconditioner:
             self.batch = None
         for module in modules_in(self.model):
             if type(module) is DistributedDataParallel:
-                check_not_parallel(module, "")
+                check_not_wrapped(self.model)
             for key, parameter in module._parameters.items():
                 if id(parameter) not in self.guards and parameter is not None and parameter.requires_grad:
                     self._admit_newcomer(module, key, parameter)
@@ -555,14 +555,15 @@ def precondition(
             at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
             a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
             way takes; with these two up to 16 MiB are kept from step to step, on the CPU.
-        verify: prove on the model's own batches, before the first direction of each kind, that every sample gets its
-            own gradient; see `rgd_ext.verify`. For models whose forward has effects outside of the model.
+        verify: prove on the model's own batches, before the first direction of each kind of call, that every sample
+            gets its own gradient; see `rgd_ext.verify`. The forward raises ValueError if not. False for a model whose
+            forward has effects outside of the model, since it is called several times.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
 
     Raises:
-        TypeError: if `model` is not a module, or `epsilon` is not a policy.
+        TypeError: if `model` is not a module, `epsilon` not a policy, or `verify` not a bool.
         ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
             second capture, or batch normalisation in training mode.
 

@@ -68,7 +68,8 @@ class _ThroughFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: tuple[Shared, list[Shared]], *copies: Tensor) -> Tensor:
         # In a tuple: the value's own graph is no part of this one.
-        value, _ = ctx.value, ctx.sources = values
+        value, sources = values
+        ctx.value, ctx.sources = value, sources
         return value.as_subclass(Tensor).detach().expand(value.batch.size, *value.shape)
 
     @staticmethod

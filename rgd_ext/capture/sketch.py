@@ -36,6 +36,9 @@ def sketch(x: Tensor | None, like: Tensor) -> Tensor:
     Args:
         x: a gradient, or None for zeros.
         like: a tensor of its shape, dtype and device, such as the parameter.
+
+    Returns:
+        Shape (r * min(c, 4),), for the view (r, c) of `like` that is closest to a square.
     """
     count, size = _rows(like.shape)
     dtype = torch.promote_types(like.dtype, torch.float)
@@ -55,7 +58,7 @@ def _rows(shape: torch.Size) -> tuple[int, int]:
 @lru_cache(maxsize=32)
 def _directions(size: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, _NUMBER, generator=generator, dtype=dtype) / _NUMBER**0.5
+    return torch.randn(size, _NUMBER, generator=generator, dtype=dtype, device="cpu") / _NUMBER**0.5
 
 
 def norm(sketches: Sequence[Tensor]) -> float:
@@ -66,7 +69,7 @@ def norm(sketches: Sequence[Tensor]) -> float:
 def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor], share: float) -> Difference:
     """The parameter whose gradient differs most from what is expected, relative to its norm.
 
-    Gradients that cancel out hold nothing but rounding: norms count at least as `share` of that of the whole.
+    Gradients that cancel hold nothing but rounding, so norms count as at least `share` of that of the whole.
     """
     least = share * max(norm(expected), norm(found))
     errors = []
@@ -79,7 +82,7 @@ def largest_difference(found: Sequence[Tensor], expected: Sequence[Tensor], shar
 
 
 def fitted(columns: Sequence[Sequence[Tensor]], target: Sequence[Tensor]) -> list[Tensor]:
-    """The combination of gradients `columns` that is closest to `target`, parameter by parameter."""
+    """The linear combination of gradients `columns` that is closest to `target`, split by parameters as they are."""
     matrix = torch.stack([torch.cat([part.double().flatten() for part in column]) for column in columns], 1)
     vector = torch.cat([part.double().flatten() for part in target])
     coefficients = torch.linalg.pinv(matrix) @ vector

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import sys
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from .batch import holds_fields, modules_in
+from .batch import holds_fields, modules_in, storage
+from .watching import Watching
 
 # What takes more bytes is a table that forwards read, such as quantised weights.
 _LARGEST_COPY = 64 << 20
+_IMMUTABLE = bool, int, float, str
 _STRUCTURE = ("_parameters", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -57,8 +59,9 @@ def _own(leaf: object) -> object:
         return leaf
     try:
         return copy.deepcopy(leaf)
-    except Exception:  # whatever the object's own __deepcopy__ raises
-        return leaf
+    except Exception as error:  # whatever the object's own __deepcopy__ raises
+        kind = type(leaf).__name__
+        raise TypeError(f"an argument ({kind}) cannot be copied, so that other calls would change it") from error
 
 
 class RandomNumbers:
@@ -66,15 +69,17 @@ class RandomNumbers:
 
     Args:
         devices: CUDA devices.
-        own: generators of the model.
+        own: generators of the model and its arguments, of torch, Python or NumPy.
     """
 
-    def __init__(self, devices: Iterable[torch.device], own: Iterable[torch.Generator]) -> None:
-        self._devices, self._own = list(devices), list(own)
+    def __init__(self, devices: Iterable[torch.device], own: Iterable[object]) -> None:
+        own = list({id(generator): generator for generator in own}.values())
+        self._devices, self._own = list(devices), [each for each in own if isinstance(each, torch.Generator)]
         self._states = self._of_torch()
-        self._python = random.getstate()
         numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
+        self._others = [random, *([] if numpy is None else [numpy.random])]
+        self._others += [each for each in own if not isinstance(each, torch.Generator)]
+        self._other_states = [_state_of(each) for each in self._others]
 
     def _of_torch(self) -> list[Tensor]:
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
@@ -85,14 +90,8 @@ class RandomNumbers:
         return any(not torch.equal(a, b) for a, b in zip(self._states, self._of_torch(), strict=True))
 
     def have_others_drawn(self) -> bool:
-        """Whether Python's generator or NumPy's has been used since; what they give may depend on the batch."""
-        if random.getstate() != self._python:
-            return True
-        if self._numpy is None:
-            return False
-        _, before, position, *_ = self._numpy
-        _, now, moved, *_ = sys.modules["numpy"].random.get_state()
-        return moved != position or (now != before).any()
+        """Whether a generator of Python's or NumPy's has been used since; what they give may depend on the batch."""
+        return any(_state_of(each) != state for each, state in zip(self._others, self._other_states, strict=True))
 
     def rewind(self) -> None:
         """Draw the same numbers again."""
@@ -102,83 +101,207 @@ class RandomNumbers:
             torch.cuda.set_rng_state(state, device)
         for generator, state in zip(self._own, others[len(self._devices) :], strict=True):
             generator.set_state(state)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        for each, state in zip(self._others, self._other_states, strict=True):
+            _set_state(each, state)
+
+
+def is_generator(x: object) -> bool:
+    """Whether `x` is a random number generator of torch, Python or NumPy."""
+    numpy = sys.modules.get("numpy")
+    of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return isinstance(x, (torch.Generator, random.Random, *of_numpy))
+
+
+def _state_of(generator: object) -> tuple | bytes:
+    """Of Python's or NumPy's generators, or their modules, for `==`."""
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    return pickle.dumps(generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state)
+
+
+def _set_state(generator: object, state: tuple | bytes) -> None:
+    if hasattr(generator, "setstate"):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(pickle.loads(state))
+    else:
+        generator.bit_generator.state = pickle.loads(state)
+
+
+class _Writes(Watching):
+    """Notes parameters before operators change them in place.
+
+    Attributes:
+        before: their values.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.before: dict[nn.Parameter, Tensor] = {}
+        self._owners = {storage(p): p for p in parameters if p.layout == torch.strided}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled parts run compiled."""
+        return True
+
+    def operator(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._note(args[place] if place < len(args) else kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def _note(self, written: object) -> None:
+        for x in pytree.tree_leaves(written):
+            if isinstance(x, Tensor) and x.layout == torch.strided:
+                owner = self._owners.get(storage(x))
+                if owner is not None and owner not in self.before:
+                    self.before[owner] = owner.detach().clone()
 
 
 class ModelState:
-    """The attributes of all modules of a model: buffers, modes, hooks, and whatever forwards keep there."""
+    """The attributes of all modules of a model: buffers, modes, hooks, and whatever forwards keep there.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(module, dict(vars(module))) for module in modules_in(model)]
+    Args:
+        model: the whole model.
+        called: the module in it whose forward is called; hooks around that are its caller's.
+    """
+
+    def __init__(self, model: nn.Module, called: nn.Module) -> None:
+        modules = modules_in(model)
+        leaves = [leaf for module in modules for leaf in _leaves(vars(module))]
+        lists = [each for leaf in leaves if isinstance(leaf, nn.Module) for each in modules_in(leaf)]
+        self._generators = [leaf for leaf in leaves if is_generator(leaf)]
+        self._attributes = [(module, dict(vars(module))) for module in dict.fromkeys([*modules, *lists])]
+        self._others = [module for module, _ in self._attributes if module is not called]
         places = [places for module, _ in self._attributes for places in (module._parameters, module._modules)]
         self._places = [(each, dict(each)) for each in places]
-        self._parameters = [(p, p._version, p.detach().clone()) for p in _moving(model)]
+        parameters = list(dict.fromkeys(p for module, _ in self._attributes for p in module._parameters.values()))
+        self._data = [(p, p.data) for p in parameters if p is not None and p.layout == torch.strided]
+        self.writes = _Writes(p for p, _ in self._data)
 
-    def generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[object]:
         """Those that modules keep as attributes."""
-        values = (value for _, attributes in self._attributes for value in attributes.values())
-        return [value for value in values if isinstance(value, torch.Generator)]
+        return self._generators
 
     def has_hooks(self) -> bool:
-        """Whether a module inside the model has hooks around its forward."""
-        return any(attributes.get(name) for _, attributes in self._attributes[1:] for name in _HOOKS)
+        """Whether modules besides the one called have hooks around their forwards."""
+        return any(vars(module).get(name) for module in self._others for name in _HOOKS)
+
+    def moved(self) -> list[nn.Parameter]:
+        """The parameters that forwards have changed, in place as far as they ran under `writes`."""
+        return [p for p, data in self._data if p in self.writes.before or p.data_ptr() != data.data_ptr()]
 
     def restore(self) -> None:
-        """Every attribute is again the object it was."""
+        """Every attribute is again the object it was, and parameters have their values."""
         for module, attributes in self._attributes:
             vars(module).clear()
             vars(module).update(attributes)
         for places, contents in self._places:
             places.clear()
             places.update(contents)
-        for parameter, version, value in self._parameters:
-            if parameter._version != version:
-                parameter.detach().copy_(value)
+        for parameter, data in self._data:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+        for parameter, value in self.writes.before.items():
+            parameter.data.copy_(value)  # autograd, which may have saved the parameter, must not notice
+
+    def is_changed(self) -> bool:
+        """Whether a forward since `lend` has changed a buffer."""
+        for module, attributes in self._attributes:
+            now = module._buffers
+            if any(name not in now or not _is_same(x, now[name]) for name, x in attributes["_buffers"].items()):
+                return True
+        return False
 
     def lend(self, hooks: bool, frozen_statistics: bool) -> None:
         """Restore, and put copies in the places of what forwards may change.
 
         Args:
-            hooks: whether hooks around the forwards of modules inside the model stay.
+            hooks: whether hooks around the forwards of other modules than the one called stay.
             frozen_statistics: whether batch normalisation takes its running statistics, where it has them.
         """
         self.restore()
+        memo: dict[int, object] = {}
         for module, attributes in self._attributes:
-            copies = {name: _copied(value) for name, value in attributes.items() if name not in _STRUCTURE}
+            copies = {name: _copied(value, memo) for name, value in attributes.items() if name not in _STRUCTURE}
             vars(module).update(copies)
             if frozen_statistics and isinstance(module, _BatchNorm) and module.running_mean is not None:
                 vars(module)["training"] = False
         if not hooks:
-            for module, _ in self._attributes[1:]:
+            for module in self._others:
                 vars(module).update({name: OrderedDict() for name in _HOOKS})
 
 
-def _moving(model: nn.Module) -> list[nn.Parameter]:
-    """Frozen parameters that a forward may move, as the average of the others: if there are no more than of those."""
-    trained, frozen = [], []
-    for parameter in model.parameters():
-        (trained if parameter.requires_grad else frozen).append(parameter)
-    is_average = sum(p.nbytes for p in frozen) <= sum(p.nbytes for p in trained)
-    return [p for p in frozen if p.layout == torch.strided] if is_average else []
+def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
 
 
-def _copied(value: object) -> object:
-    """A copy of a tensor or an array, or of a container and what is in it."""
+def _leaves(value: object, inside: bool = False) -> Iterator[object]:
+    """What `_copied` copies, or leaves as it is, in containers and objects."""
+    if isinstance(value, (dict, UserDict)):
+        value = value.values()
+    elif _is_plain(value) and not inside:
+        value, inside = vars(value).values(), True
+    elif not isinstance(value, (list, tuple, set, deque)):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item, inside)
+
+
+def _copied(value: object, memo: dict[int, object], inside: bool = False) -> object:
+    """A copy of a tensor or an array, or of a container or object and what is in it; of objects in objects none."""
+    if value is None or type(value) in _IMMUTABLE:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    copied = value
     if isinstance(value, Tensor):
         is_plain = not isinstance(value, nn.Parameter) and value.layout == torch.strided
-        return detached_copy(value) if is_plain and value.nbytes <= _LARGEST_COPY else value
-    if isinstance(value, dict):
+        copied = detached_copy(value) if is_plain and value.nbytes <= _LARGEST_COPY else value
+    elif isinstance(value, dict):
+        # Nearly all are empty: of hooks, buffers and the like.
+        copied = memo[id(value)] = value.copy() if type(value) in (dict, OrderedDict) else copy.copy(value)
+        for key, item in value.items():
+            copied[key] = _copied(item, memo, inside)
+    elif isinstance(value, UserDict):
+        copied = memo[id(value)] = copy.copy(value)
+        copied.data = _copied(value.data, memo, inside)
+    elif isinstance(value, list):
+        copied = memo[id(value)] = copy.copy(value)
+        copied[:] = [_copied(item, memo, inside) for item in value]
+    elif type(value) is tuple:
+        copied = tuple([_copied(item, memo, inside) for item in value])
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        copied = type(value)(*[_copied(item, memo, inside) for item in value])
+    elif isinstance(value, deque):
+        copied = deque([_copied(item, memo, inside) for item in value], value.maxlen)
+    elif isinstance(value, set) or type(value).__module__ == "numpy":
         copied = copy.copy(value)
-        copied.update({key: _copied(item) for key, item in value.items()})
-        return copied
-    if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    if isinstance(value, deque):
-        return deque(map(_copied, value), value.maxlen)
-    if isinstance(value, set) or type(value).__module__ == "numpy":
-        return copy.copy(value)
-    if isinstance(value, SimpleNamespace):
-        return SimpleNamespace(**{key: _copied(item) for key, item in vars(value).items()})
-    return value
+    elif not inside and _is_plain(value):
+        copied = _copied_object(value, memo)
+    memo[id(value)] = copied
+    return copied
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an object is what its attributes are."""
+    kind = type(value)
+    if not hasattr(value, "__dict__") or callable(value) or isinstance(value, (type, Tensor, nn.Module)):
+        return False
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return False
+    return not any(hasattr(kind, name) for name in ("__copy__", "__setstate__", "__del__"))
+
+
+def _copied_object(value: object, memo: dict[int, object]) -> object:
+    try:
+        copied = copy.copy(value)
+    except Exception:  # of a constructor that wants arguments
+        return value
+    if copied is not value:
+        memo[id(value)] = copied
+        vars(copied).update({name: _copied(item, memo, True) for name, item in vars(value).items()})
+    return copied

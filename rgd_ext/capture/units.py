@@ -17,7 +17,7 @@ from ..batch_norm import batch_norms, check_frozen
 from .batch import Batch, modules_in
 from .dry_run import unchanged_buffers
 from .equal_draws import unknown_draws
-from .proof import Refuted
+from .findings import WrongGradients
 from .runs import nothing_cached
 from .samples import Mapped, map_samples
 from .shared import Shared, share
@@ -104,7 +104,7 @@ class Unit(Tap):
                 want = want.expand_as(got)
             if got.shape != want.shape or not torch.allclose(got, want, 0, tolerance, equal_nan=True):
                 difference = (got - want).abs().max().item() / (largest or 1.0) if got.shape == want.shape else 1.0
-                raise Refuted(
+                raise WrongGradients(
                     f"module '{self.name}' ({type(self.module).__name__}) gives other values for a batch than for its"
                     f" samples one by one, by {difference:.2g} of the largest: it couples the samples (as batch"
                     " statistics do), or takes an input that all samples share for one with samples. Give such an"

@@ -6,7 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,17 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from .batch import tensors_in
-from .proof import BackwardFailed, NotFinite, NothingToProve, Proof, Refuted, Unprovable, Verification, tolerance_of
+from .findings import (
+    BackwardFailed,
+    NotFinite,
+    NothingToProve,
+    NotRepeatable,
+    Unprovable,
+    Verification,
+    WrongGradients,
+    tolerance_of,
+)
+from .proof import Proof
 from .runs import Call, Runs
 from .sketch import norm, sketch
 
@@ -23,17 +34,43 @@ if TYPE_CHECKING:
     from .preconditioner import Preconditioner
     from .taps import Tap
 
-# Proofs of one module; every one takes about two steps.
-MOST, SIZES, TRIES = 32, 8, 4
+# Proofs of one module, and of them for new batch sizes or numbers among the arguments; each takes about two steps.
+MOST, SIZES = 40, 8
+# Calls of a kind that are proven, as long as the ones before left something open.
+TRIES = (1, 2, 4, 16, 64)
+
+
+class _Outcome(NamedTuple):
+    """Of an attempt to verify a call.
+
+    Attributes:
+        verification: if it succeeded.
+        note: what was not verified and why, or empty.
+        is_open: whether another call of the kind may show more.
+        cause: why the forward cannot be called another time, if it cannot.
+    """
+
+    verification: Verification | None = None
+    note: str = ""
+    is_open: bool = False
+    cause: NotRepeatable | None = None
+
+
+class _Kind(NamedTuple):
+    """Of calls: what a proof depends on, the batch size, and whole numbers among the arguments."""
+
+    pattern: tuple
+    size: tuple
+    values: tuple
 
 
 class Verifier:
     """Proves calls of a captured model before their first direction.
 
-    A kind of call is a module, its mode, what is trained, arguments that are no tensors, and which dimensions of the
-    tensors are as large as the batch. New kinds of every module that is called from outside are proven, up to `MOST`,
-    and so are the first `SIZES` batch sizes. Where a proof shows nothing yet, as of weights behind zeros, the next
-    calls are proven too, `TRIES` in all.
+    A call is of a new kind if its module, its mode, what is trained, arguments that are no tensors, or which dimensions
+    of the tensors are as large as the batch are new; or the batch size or a whole number, up to `SIZES` of them. Of
+    every module that is called from outside up to `MOST` calls are proven. Where a proof leaves something open, as of
+    weights behind zeros, so are later calls of the kind, those in `TRIES`.
 
     Attributes:
         is_proving: whether forwards and backwards are those of a proof now.
@@ -42,12 +79,14 @@ class Verifier:
     def __init__(self, capture: Preconditioner, is_on: bool) -> None:
         self.is_proving = False
         self._capture, self._is_on = capture, is_on
-        # What needs no look any more, exactly; and the kinds.
+        # Exact signatures that need no look any more; what was proven.
         self._settled: set[tuple] = set()
-        self._patterns: dict[Tap, set[tuple]] = {}
-        self._sizes: dict[Tap, set[tuple]] = {}
-        self._tries: Counter[tuple] = Counter()
-        self._warned: set[Tap] = set()
+        self._patterns: set[tuple] = set()
+        self._numbers: dict[Tap, tuple[set[tuple], set[tuple]]] = {}
+        self._proofs: Counter[Tap] = Counter()
+        # Calls of kinds that are open.
+        self._calls: Counter[_Kind] = Counter()
+        self._warned: set[tuple[Tap, str]] = set()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -62,63 +101,138 @@ class Verifier:
         """The output of a call, which is verified first if its kind is new.
 
         Raises:
-            Refuted: if the capture would give wrong gradients.
+            WrongGradients: if the capture would give wrong gradients.
         """
-        run, arrays = self._capture.run, call.arrays
-        if not self._is_on:
-            return run(call)
-        mode = self._mode(call)
-        exact = *mode, *[x.shape for x in arrays]
+        kind = self._new_kind(call) if self._is_on else None
+        if kind is None:
+            return self._capture.run(call)
+        try:
+            outcome = self._attempt(call, side=TRIES.index(self._calls[kind]) % 2)
+        except WrongGradients:
+            self._calls[kind] -= 1  # so that the next call of the kind is refused as well
+            raise
+        self._remember(call.tap, kind, outcome.is_open)
+        output = self._output_after(call, outcome)
+        if outcome.note:  # now, since a forward that fails says enough
+            self._warn(call.tap, outcome)
+        return output
+
+    def _output_after(self, call: Call, outcome: _Outcome) -> object:
+        if outcome.cause is not None:
+            return self._output_of_only_call(call, outcome.cause)
+        if outcome.verification is None or not outcome.verification.outputs:
+            return self._capture.run(call)
+        buffers = [(x, x.clone()) for x in self._capture.model.buffers()]
+        output = self._capture.run(call)
+        try:
+            self._check_hooks(call, output, outcome.verification)
+        except WrongGradients:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise
+        return output
+
+    def _new_kind(self, call: Call) -> _Kind | None:
+        """The kind of a call, if that is to be verified."""
+        tap, arrays = call.tap, call.arrays
+        mode, values = self._mode(call)
+        exact = *mode, *values, *[x.shape for x in arrays]
         if exact in self._settled or not _is_possible(arrays, self._capture.model):
-            return run(call)
-        kinds = (*mode, *_equal_sizes(arrays)), (*mode, arrays[0].shape[0] if arrays else None)
-        if not self._is_new(call.tap, *kinds):
+            return None
+        kind = _Kind((*mode, *_equal_sizes(arrays)), (*mode, arrays[0].shape[0] if arrays else None), (*mode, *values))
+        sizes, numbers = self._numbers.setdefault(tap, (set(), set()))
+        is_new = kind.pattern not in self._patterns
+        is_new |= kind.size not in sizes and len(sizes) < SIZES
+        is_new |= kind.values not in numbers and len(numbers) < SIZES
+        if not is_new or self._proofs[tap] == MOST:
             if len(self._settled) > 1000:
                 self._settled.clear()
             self._settled.add(exact)
-            return run(call)
-        verification, note, found, is_open = None, "", None, False
-        try:
-            verification = self.verification(call)
-            note, is_open = verification.note, verification.has_zeros
-        except BackwardFailed as error:
-            raise error.__cause__ from None
-        except NothingToProve:
-            is_open = True
-        except Unprovable as error:
-            note, found, is_open = str(error), error.output, isinstance(error, NotFinite)
-        except Refuted:
-            raise
-        except Exception as error:  # of the proof itself, which is no reason to stop a training
-            note = f"{type(error).__name__}: {error}"
-        # Where the forward cannot be called again, the proof has made the only call. If this one fails, it says why.
-        output = run(call) if found is None or any(x.requires_grad for x in arrays) else found[0]
-        self._tries[kinds] += 1
-        if not is_open or self._tries[kinds] == TRIES:
-            self._patterns.setdefault(call.tap, set()).add(kinds[0])
-            self._sizes.setdefault(call.tap, set()).add(kinds[1])
-        if note:
-            self._warn(call.tap, note)
-        if verification is not None and verification.outputs:
-            self._see_hooks(call, output, verification)
-        return output
+            return None
+        self._calls[kind] += 1
+        return kind if self._calls[kind] in TRIES else None
 
-    def _mode(self, call: Call) -> tuple:
-        """What a proof depends on besides sizes."""
+    def _remember(self, tap: Tap, kind: _Kind, is_open: bool) -> None:
+        self._proofs[tap] += 1
+        if is_open and self._calls[kind] < TRIES[-1]:
+            return
+        sizes, numbers = self._numbers[tap]
+        self._patterns.add(kind.pattern)
+        sizes.add(kind.size)
+        numbers.add(kind.values)
+
+    def _mode(self, call: Call) -> tuple[tuple, tuple]:
+        """What a proof depends on besides sizes, and whole numbers among the arguments."""
         capture = self._capture
         flags = [module.training for module in capture.modules]
         flags += [parameter.requires_grad for parameter, _ in capture.guards.values()]
-        if len(call.args) == 1 and not call.kwargs:
-            return call.tap, *flags, call.args[0].dtype if isinstance(call.args[0], Tensor) else None
+        if len(call.args) == 1 and not call.kwargs and isinstance(call.args[0], Tensor):
+            return (call.tap, *flags, call.args[0].dtype), ()
         leaves = tree_leaves((call.args, call.kwargs))
-        others = [leaf if isinstance(leaf, (bool, str, Tensor)) else type(leaf) for leaf in leaves]
-        return call.tap, *flags, *call.kwargs, *[x.dtype if isinstance(x, Tensor) else x for x in others]
+        others = [
+            leaf.dtype if isinstance(leaf, Tensor) else leaf if isinstance(leaf, (bool, str, Enum)) else type(leaf)
+            for leaf in leaves
+        ]
+        return (call.tap, *flags, *call.kwargs, *others), tuple(leaf for leaf in leaves if type(leaf) is int)
 
-    def _is_new(self, tap: Tap, pattern: tuple, size: tuple) -> bool:
-        patterns, sizes = self._patterns.get(tap, ()), self._sizes.get(tap, ())
-        return (pattern not in patterns and len(patterns) < MOST) or (size not in sizes and len(sizes) < SIZES)
+    def _attempt(self, call: Call, hooks: bool = False, side: int = 0) -> _Outcome:
+        """Verify a call; only wrong gradients, and what would fail without verification too, stop a training."""
+        try:
+            verification = self.verification(call, hooks, side)
+            return _Outcome(verification, verification.note, verification.is_open)
+        except WrongGradients:
+            raise
+        except BackwardFailed as error:
+            raise error.__cause__ from None
+        except NothingToProve:
+            return _Outcome(is_open=True)
+        except Unprovable as error:
+            cause = error if isinstance(error, NotRepeatable) else None
+            return _Outcome(None, str(error), isinstance(error, NotFinite), cause)
+        except Exception as error:  # of the proof itself, which is no reason to stop
+            return _Outcome(note=f"{type(error).__name__}: {error}")
 
-    def _see_hooks(self, call: Call, output: object, verification: Verification) -> None:
+    def verification(self, call: Call, hooks: bool = False, side: int = 0) -> Verification:
+        """The proof of a call.
+
+        Autocast is off, because rounding hides errors, unless the proof cannot be carried out without it. Hooks around
+        the forwards of modules inside run if it fails without them.
+
+        Raises:
+            WrongGradients, Unprovable: see `Proof.verification`.
+        """
+        autocast = False
+        while True:
+            self.is_proving = True
+            try:
+                with self.paused(), Runs(self._capture, call, hooks, autocast, side) as runs:
+                    return Proof(runs).verification()
+            except (NotFinite, NotRepeatable):
+                raise
+            except (Unprovable, WrongGradients) as error:
+                if runs.leaves_hooks_out:
+                    hooks = True
+                elif runs.lacks_autocast and isinstance(error, Unprovable):
+                    autocast = True
+                else:
+                    raise
+            finally:
+                self.is_proving = False
+
+    def _output_of_only_call(self, call: Call, cause: NotRepeatable) -> object:
+        """Where the forward cannot be called again, the proof has made the only call."""
+        if cause.output is not None and not any(x.requires_grad for x in call.arrays):
+            return cause.output[0]
+        try:
+            return self._capture.run(call)
+        except Exception as error:
+            raise RuntimeError(
+                f"the forward of '{call.tap.name}' ({type(call.tap.module).__name__}) can be called only once, and its"
+                f" verification calls it several times ({type(error).__name__}: {error}): pass verify=False"
+            ) from error
+
+    def _check_hooks(self, call: Call, output: object, verification: Verification) -> None:
         """Verify the call with hooks, if they change its outputs; those that look on see what the user calls only."""
         outputs = tensors_in(output)
         for n, expected in verification.outputs.items():
@@ -127,40 +241,19 @@ class Verifier:
             got = sketch(outputs[n], outputs[n])
             tolerance = max(verification.tolerance, tolerance_of(outputs[n], True))
             if got.shape != expected.shape or norm([got - expected]) > tolerance * norm([expected]):
-                try:
-                    self.verification(call, hooks=True)
-                except Unprovable as error:
-                    self._warn(call.tap, str(error))
+                outcome = self._attempt(call, hooks=True)
+                if outcome.note:
+                    self._warn(call.tap, outcome)
                 return
 
-    def verification(self, call: Call, hooks: bool = False, autocast: bool = False) -> Verification:
-        """The proof of a call.
-
-        Hooks around the forwards of modules inside run if it fails without them, and autocast is enabled if it cannot
-        be carried out without it: rounding hides errors.
-
-        Raises:
-            Refuted, Unprovable: see `Proof.verification`.
-        """
-        self.is_proving = True
-        try:
-            with self.paused(), Runs(self._capture, call, hooks, autocast) as runs:
-                return Proof(runs, call.tap, self._capture.batch_norm).verification()
-        except (Unprovable, Refuted) as error:
-            if not runs.leaves_hooks_out and (not runs.lacks_autocast or isinstance(error, Refuted)):
-                raise
-            hooks, autocast = runs.leaves_hooks_out or hooks, autocast or not runs.leaves_hooks_out
-        finally:
-            self.is_proving = False
-        return self.verification(call, hooks, autocast)
-
-    def _warn(self, tap: Tap, reason: str) -> None:
-        if tap in self._warned:
+    def _warn(self, tap: Tap, outcome: _Outcome) -> None:
+        if (tap, outcome.note) in self._warned:
             return
-        self._warned.add(tap)
+        self._warned.add((tap, outcome.note))
+        extent = "" if outcome.verification is None else " completely"
         warnings.warn(
-            f"the per-sample gradients of '{tap.name}' ({type(tap.module).__name__}) could not be verified: {reason}."
-            " They are used all the same; verify=False leaves the verification out",
+            f"the per-sample gradients of '{tap.name}' ({type(tap.module).__name__}) could not be verified{extent}:"
+            f" {outcome.note}. They are used all the same; verify=False leaves the verification out",
             stacklevel=2,
         )
 

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
+from .findings import BackwardFailed, ForwardFailed, Unprovable, Verification
 from .preconditioner import Preconditioner, handle_of, precondition
-from .proof import Refused, Unprovable, Verification
 from .runs import Call
 from .taps import Tap
 
 
 def verify(model: nn.Module, *args, **kwargs) -> Verification:
-    """Prove on a batch that the capture gives every sample its own gradient: without a loss, and without a trace.
+    """Prove on a batch that the capture gives every sample its own gradient. Needs no loss and leaves no trace.
 
-    With random cotangents v of the outputs, the samples' contributions must add up to autograd's gradient of <v, out>,
-    parameter by parameter, and those of the first and the last sample must be what autograd gives for each of them
-    alone. `precondition` and `RGD` do the same before their first direction, unless `verify=False`.
+    With random cotangents v of the outputs, the samples' contributions must add up to autograd's gradient of <v, out>
+    for every parameter, also with a random weight per sample; and those of the first and the last sample must be what
+    autograd gives for each of them alone. `precondition` and `RGD` do the same before their first direction, unless
+    `verify=False`.
 
     Args:
-        model: captured or not; or a part of a captured model.
-        args, kwargs: a batch as the model takes it.
+        model: captured or not; or a part of a captured model. One that is not captured is captured for this call, with
+            `precondition`'s defaults.
+        args, kwargs: a batch as the model takes it: samples along dimension 0 of the first tensor, (B, ...).
 
     Returns:
-        What was compared, and the largest error; it prints well.
+        What was compared, and the largest error; printed, a line.
 
     Raises:
         ValueError: if the capture would give wrong gradients, naming the parameter, the module, the error and a remedy;
             or if the model cannot be captured.
-        RuntimeError: if nothing can be proven, saying why.
+        RuntimeError: if nothing can be proven, saying why, or while nothing is recorded.
         TypeError: if `model` is not a module.
+        Exception: of the model's own forward or backward.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
@@ -54,8 +59,18 @@ def _verification(capture: Preconditioner, tap: Tap | None, args: tuple, kwargs:
                 "the model's capture records nothing here: leave `with handle.paused():` or the torch.func transform"
             )
         try:
-            return capture.verifier.verification(Call.of(tap, args, kwargs))
-        except Refused as error:
+            return _of_both_sides(capture, Call.of(tap, args, kwargs))
+        except (ForwardFailed, BackwardFailed) as error:
             raise error.__cause__ from None
         except Unprovable as error:
             raise RuntimeError(f"nothing can be proven of '{tap.name}': {error}") from error
+
+
+def _of_both_sides(capture: Preconditioner, call: Call) -> Verification:
+    first = capture.verifier.verification(call)
+    if not first.is_open:
+        return first
+    try:
+        return max(first, capture.verifier.verification(call, side=1), key=attrgetter("largest_error"))
+    except Unprovable:
+        return first

@@ -20,17 +20,12 @@ _WAY_OUT = (
 def check_not_wrapped(model: nn.Module) -> None:
     """Raise ValueError if parts of `model` are wrapped for data parallelism or sharded."""
     for name, module in model.named_modules():
-        check_not_parallel(module, name)
+        if isinstance(module, _WRAPPERS):
+            raise ValueError(
+                f"module '{name or type(module).__name__}' is a {type(module).__name__}, which does not find the"
+                f" gradients of a captured model. {_WAY_OUT}"
+            )
     check_not_sharded(model)
-
-
-def check_not_parallel(module: nn.Module, name: str) -> None:
-    """Raise ValueError for a wrapper for data parallelism."""
-    if isinstance(module, _WRAPPERS):
-        raise ValueError(
-            f"module '{name or type(module).__name__}' is a {type(module).__name__}, which does not find the"
-            f" gradients of a captured model. {_WAY_OUT}"
-        )
 
 
 def check_not_sharded(model: nn.Module) -> None:
