@@ -5,6 +5,7 @@ import random
 import warnings
 from collections import UserDict, namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -193,6 +194,13 @@ class Meter:
         self.values.append(value)
 
 
+class Slotted:
+    __slots__ = ("count", "unset")
+
+    def __init__(self):
+        self.count = 0
+
+
 class OwnObjects(nn.Module):
     """A forward that changes objects of the model that are no buffers."""
 
@@ -205,12 +213,18 @@ class OwnObjects(nn.Module):
             numpy.random.RandomState(0),
         )
         self.generators = {"noise": [torch.Generator().manual_seed(0)]}
+        self.namespace, self.slotted = SimpleNamespace(counts=[]), Slotted()
+        self.loop: list = [0]
+        self.loop.append(self.loop)
         self.pair = namedtuple("Pair", "left right")([], UserDict(count=0))
 
     def forward(self, x):
         z = self.a(x)
         self.norms[0](z.detach())
         self.pair.left.append(1)
+        self.loop[1][0] += 1
+        self.namespace.counts.append(1)
+        self.slotted.count += 1
         self.pair.right["count"] += 1
         noise = torch.rand(4, generator=self.generators["noise"][0])
         self.meter.update(self.python.random() + self.numpy.random() + self.legacy.rand() + noise.sum().item())
@@ -225,6 +239,7 @@ def test_objects_and_generators_of_the_model_stay():
         with rgd_ext.precondition(model, verify=verify):
             for _ in range(2):
                 model(torch.randn(B, 5)).sum().backward()
+        assert (model.loop[0], model.namespace.counts, model.slotted.count) == (2, [1, 1], 2)
         assert (model.meter.count, model.norms[0].num_batches_tracked, model.pair) == (2, 2, ([1, 1], {"count": 2}))
         found.append((model.meter.values, flat_grad(model).tolist()))
     assert found[0] == found[1]
@@ -271,6 +286,20 @@ def test_weights_that_a_forward_changes_are_changed_once(how):
     model._forward = lambda m, x: m.b(m.a(x).tanh())
     model.zero_grad()
     assert_close(found, captured_grad(model, x))
+
+
+def test_what_a_forward_freezes_is_as_it_left_it():
+    def forward(m, x):
+        m.calls.append(1)
+        m.b.requires_grad_(len(m.calls) % 2 == 1)
+        return m.b(m.a(x))
+
+    model = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    model.calls = []
+    with rgd_ext.precondition(model):
+        for number in (1, 2):
+            model(torch.randn(B, 5)).sum().backward()
+            assert model.b.weight.requires_grad == (number == 1)
 
 
 def test_arguments_stay():

@@ -71,7 +71,7 @@ def test_a_forward_is_told_that_it_mixes():
 
 def shuffled(m, x):
     z = m.a(x).tanh()
-    return m.b(z + z[torch.rand(len(z)).argsort()])
+    return m.b(z + z[torch.rand(len(z)).argsort()] * z[torch.rand(len(z)).argsort(stable=True)])
 
 
 def random_share(m, x):
@@ -316,7 +316,7 @@ def test_a_mode_of_a_module_inside_is_part_of_the_kind():
 
 
 @pytest.mark.parametrize("gate", [0, 1e-6])
-@pytest.mark.parametrize("batches", [1, 4])
+@pytest.mark.parametrize("batches", [1, 5])
 def test_weights_behind_zeros_are_proven_when_they_are_none(gate, batches):
     def forward(m, x):
         return m.a(x) + m.gate * m.b(m.a(x).flip(0)).flip(0)
@@ -324,7 +324,7 @@ def test_weights_behind_zeros_are_proven_when_they_are_none(gate, batches):
     model = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 4), gate=nn.Parameter(torch.full((4,), float(gate))))
     optimizer = rgd_ext.RGD(model, lr=0.1)
     with pytest.raises(ValueError, match=r"parameter '\w\.\w+'.*relative error"):  # noqa: PT012
-        for _ in range(5):
+        for _ in range(2 if gate == 0 else 5):
             with optimizer.preconditioner.accumulate():
                 for _ in range(batches):
                     loss_of(model(torch.randn(B, 5))).backward()

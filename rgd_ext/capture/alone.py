@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import tensors_in
-from .state import detached_copy, with_tensors
+from .copies import detached_copy, with_tensors
 
 
 @dataclass(frozen=True)

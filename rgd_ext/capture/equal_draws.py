@@ -73,11 +73,12 @@ _RULES: dict[str, Callable] = {
     "_sample_dirichlet": lambda result, shape, *_, **__: result.copy_(shape / shape.sum(-1, keepdim=True)),
 }
 
+_ENDS = 0.01, 0.99
 # What branches are made of, near either end of its range: (result, side, *args, **kwargs) -> what takes its place.
 _SIDED: dict[str, Callable] = {
-    "rand": lambda result, side, *_, **__: result.fill_((0.01, 0.99)[side]),
-    "rand_like": lambda result, side, *_, **__: result.fill_((0.01, 0.99)[side]),
-    "uniform_": lambda result, side, _, low=0.0, high=1.0, **__: result.fill_(low + (high - low) * (0.01, 0.99)[side]),
+    "rand": lambda result, side, *_, **__: result.fill_(_ENDS[side]),
+    "rand_like": lambda result, side, *_, **__: result.fill_(_ENDS[side]),
+    "uniform_": lambda result, side, _, low=0.0, high=1.0, **__: result.fill_(low + (high - low) * _ENDS[side]),
     "randint": lambda result, side, first, second, *_, **__: _integer(
         result, side, *((first, second) if isinstance(second, int) else (0, first))
     ),
@@ -109,10 +110,11 @@ class EqualDraws(Watching):
 
     def operator(self, func: Callable, args: tuple, kwargs: dict) -> object:
         name = func._schema.name.removeprefix("aten::")
-        if name in _SORTS and not kwargs.get("stable"):
+        if name in _SORTS:
             result, (x, *others) = func(*args, **kwargs), args
             place = _SORTS[name]
-            _reorder_equals(result[1], x, others[place] if len(others) > place else kwargs.get("dim", -1))
+            if not kwargs.get("stable") or (x == _ENDS[self._side]).all():
+                _reorder_equals(result[1], x, others[place] if len(others) > place else kwargs.get("dim", -1))
             return result
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)

@@ -257,12 +257,17 @@ class Proof:
         expected = self._runs.grads(outputs, _with_rest(outputs, cotangents, rest))
         if not math.isfinite(norm(expected)):
             raise NotFinite("the gradients of its outputs are not finite")
-        # No error in what is so small would be seen.
-        least = self._tolerance**2 * norm(expected)
-        self._has_zeros |= any(
-            is_reached and norm([each]) <= least for is_reached, each in zip(self._runs.reached, expected, strict=True)
-        )
+        self._has_zeros |= self._shows_nothing(expected)
         return expected
+
+    def _shows_nothing(self, gradients: list[Tensor]) -> bool:
+        """Whether gradients are zero, or so small that an error would not be seen but larger than rounding of zero."""
+        whole = norm(gradients)
+        for is_reached, each in zip(self._runs.reached, gradients, strict=True):
+            size = norm([each])
+            if is_reached and (size == 0 or 0.01 * torch.finfo(each.dtype).eps < size / whole <= self._tolerance**2):
+                return True
+        return False
 
     def _check_values(self, captured: dict[int, Tensor], outputs: dict[int, Tensor]) -> None:
         for n, output in outputs.items():

@@ -19,12 +19,14 @@ from torch.utils import _pytree as pytree
 
 from .alone import Reading, readings
 from .batch import arrays_in, modules_in, tensors_in
+from .copies import detached_copy, with_tensors
 from .equal_draws import EqualDraws
 from .factors import Factor
 from .findings import BackwardFailed, NotRepeatable, Unprovable
 from .precision import is_autocast
+from .random_numbers import RandomNumbers, is_generator
 from .sketch import sketch
-from .state import ModelState, RandomNumbers, detached_copy, is_generator, with_tensors
+from .state import ModelState
 
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner

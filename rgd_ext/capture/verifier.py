@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 # Proofs of one module, and of them for new batch sizes or numbers among the arguments; each takes about two steps.
 MOST, SIZES = 40, 8
-# Calls of a kind that are proven, as long as the ones before left something open.
-TRIES = (1, 2, 4, 16, 64)
+# Calls of a kind that are proven, as long as the ones before left something open; and of calls after the weights moved.
+TRIES, MOVES = (1, 2, 4, 16, 64), 4
 
 
 class _Outcome(NamedTuple):
@@ -64,13 +65,41 @@ class _Kind(NamedTuple):
     values: tuple
 
 
+@dataclass
+class _Open:
+    """A kind of which not all is proven.
+
+    Attributes:
+        calls, proofs: how many there were.
+        moves: how many of the proofs came with new weights.
+        version: of the weights in the last of them.
+    """
+
+    calls: int = 0
+    proofs: int = 0
+    moves: int = 0
+    version: int | None = None
+
+    def is_due(self, version: int) -> bool:
+        """Whether a call with weights of that version is to be proven."""
+        self.calls += 1
+        has_moved = version != self.version and self.moves < MOVES
+        if has_moved:
+            self.moves, self.version = self.moves + 1, version
+        return has_moved or self.calls in TRIES
+
+    def refuse(self) -> None:
+        """Prove the next call too, in the same way."""
+        self.moves, self.version = 0, None
+
+
 class Verifier:
     """Proves calls of a captured model before their first direction.
 
     A call is of a new kind if its module, its mode, what is trained, arguments that are no tensors, or which dimensions
     of the tensors are as large as the batch are new; or the batch size or a whole number, up to `SIZES` of them. Of
     every module that is called from outside up to `MOST` calls are proven. Where a proof leaves something open, as of
-    weights behind zeros, so are later calls of the kind, those in `TRIES`.
+    weights behind zeros, so are later calls of the kind: those in `TRIES`, and the first `MOVES` with new weights.
 
     Attributes:
         is_proving: whether forwards and backwards are those of a proof now.
@@ -84,8 +113,7 @@ class Verifier:
         self._patterns: set[tuple] = set()
         self._numbers: dict[Tap, tuple[set[tuple], set[tuple]]] = {}
         self._proofs: Counter[Tap] = Counter()
-        # Calls of kinds that are open.
-        self._calls: Counter[_Kind] = Counter()
+        self._open: dict[_Kind, _Open] = {}
         self._warned: set[tuple[Tap, str]] = set()
 
     @contextmanager
@@ -107,9 +135,9 @@ class Verifier:
         if kind is None:
             return self._capture.run(call)
         try:
-            outcome = self._attempt(call, side=TRIES.index(self._calls[kind]) % 2)
+            outcome = self._attempt(call, side=self._open[kind].proofs % 2)
         except WrongGradients:
-            self._calls[kind] -= 1  # so that the next call of the kind is refused as well
+            self._open[kind].refuse()
             raise
         self._remember(call.tap, kind, outcome.is_open)
         output = self._output_after(call, outcome)
@@ -150,13 +178,15 @@ class Verifier:
                 self._settled.clear()
             self._settled.add(exact)
             return None
-        self._calls[kind] += 1
-        return kind if self._calls[kind] in TRIES else None
+        version = sum([parameter._version for parameter, _ in self._capture.guards.values()])
+        return kind if self._open.setdefault(kind, _Open()).is_due(version) else None
 
     def _remember(self, tap: Tap, kind: _Kind, is_open: bool) -> None:
         self._proofs[tap] += 1
-        if is_open and self._calls[kind] < TRIES[-1]:
+        self._open[kind].proofs += 1
+        if is_open and self._open[kind].calls < TRIES[-1]:
             return
+        del self._open[kind]
         sizes, numbers = self._numbers[tap]
         self._patterns.add(kind.pattern)
         sizes.add(kind.size)
