@@ -133,9 +133,14 @@ def test_numbers_that_are_not_finite_leave_the_next_call_to_be_proven():
             model(x)
 
 
-def test_errors_of_the_forward_itself_come_through():
-    with rgd_ext.precondition(mlp()) as handle, pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        handle.model(torch.randn(B, 7))
+def test_errors_of_the_forward_itself_come_through_and_leave_the_next_call_to_be_proven():
+    model = Net(less_the_mean, a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    with rgd_ext.precondition(model):
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                model(torch.randn(B, 7))
+        with pytest.raises(ValueError, match="mixes samples"):
+            model(torch.randn(B, 5))
 
 
 def test_outputs_without_tensors_are_said_once():

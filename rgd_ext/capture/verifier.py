@@ -136,11 +136,11 @@ class Verifier:
             return self._capture.run(call)
         try:
             outcome = self._attempt(call, side=self._open[kind].proofs % 2)
-        except WrongGradients:
+            output = self._output_after(call, outcome)
+        except Exception:
             self._open[kind].refuse()
             raise
         self._remember(call.tap, kind, outcome.is_open)
-        output = self._output_after(call, outcome)
         if outcome.note:  # now, since a forward that fails says enough
             self._warn(call.tap, outcome)
         return output
