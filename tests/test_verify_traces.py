@@ -151,7 +151,7 @@ def test_a_proof_takes_little_more_memory_than_a_step():
     x, y = torch.randint(50, (16, 32)), torch.randint(1000, (16, 32))
     first_step(model, x, y, verify=True)
     proven, plain = (extra_memory(partial(first_step, model, x, y, verify), "cpu") for verify in (True, False))
-    assert proven < 1.2 * plain
+    assert proven < 1.15 * plain
 
 
 def test_nothing_is_called_once_proven():
@@ -187,11 +187,11 @@ def test_the_number_of_proofs_that_leave_something_open_is_bounded():
 
 class Meter:
     def __init__(self):
-        self.count, self.values = 0, []
+        self.count, self.values, self.random = 0, [], random.Random(1)
 
     def update(self, value):
         self.count += 1
-        self.values.append(value)
+        self.values.append(value + self.random.random())
 
 
 class Slotted:
@@ -289,17 +289,19 @@ def test_weights_that_a_forward_changes_are_changed_once(how):
 
 
 def test_what_a_forward_freezes_is_as_it_left_it():
-    def forward(m, x):
-        m.calls.append(1)
-        m.b.requires_grad_(len(m.calls) % 2 == 1)
-        return m.b(m.a(x))
+    def forward(m, x):  # the next one at every call
+        places = [getattr(m, name).weight for name in "abc"]
+        (frozen,) = (n for n, p in enumerate(places) if not p.requires_grad)
+        places[frozen].requires_grad_()
+        places[(frozen + 1) % 3].requires_grad_(False)
+        return m.c(m.b(m.a(x)))
 
-    model = Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2))
-    model.calls = []
-    with rgd_ext.precondition(model):
-        for number in (1, 2):
-            model(torch.randn(B, 5)).sum().backward()
-            assert model.b.weight.requires_grad == (number == 1)
+    model = Net(forward, a=nn.Linear(5, 5), b=nn.Linear(5, 5), c=nn.Linear(5, 5))
+    model.a.weight.requires_grad_(False)
+    with rgd_ext.precondition(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*could not be verified")
+        model(torch.randn(B, 5))
+    assert not model.b.weight.requires_grad
 
 
 def test_arguments_stay():

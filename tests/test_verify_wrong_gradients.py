@@ -71,7 +71,17 @@ def test_a_forward_is_told_that_it_mixes():
 
 def shuffled(m, x):
     z = m.a(x).tanh()
-    return m.b(z + z[torch.rand(len(z)).argsort()] * z[torch.rand(len(z)).argsort(stable=True)])
+    return m.b(z + z[torch.rand(len(z)).argsort()])
+
+
+def shuffled_by_a_stable_sort(m, x):
+    z = m.a(x).tanh()
+    return m.b(z + z[torch.rand(len(z)).argsort(stable=True)])
+
+
+def one_of_three(m, x):
+    z = m.a(x).tanh()
+    return m.b((z, z + z.flip(0), z)[torch.randint(3, ())])
 
 
 def random_share(m, x):
@@ -95,7 +105,7 @@ def swap_noise(m, x):
 
 @pytest.mark.parametrize(
     "forward",
-    [shuffled, random_share, rolled, half_the_time, swap_noise],
+    [shuffled, shuffled_by_a_stable_sort, random_share, rolled, one_of_three, half_the_time, swap_noise],
     ids=lambda forward: forward.__name__,
 )
 def test_random_numbers_that_mix_samples_are_found_by_the_second_call(forward):
@@ -264,6 +274,12 @@ def test_another_batch_size_is_proven_again():
             model(torch.randn(3, 3, 5))
         with pytest.raises(ValueError, match="relative error"):
             model(torch.randn(B, B, 5))  # the same batch size, but now of as many places
+    build, (x,), _ = CHANCE["as many heads as samples"]
+    model = build().double()
+    with rgd_ext.precondition(model):
+        model(double(4, *x.shape[1:]))
+        with pytest.raises(ValueError, match=r"relative error|other values for a batch"):
+            model(x)
 
 
 def test_another_mode_and_what_is_trained_are_proven_again():

@@ -238,12 +238,16 @@ class Runs:
         """Sketches of autograd's gradients of the outputs, which have the places of their cotangents."""
         roots = [outputs[n] for n in cotangents if outputs[n].requires_grad]
         vs = [v for n, v in cotangents.items() if outputs[n].requires_grad]
-        if not roots:
-            return [sketch(None, p) for p in self.parameters]
+        trained = self._still_trained() if roots else []
         with self._drawing(), self._capture.paused():
-            grads = torch.autograd.grad(roots, list(self.parameters), vs, retain_graph, allow_unused=True)
+            found = torch.autograd.grad(roots, trained, vs, retain_graph, allow_unused=True) if trained else []
+        grads = list(map(dict(zip(trained, found, strict=True)).get, self.parameters))
         self.reached = [grad is not None for grad in grads]
         return [sketch(grad, p) for grad, p in zip(grads, self.parameters, strict=True)]
+
+    def _still_trained(self) -> list[nn.Parameter]:
+        """The parameters, but for those that the forward has frozen."""
+        return [p for p in self.parameters if p.requires_grad]
 
     def contributions(self, outputs: dict[int, Tensor], cotangents: dict[int, Tensor]) -> dict[nn.Parameter, Factor]:
         """What the capture takes for the contributions of the samples. Empties `outputs`.
@@ -262,7 +266,7 @@ class Runs:
         try:
             with self._drawing(), self._capture.trial() as parts:
                 vs = [cotangents[n] for n in edges]
-                torch.autograd.backward(list(edges.values()), vs, inputs=list(self.parameters))
+                torch.autograd.backward(list(edges.values()), vs, inputs=self._still_trained())
         except Exception as error:
             if self._state.moved():
                 raise Unprovable("its forward changes parameters that its backward needs") from error
