@@ -113,7 +113,7 @@ class Runs:
         devices = {x.device for x in [*self.parameters, *arrays] if x.is_cuda}
         kinds = {x.device.type for x in [*self.parameters, *arrays]}
         self._autocasts = [] if autocast else list(filter(is_autocast, kinds))
-        self._random = RandomNumbers(devices, [*self._state.generators(), *generators])
+        self._random = RandomNumbers(devices, [*self._state.generators, *generators])
         # Without layers that tell, it is found out in the first forward, which then has to run again.
         drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in modules_in(call.tap.module))
         self._mode = EqualDraws(side) if drops else None

@@ -29,7 +29,7 @@ class _Writes(Watching):
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
         self.before: dict[nn.Parameter, Tensor] = {}
-        self._owners = {storage(p): p for p in parameters if p.layout == torch.strided}
+        self._owners = {storage(p): p for p in parameters}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -57,13 +57,17 @@ class ModelState:
     Args:
         model: the whole model.
         called: the module in it whose forward is called; hooks around that are its caller's.
+
+    Attributes:
+        generators: of random numbers, that modules keep.
+        writes: the mode that notices parameters which forwards change in place.
     """
 
     def __init__(self, model: nn.Module, called: nn.Module) -> None:
         modules = modules_in(model)
         leaves = [leaf for module in modules for leaf in leaves_in(vars(module))]
         lists = [each for leaf in leaves if isinstance(leaf, nn.Module) for each in modules_in(leaf)]
-        self._generators = [leaf for leaf in leaves if is_generator(leaf)]
+        self.generators = [leaf for leaf in leaves if is_generator(leaf)]
         self._attributes = [(module, dict(vars(module))) for module in dict.fromkeys([*modules, *lists])]
         self._others = [module for module, _ in self._attributes if module is not called]
         places = [places for module, _ in self._attributes for places in (module._parameters, module._modules)]
@@ -71,10 +75,6 @@ class ModelState:
         parameters = list(dict.fromkeys(p for module, _ in self._attributes for p in module._parameters.values()))
         self._data = [(p, p.data, p.requires_grad) for p in parameters if p is not None and p.layout == torch.strided]
         self.writes = _Writes(p for p, *_ in self._data)
-
-    def generators(self) -> list[object]:
-        """Those that modules keep as attributes."""
-        return self._generators
 
     def has_hooks(self) -> bool:
         """Whether modules besides the one called have hooks around their forwards."""
