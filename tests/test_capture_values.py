@@ -78,7 +78,6 @@ def test_a_value_kept_from_another_call_is_found():
         loss_of(model(x)).backward()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_parametrisations_that_are_cached():
     def forward(m, x):
         with nn.utils.parametrize.cached():
@@ -98,7 +97,6 @@ def test_parametrisations_that_are_cached():
     assert_close(flat_grad(model), expected)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_what_a_capture_computes_is_cached_for_nobody_else():
     body = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
     model, x = nn.Sequential(body, nn.Tanh()), torch.randn(B, 5)

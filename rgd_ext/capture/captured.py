@@ -159,7 +159,7 @@ class CapturedGradients:
                     result[place.bias] = next(combined)
                 if place.weight is not None:
                     weight = next(combined)
-                    result[place.weight] = weight if len(place.shape) == 2 else weight.view(place.shape)
+                    result[place.weight] = weight if weight.shape == place.shape else weight.view(place.shape)
         last = self._combined(self._given_singles, weights) if self._given_singles else []
         others = self._others if self._releases else dict(self._others)
         while others:

@@ -119,7 +119,7 @@ class Recurrent(Tap):
 
 def _of_samples(state: Shared, dim: int) -> Tensor:
     """A state that all samples share, with samples along `dim`: each takes its own from its own copy."""
-    return state.per_sample.diagonal(0, 0, dim + 1).movedim(-1, dim)
+    return state.copies.diagonal(0, 0, dim + 1).movedim(-1, dim)
 
 
 def _kind(module: nn.Module) -> str:

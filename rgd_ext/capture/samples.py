@@ -1,12 +1,16 @@
-"""Run a function on every sample by itself under `torch.func.vmap`."""
+"""Run a function on every sample by itself, as `torch.func.vmap` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -22,10 +26,68 @@ class Mapped:
         """The samples along `dim` of `x`, each with that dimension kept as 1."""
         if x.layout not in (torch.strided, torch.sparse_coo):
             x = x.to_sparse_coo()  # the others have no batches of one
-        return cls(x.movedim(dim, 0).unsqueeze(dim + 1))
+        return cls((x.movedim(dim, 0) if dim else x).unsqueeze(dim + 1))
 
 
-def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) -> tuple[list, pytree.TreeSpec]:
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a batch while a function runs on each of them.
+
+    Attributes:
+        number: B.
+        level: of the vmap under way.
+    """
+
+    number: int
+    level: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """What stands for a sample's part of `x`, (B, ...), in the function: a tensor without that dimension."""
+        return _functorch._add_batch_dim(x, 0, self.level)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """The values of `x` in all samples, (B, ...)."""
+        return _functorch._remove_batch_dim(x, self.level, self.number, 0)
+
+    def arguments(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Those of a sample, given nests in which a `Mapped` stands for its samples."""
+        if len(args) == 1 and isinstance(args[0], Mapped) and not kwargs:  # nearly always
+            return (self.split(args[0].samples),), kwargs
+        return pytree.tree_map_only(Mapped, lambda x: self.split(x.samples), (args, kwargs))
+
+    def results(self, result: object) -> object:
+        """Those of all samples, with the samples in front of the tensors in a nest."""
+        return self.joined(result) if isinstance(result, Tensor) else pytree.tree_map_only(Tensor, self.joined, result)
+
+    def are_innermost(self) -> bool:
+        """Whether the function is not inside a transform of its own, such as `torch.func.grad`."""
+        return _functorch.maybe_current_level() == self.level
+
+
+def differs(x: Tensor) -> bool:
+    """Whether the value of `x` may differ between the samples."""
+    return _functorch.is_functorch_wrapped_tensor(x)
+
+
+# Outside of all samples, as if none were looked at.
+for_all = temporarily_pop_interpreter_stack
+
+
+@contextmanager
+def each_of(number: int, randomness: str) -> Iterator[Samples]:
+    """What runs inside runs on each of `number` samples.
+
+    Args:
+        number: B.
+        randomness: "same" or "different" random numbers in all samples.
+    """
+    lazy_load_decompositions()
+    # The fused attention kernels have no batching rule; vmap would loop over the samples.
+    with sdpa_kernel(SDPBackend.MATH), vmap_increment_nesting(number, randomness) as level:
+        yield Samples(number, level)
+
+
+def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) -> object:
     """`function(*args, **kwargs)` for each sample.
 
     Args:
@@ -34,24 +96,9 @@ def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) 
         randomness: "same" or "different" random numbers in all samples.
 
     Returns:
-        The leaves of the results, tensors with the samples in front, and the structure they came in.
+        The nest, with the samples in front of its tensors.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Mapped)]
-    results: list = []
-    result_spec: list[pytree.TreeSpec] = []
-
-    def one(*samples: Tensor) -> list[Tensor]:
-        filled = list(leaves)
-        for slot, sample in zip(slots, samples, strict=True):
-            filled[slot] = sample
-        args, kwargs = pytree.tree_unflatten(filled, spec)
-        results[:], structure = pytree.tree_flatten(function(*args, **kwargs))
-        result_spec[:] = [structure]
-        return [value for value in results if isinstance(value, Tensor)]
-
-    # The fused attention kernels have no batching rule; vmap would loop over the samples.
-    with sdpa_kernel(SDPBackend.MATH):
-        outputs = torch.func.vmap(one, randomness=randomness)(*[leaves[slot].samples for slot in slots])
-    mapped = iter(outputs)
-    return [next(mapped) if isinstance(value, Tensor) else value for value in results], result_spec[0]
+    mapped = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Mapped))
+    with each_of(len(mapped.samples), randomness) as samples:
+        args, kwargs = samples.arguments(args, kwargs)
+        return samples.results(function(*args, **kwargs))

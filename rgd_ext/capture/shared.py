@@ -6,11 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batch import Batch
+from .products import product_of
 from .samples import Mapped, map_samples
+from .values import Leaf, Use, Value, leaf_of
 
 _EXPANDING = {"expand", "repeat", "broadcast_to", "tile"}
 _METADATA = {"size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_complex", "__len__", "get_device"}
@@ -20,24 +22,33 @@ _VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 
 
 class Shared(torch.Tensor):
-    """A tensor that looks like the one all samples share and computes with one copy of it per sample.
+    """A tensor that looks like the one all samples share, with a copy of it per sample behind it.
 
     A model that adds positions of shape (1, T, n) to activations of shape (B, T, n) gets from autograd the gradient of
-    the positions summed over the samples. With a Shared in their place every operation is done sample by sample, until
-    it meets a tensor of the batch; the result is then an ordinary tensor.
+    the positions summed over the samples. With a Shared in their place what is computed from shared values alone is
+    computed once and Shared again; where it meets a tensor of the batch, the result is an ordinary tensor.
     """
 
     @staticmethod
-    def __new__(cls, per_sample: Tensor, owner: str, batch: Batch) -> Shared:
-        shared = torch.Tensor._make_subclass(cls, per_sample.detach()[0], per_sample.requires_grad)
-        shared.per_sample, shared.owner, shared.batch = per_sample, owner, batch
-        shared.followed = [False]
-        if per_sample.requires_grad:
-            # What takes the value past __torch_function__ (an autograd.Function, a scripted function) ends here.
-            message = _refusal(shared, "goes through a function that torch.func does not see")
-            with torch._C.DisableTorchFunctionSubclass():
-                shared.register_hook(partial(_refuse, message, shared.followed))
+    def __new__(cls, value: Value, owner: str, batch: Batch) -> Shared:
+        with torch._C.DisableTorchFunctionSubclass():
+            shared = value.tensor.as_subclass(cls)
+        shared._value, shared.owner, shared.batch = value, owner, batch
         return shared
+
+    @property
+    def value(self) -> Value:
+        """Its value."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad and not self._value.tensor.requires_grad:
+                # An autograd.Function made it, and has given it a graph since.
+                return Value(self.as_subclass(Tensor), self._value.batch_size)
+        return self._value
+
+    @property
+    def copies(self) -> Tensor:
+        """One per sample, (B, *shape)."""
+        return self.value.copies
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -49,68 +60,31 @@ class Shared(torch.Tensor):
         return _compute(func, args, kwargs or {})
 
 
-def share(per_sample: Tensor, owner: str, batch: Batch) -> Tensor:
-    """The value whose copies for each sample are `per_sample` (B, *shape); for one sample, simply that one."""
-    return per_sample[0] if per_sample.shape[0] == 1 else Shared(per_sample, owner, batch)
+def share(
+    copies: Tensor, owner: str, batch: Batch, parameter: nn.Parameter | None = None, use: Use | None = None
+) -> Tensor:
+    """The value whose copies for each sample are given, (B, *shape); for one sample, simply that one.
 
-
-def _refuse(message: str, followed: list[bool], grad: Tensor | None) -> None:
-    if grad is not None and not followed[0]:
-        raise ValueError(message)
-
-
-class _ThroughFunction(torch.autograd.Function):
-    """The copies of a value that an autograd.Function gave for shared values.
-
-    The Function is asked for its derivative once per sample, so it needs no batching rule.
+    Args:
+        copies: equal but for their gradients.
+        owner: what they come from, for the user.
+        batch: that they belong to.
+        parameter, use: as in `leaf_of`.
     """
-
-    @staticmethod
-    def forward(ctx, values: tuple[Shared, list[Shared]], *copies: Tensor) -> Tensor:
-        # In a tuple: the value's own graph is no part of this one.
-        value, sources = values
-        ctx.value, ctx.sources = value, sources
-        return value.as_subclass(Tensor).detach().expand(value.batch.size, *value.shape)
-
-    @staticmethod
-    def backward(ctx, grads: Tensor):
-        for source in ctx.sources:
-            source.followed[0] = True
-        try:
-            # What the Function saved is Shared, but here it stands for itself.
-            with torch._C.DisableTorchFunctionSubclass():
-                rows = [
-                    torch.autograd.grad(ctx.value, ctx.sources, grad, retain_graph=True, allow_unused=True)
-                    for grad in grads
-                ]
-        finally:
-            for source in ctx.sources:
-                source.followed[0] = False
-        columns = zip(*rows, strict=True)
-        return None, *[None if column[0] is None else torch.stack(column) for column in columns]
+    if copies.shape[0] == 1:
+        return copies[0]
+    leaf = leaf_of(copies, parameter, use)
+    shared = Shared(Value.of_leaf(leaf), owner, batch)
+    if leaf.requires_grad:
+        # What takes the value past __torch_function__ (an autograd.Function, a scripted function) ends here.
+        message = _refusal(shared, "goes through a function that torch.func does not see")
+        leaf.register_hook(partial(_refuse, message, leaf.stands_for))
+    return shared
 
 
-def _followed(value: Shared) -> Shared:
-    """`value` itself, or, if an autograd.Function gave it, one whose copies know where they come from."""
-    with torch._C.DisableTorchFunctionSubclass():
-        if value.grad_fn is None:
-            return value
-        sources = [source for source in _leaves(value.grad_fn) if isinstance(source, Shared)]
-    copies = _ThroughFunction.apply((value, sources), *[source.per_sample for source in sources])
-    return Shared(copies, value.owner, value.batch)
-
-
-def _leaves(node: torch.autograd.graph.Node) -> list[Tensor]:
-    """The leaves that a node of the graph leads to."""
-    found, seen, pending = [], {node}, [node]
-    while pending:
-        node = pending.pop()
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        following = {each for each, _ in node.next_functions if each is not None} - seen
-        seen |= following
-        pending += following
-    return found
+def _refuse(message: str, leaf: Leaf, grad: Tensor | None) -> None:
+    if grad is not None and not leaf.is_followed:
+        raise ValueError(message)
 
 
 def _is_metadata(func: Callable) -> bool:
@@ -121,31 +95,69 @@ def _is_metadata(func: Callable) -> bool:
 
 
 def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
-    """`func` sample by sample. Its result belongs to the batch if any of its arguments did, else it is Shared."""
-    args, kwargs = pytree.tree_map_only(Shared, _followed, (args, kwargs))
+    """`func`, whose result belongs to the batch if any of its arguments did, else it is Shared."""
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     shared = [t for t in tensors if isinstance(t, Shared)]
     first = shared[0]
     batch = [t for t in tensors if not isinstance(t, Shared) and _belongs_to_batch(t, shared)]
-    meets_batch = bool(batch)
-    if meets_batch and func.__name__ == "batch_norm" and kwargs.get("training", True):
+    if batch and func.__name__ == "batch_norm" and kwargs.get("training", True):
         raise ValueError(_refusal(first, "scales a batch normalisation in training mode, which couples the samples"))
-    if func.__name__ in _EXPANDING and args[0] is first:
-        args, kwargs, meets_batch = _for_one_sample(first, args, kwargs)
+    if func.__name__ in _EXPANDING and args[0] is first and (sizes := _sizes_of_a_sample(first, args, kwargs)):
+        return _of_copies(first, func, (first, sizes), {}, [])
+    if not batch:
+        return _once(first, func, args, kwargs)
+    met = _met(func, args, kwargs, batch)
+    return _of_copies(first, func, args, kwargs, batch) if met is None else met
+
+
+def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
+    """What `func` computes from shared values alone."""
+    values = [leaf.value for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Shared)]
+    args, kwargs = pytree.tree_map_only(Shared, lambda shared: shared.value.tensor, (args, kwargs))
+
+    def shared(tensor: Tensor) -> Shared:
+        is_only_one = len(values) == 1
+        value = values[0].computed(func, args, tensor) if is_only_one else Value(tensor, first.batch.size)
+        return Shared(value, first.owner, first.batch)
+
+    return pytree.tree_map_only(Tensor, shared, func(*args, **kwargs))
+
+
+def _met(func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> Tensor | None:
+    """The product of samples with a shared value; None for other functions."""
+    shared: dict[int, Shared] = {}
+
+    def value_of(x: object) -> Value | None:
+        if not isinstance(x, Shared):
+            return None
+        value = x.value
+        shared[id(value)] = x
+        return value
+
+    product = product_of(func, args, kwargs, value_of)
+    if product is None or len(batch) > 1 or product.x is not batch[0] or not product.form.has_samples_in_front():
+        return None
+    output = product.watched(product.output(), product.x, product.form)
+    if product.rest is None:
+        return output
+    owner = shared[id(product.bias)]
+    return output + Shared(product.rest, owner.owner, owner.batch)
+
+
+def _of_copies(first: Shared, func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> object:
+    """`func` of each sample and its copies of shared values."""
 
     def mapped(leaf: object) -> object:
         if isinstance(leaf, Shared):
-            return Mapped(leaf.per_sample)
+            return Mapped(leaf.value.copies)
         return Mapped.batches_of_one(leaf, 0) if any(leaf is x for x in batch) else leaf
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
     try:
-        results, spec = map_samples(func, args, kwargs, "different" if meets_batch else "same")
+        results = map_samples(func, args, kwargs, "different")
     except RuntimeError as error:
         raise ValueError(_refusal(first, f"goes through {func.__name__} ({error})")) from error
-    finish = partial(_joined, func, first) if meets_batch else partial(Shared, owner=first.owner, batch=first.batch)
-    results = [finish(r) if isinstance(r, Tensor) else r for r in results]
-    return pytree.tree_unflatten(results, spec)
+    return pytree.tree_map_only(Tensor, partial(_joined, func, first), results)
 
 
 def _belongs_to_batch(x: Tensor, shared: list[Shared]) -> bool:
@@ -160,14 +172,14 @@ def _belongs_to_batch(x: Tensor, shared: list[Shared]) -> bool:
     return True
 
 
-def _for_one_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
-    """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample."""
+def _sizes_of_a_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
+    """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample; None for others."""
     sizes = args[1:] or tuple(kwargs.values())
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     names_batch = sizes[0] == shared.batch.size and (
         len(sizes) > shared.ndim or (len(sizes) == shared.ndim and shared.shape[0] == 1)
     )
-    return ((shared, (1, *sizes[1:])), {}, True) if names_batch else (args, kwargs, False)
+    return (1, *sizes[1:]) if names_batch else None
 
 
 def _joined(func: Callable, shared: Shared, result: Tensor) -> Tensor:

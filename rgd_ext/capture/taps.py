@@ -146,6 +146,11 @@ class Tap(Released):
     def _spread(self, parameters: dict[str, nn.Parameter], batch_size: int) -> dict[str, Tensor]:
         return spread(Record(self.capture, self.name, parameters, batch_size))
 
+    def _use(
+        self, batch_size: int, parameters: dict[str, nn.Parameter], rule: BoundRule, kind: str | None = None
+    ) -> Record:
+        return Record(self.capture, self.name, parameters, batch_size, rule, kind)
+
     def _watch(
         self,
         parameters: dict[str, nn.Parameter],
@@ -160,7 +165,7 @@ class Tap(Released):
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(Record(self.capture, self.name, parameters, batch_size, rule, kind), output, inputs)
+        return watch(self._use(batch_size, parameters, rule, kind), output, inputs)
 
 
 class Container(Tap):
@@ -175,7 +180,11 @@ class Container(Tap):
             )
         spread = self._spread(parameters, size)
         batch = Batch(size, batch.inputs, batch.model)
-        with self._replaced({name: share(value, f"{self.name}.{name}", batch) for name, value in spread.items()}):
+        use = partial(self._use, size)
+        shared = {
+            name: share(copies, f"{self.name}.{name}", batch, parameters[name], use) for name, copies in spread.items()
+        }
+        with self._replaced(shared):
             return self.original(*args, **kwargs)
 
 
@@ -245,10 +254,10 @@ class Layer(Tap):
             )
         first = inputs[0]
         squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
-        copies = first.per_sample.squeeze(1) if squeezed else first.per_sample
+        copies = first.copies.squeeze(1) if squeezed else first.copies
         output = self._output(parameters, (copies, *args[1:]), {})
         output = self._watch(parameters, copies.shape[0], self._rule_as_of_now(), output, (copies,))
-        return Shared(output.unsqueeze(1) if squeezed else output, self.name, first.batch)
+        return share(output.unsqueeze(1) if squeezed else output, self.name, first.batch)
 
     def _for_all(self, parameters, batch: Batch, inputs, output: Tensor) -> Tensor:
         """An input without a batch: computed once, its gradient taken per sample."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..batch_norm import batch_norms, check_frozen
@@ -18,10 +17,12 @@ from .batch import Batch, modules_in
 from .dry_run import unchanged_buffers
 from .equal_draws import unknown_draws
 from .findings import WrongGradients
+from .once import OnceForAll
 from .runs import nothing_cached
-from .samples import Mapped, map_samples
+from .samples import Mapped, Samples, each_of
 from .shared import Shared, share
 from .taps import Tap
+from .values import Value, leaf_of
 
 
 class Unit(Tap):
@@ -40,26 +41,32 @@ class Unit(Tap):
             batch = Batch.of(args, kwargs)
         plain = self._plain_output(args, kwargs) if batch.size != 1 and self.capture.verifier.is_proving else None
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
-        copies = {k: Mapped(v) for k, v in self._spread(parameters, batch.size).items()}
-
-        def one(parameters: dict[str, Tensor], args: tuple, kwargs: dict):
-            with self._replaced(parameters):
-                return self.original(*args, **kwargs)
-
+        use = partial(self._use, batch.size)
+        copies = self._spread(parameters, batch.size)
+        values = {name: Value.of_leaf(leaf_of(copies[name], p, use)) for name, p in parameters.items()}
         try:
-            with self._checked_buffers(), nothing_cached(), _PaddingWithoutGradient():
-                results, spec = map_samples(one, (copies, args, kwargs), {}, "different")
+            with self._checked_buffers(), nothing_cached(), each_of(batch.size, "different") as samples:
+                results = self._of_samples(samples, values, args, kwargs)
         except RuntimeError as error:
             raise RuntimeError(
                 f"module '{self.name}' ({type(self.module).__name__}) cannot be run sample by sample under"
                 f" torch.func.vmap: {error}\nWrite it without data-dependent control flow and in-place changes of"
                 " buffers, or teach the capture its gradient with rgd_ext.register_rule"
             ) from error
+        results, spec = ([results], None) if isinstance(results, Tensor) else pytree.tree_flatten(results)
         tensors = iter(output_dims(sum(isinstance(r, Tensor) for r in results)))
         joined = [self._joined(batch, r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
         if plain is not None:
             self._compare(joined, plain)
-        return pytree.tree_unflatten(joined, spec)
+        return joined[0] if spec is None else pytree.tree_unflatten(joined, spec)
+
+    def _of_samples(self, samples: Samples, values: dict[str, Value], args: tuple, kwargs: dict) -> object:
+        """The output for these values of the parameters, tensors with the samples in front."""
+        mode = OnceForAll(samples)
+        shared = {name: mode.shared(value) for name, value in values.items()}
+        args, kwargs = samples.arguments(args, kwargs)
+        with self._replaced(shared), mode:
+            return samples.results(self.original(*args, **kwargs))
 
     def _plain_output(self, args: tuple, kwargs: dict) -> list | None:
         """What the module gives for the whole batch, while the capture is verified; None where that tells nothing."""
@@ -114,6 +121,9 @@ class Unit(Tap):
 
     def _mapped(self, batch: Batch, args: tuple, kwargs: dict):
         """The arguments with the batch's tensors as `Mapped`, and how to get the dims of the samples in n outputs."""
+        if len(args) == 1 and type(args[0]) is Tensor and not kwargs:  # nearly always
+            dim = self._dim(batch, args[0], True)
+            return (args[0] if dim is None else Mapped.batches_of_one(args[0], dim),), {}, lambda number: [dim] * number
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dims = [None if isinstance(x, Shared) else self._dim(batch, x, x is tensors[0]) for x in tensors]
         batch_dims = {dim for dim in dims if dim is not None}
@@ -124,7 +134,7 @@ class Unit(Tap):
                 return leaf
             dim = next(found)
             if isinstance(leaf, Shared):
-                return Mapped(leaf.per_sample)
+                return Mapped(leaf.copies)
             return leaf if dim is None else Mapped.batches_of_one(leaf, dim)
 
         args, kwargs = pytree.tree_map(mapped, (args, kwargs))
@@ -145,29 +155,12 @@ class Unit(Tap):
                 f"module '{self.name}' gives an output of shape {tuple(result.shape[1:])} for one sample: expected"
                 f" a dimension {dim} of size 1. Modules keep the samples apart, along the dimension they come in"
             )
-        return result.squeeze(dim + 1).movedim(0, dim)
+        result = result.squeeze(dim + 1)
+        return result.movedim(0, dim) if dim else result
 
 
 def _broadcasts(x: Tensor, like: Tensor) -> bool:
     return x.ndim == like.ndim and all(n in (1, m) for n, m in zip(x.shape, like.shape, strict=True))
-
-
-class _PaddingWithoutGradient(TorchFunctionMode):
-    """Embeddings whose `padding_idx` gets no gradient: under vmap torch forgets it for all samples but the first."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.embedding:
-            return func(*args, **(kwargs or {}))
-        arguments = _EMBEDDING.bind(*args, **(kwargs or {})).arguments
-        padding = arguments.pop("padding_idx", None)
-        rows = F.embedding(**arguments)
-        if padding is None:
-            return rows
-        is_padding = arguments["input"] == padding % arguments["weight"].shape[0]
-        return torch.where(is_padding[..., None], rows.detach(), rows)
-
-
-_EMBEDDING = inspect.signature(F.embedding)
 
 
 class Attention(Unit):
@@ -186,7 +179,7 @@ class Attention(Unit):
 
     def _argument(self, batch: Batch, name: str, value: Tensor, dim: int) -> Tensor | Mapped:
         if isinstance(value, Shared):
-            return Mapped(value.per_sample)
+            return Mapped(value.copies)
         if name == "attn_mask" and value.ndim == 2:
             return value
         if name == "attn_mask":

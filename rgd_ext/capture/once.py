@@ -1,0 +1,102 @@
+"""Run a module on each sample, computing once for all what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .products import Product, product_of
+from .samples import Samples, differs, for_all
+from .values import Value
+
+
+class OnceForAll(TorchFunctionMode):
+    """While a function runs on each of `samples`: values that they share are computed once, from parameters on.
+
+    To the function a value is a tensor with a copy for each sample, so that what this mode does not see is right as
+    well. Where samples meet a value in a product, the layer's rule gives its contributions.
+
+    Args:
+        samples: of the batch.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        super().__init__()
+        self._samples = samples
+        # By the id of the tensor that the function has, which is kept alive.
+        self._values: dict[int, tuple[Tensor, Value]] = {}
+
+    def shared(self, value: Value) -> Tensor:
+        """What the function has for `value`."""
+        tensor = self._samples.split(value.copies)
+        self._values[id(tensor)] = tensor, value
+        return tensor
+
+    def _value_of(self, x: object) -> Value | None:
+        found = self._values.get(id(x))
+        return None if found is None else found[1]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = args if not kwargs and all(type(x) is not tuple and type(x) is not list for x in args) else None
+        if leaves is None:
+            leaves = pytree.tree_leaves((args, kwargs))
+        values = [x for x in leaves if id(x) in self._values]
+        if not values or not self._samples.are_innermost():
+            return func(*args, **kwargs)
+        others = [x for x in leaves if isinstance(x, Tensor) and id(x) not in self._values]
+        if not any(differs(x) or x.requires_grad for x in others):
+            return self._computed(func, args, kwargs)
+        product = product_of(func, args, kwargs, self._value_of)
+        output = None if product is None else self._met(product)
+        return func(*args, **kwargs) if output is None else output
+
+    def _computed(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """What a function makes of values alone."""
+        used: dict[int, Tensor] = {}
+
+        def plain(x: object) -> object:
+            value = self._value_of(x)
+            if value is None:
+                return x
+            used[id(value.tensor)] = x
+            return value.tensor
+
+        args, kwargs = pytree.tree_map(plain, (args, kwargs))
+        with for_all():
+            results = func(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, partial(self._result, func, args, used), results)
+
+    def _result(self, func: Callable, args: tuple, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
+        """What the function has for `tensor`, which `func` computed from `used`."""
+        if not tensor.requires_grad:
+            return tensor
+        if id(tensor) in used:  # as in-place functions return it
+            return used[id(tensor)]
+        first = self._value_of(next(iter(used.values())))
+        is_only_one = len(used) == 1
+        value = first.computed(func, args, tensor) if is_only_one else Value(tensor, first.batch_size)
+        with for_all():
+            return self.shared(value)
+
+    def _met(self, product: Product) -> Tensor | None:
+        """The product of the samples with a value; None where only copies of the value will do."""
+        found = product.form.of_all(product.x)
+        if found is None or not differs(product.x):
+            return None
+        form, merges = found
+        x, output = self._samples.joined(product.x), self._samples.joined(product.output())
+        with for_all():
+            if merges:
+                x, output = x.squeeze(1), output.squeeze(1)
+            output = product.watched(output, x, form)
+        output = self._samples.split(output.unsqueeze(1) if merges else output)
+        if product.rest is None:
+            return output
+        with for_all():
+            rest = self.shared(product.rest)
+        return output + rest

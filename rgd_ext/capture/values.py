@@ -1,0 +1,186 @@
+"""Values that all samples share: parameters, and what a forward computes from parameters alone, once for the batch.
+
+Their gradients are wanted per sample, so every value has a copy per sample for what it meets the samples in. Gradients
+of a copy are taken back through the graph of the value to the copies of the parameters that it was computed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import prod
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+
+from .nodes import BoundRule, Record
+
+# (parameters, rule, kind) -> a use of the parameters by the module that runs.
+Use: TypeAlias = Callable[[dict[str, nn.Parameter], BoundRule, str | None], Record]
+Number: TypeAlias = int | float | Tensor
+
+
+class Leaf:
+    """What a leaf in the graph of a value stands for; its attribute `stands_for`.
+
+    Attributes:
+        copies: (B, *shape), whose gradients are wanted.
+        parameter: if it is one.
+        use: makes the record of a layer that uses the parameter.
+        is_followed: whether gradients are being taken back to it.
+    """
+
+    __slots__ = ("copies", "is_followed", "parameter", "use")
+
+    def __init__(self, copies: Tensor, parameter: nn.Parameter | None, use: Use | None) -> None:
+        self.copies, self.parameter, self.use, self.is_followed = copies, parameter, use, False
+
+
+def leaf_of(copies: Tensor, parameter: nn.Parameter | None = None, use: Use | None = None) -> Tensor:
+    """A leaf that stands for a value with these copies, and for a parameter if they are copies of one."""
+    leaf = copies.detach()[0].requires_grad_(copies.requires_grad)
+    leaf.stands_for = Leaf(copies, parameter, use)
+    return leaf
+
+
+class Value:
+    """A value that all samples share.
+
+    Args:
+        tensor: the value. Its graph ends in leaves from `leaf_of`.
+        batch_size: B.
+        root: the leaf that it equals but for `scale`, element by element as they lie in memory; None without one.
+        scale: a number, or None for 1.
+    """
+
+    __slots__ = ("_copies", "batch_size", "root", "scale", "tensor")
+
+    def __init__(
+        self, tensor: Tensor, batch_size: int, root: Tensor | None = None, scale: Number | None = None
+    ) -> None:
+        self.tensor, self.batch_size, self.root, self.scale = tensor, batch_size, root, scale
+        self._copies: Tensor | None = None
+
+    @classmethod
+    def of_leaf(cls, leaf: Tensor) -> Value:
+        """The value that a leaf is."""
+        return cls(leaf, len(leaf.stands_for.copies), leaf)
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter that it is."""
+        return self.tensor.stands_for.parameter if self.tensor is self.root else None
+
+    @property
+    def copies(self) -> Tensor:
+        """One per sample, (B, *shape)."""
+        if self._copies is None:
+            self._copies = self._copied()
+        return self._copies
+
+    def _copied(self) -> Tensor:
+        if self.tensor is self.root:
+            return self.tensor.stands_for.copies
+        if not self.tensor.requires_grad:
+            return self.tensor.expand(self.batch_size, *self.tensor.shape)
+        leaves = _leaves(self.tensor)
+        copies = [leaf.stands_for.copies for leaf in leaves]
+        return _Copied.apply((self.tensor, leaves), self.batch_size, *copies)
+
+    def computed(self, function: Callable, args: tuple, tensor: Tensor) -> Value:
+        """`tensor`, which `function` made of this value alone, and of constants among `args`."""
+        if self.root is None or tensor.numel() != self.tensor.numel() or memory_order(tensor) is None:
+            return Value(tensor, self.batch_size)
+        if tensor.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():  # a view of the whole
+            return Value(tensor, self.batch_size, self.root, self.scale)
+        factor = _factor(function.__name__, args)
+        if factor is None or tensor.stride() != self.tensor.stride() or tensor.dtype != self.tensor.dtype:
+            return Value(tensor, self.batch_size)
+        return Value(tensor, self.batch_size, self.root, factor if self.scale is None else self.scale * factor)
+
+
+def memory_order(tensor: Tensor) -> list[int] | None:
+    """The dimensions as the elements lie in memory, outermost first; None where that has gaps or overlaps."""
+    if tensor.is_contiguous():
+        return list(range(tensor.ndim))
+    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    sizes, strides = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
+    is_dense = all(n == 1 or s == prod(sizes[i + 1 :]) for i, (n, s) in enumerate(zip(sizes, strides, strict=True)))
+    return order if is_dense else None
+
+
+def _factor(name: str, args: tuple) -> Number | None:
+    """The number by which a function of this name multiplies its value, if that is what it does."""
+    if name in ("neg", "negative", "__neg__"):
+        return -1
+    numbers = [x for x in args if isinstance(x, (int, float)) or _is_constant_number(x)]
+    if len(args) != 2 or len(numbers) != 1:
+        return None
+    if name in ("mul", "multiply", "__mul__", "__rmul__"):
+        return numbers[0]
+    is_quotient = name in ("div", "divide", "true_divide", "__truediv__") and numbers[0] is args[1]
+    return 1 / numbers[0] if is_quotient else None
+
+
+def _is_constant_number(x: object) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad
+
+
+class _Copied(torch.autograd.Function):
+    """Copies of a value that was computed from leaves, given theirs."""
+
+    @staticmethod
+    def forward(ctx, graph: tuple[Tensor, list[Tensor]], batch_size: int, *copies: Tensor) -> Tensor:
+        ctx.tensor, ctx.leaves = graph  # in a tuple: that graph is no part of this one
+        return ctx.tensor.detach().expand(batch_size, *ctx.tensor.shape)
+
+    @staticmethod
+    def backward(ctx, grads: Tensor):
+        return None, None, *_taken_back(ctx.tensor, ctx.leaves, grads)
+
+
+def _taken_back(tensor: Tensor, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of `leaves` for each of `grads`, gradients of `tensor`, (B, *shape)."""
+    for leaf in leaves:
+        leaf.stands_for.is_followed = True
+    grad = partial(torch.autograd.grad, tensor, leaves, retain_graph=True, allow_unused=True)
+    try:
+        # What a function of the user's saved may be `Shared`, but stands for itself here.
+        with torch._C.DisableTorchFunctionSubclass(), _no_warning():
+            try:
+                return grad(grads, is_grads_batched=True)
+            except RuntimeError:  # there is no batching rule
+                return [_stacked(rows) for rows in zip(*map(grad, grads), strict=True)]
+    finally:
+        for leaf in leaves:
+            leaf.stands_for.is_followed = False
+
+
+@contextmanager
+def _no_warning() -> Iterator[None]:
+    """Of derivatives without a batching rule, which torch takes one after the other."""
+    _functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def _stacked(rows: tuple[Tensor | None, ...]) -> Tensor | None:
+    return None if rows[0] is None else torch.stack(rows)
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The leaves from `leaf_of` that the graph of `tensor` ends in."""
+    found, seen, pending = [], {tensor.grad_fn}, [tensor.grad_fn]
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "variable") and hasattr(node.variable, "stands_for"):
+            found.append(node.variable)
+        following = {each for each, _ in node.next_functions if each is not None} - seen
+        seen |= following
+        pending += following
+    return found

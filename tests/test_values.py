@@ -1,0 +1,224 @@
+"""Raw parameters of a module: what they are used in, and what is computed from them, against the oracle."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from capturing import captured_grad, double, loss_of
+from models import Net
+from oracle import assert_close, per_sample_gradients, weak_field
+from torch import nn
+
+import rgd_ext
+
+B, T, N, M = 5, 3, 4, 6
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(shape, dtype=torch.float64) / 2)
+
+
+def indices(x):
+    return (x.detach().abs() * 3).long() % 2
+
+
+def mean_of_magnitudes(w):
+    with torch.no_grad():
+        return w.abs().mean()
+
+
+# name -> (forward, parameters, shape of the input).
+PRODUCTS = {
+    "x @ w": (lambda m, x: x @ m.w, {"w": (N, M)}, (N,)),
+    "x @ w of sequences": (lambda m, x: x @ m.w, {"w": (N, M)}, (T, N)),
+    "x @ w.T": (lambda m, x: x @ m.w.T, {"w": (M, N)}, (T, N)),
+    "x @ v": (lambda m, x: x @ m.w, {"w": (N,)}, (T, N)),
+    "w @ x": (lambda m, x: m.w @ x, {"w": (M, T)}, (T, N)),
+    "x @ w of heads": (lambda m, x: x @ m.w, {"w": (2, N, M)}, (2, T, N)),
+    "x @ w of heads, broadcast": (lambda m, x: x[:, None] @ m.w, {"w": (2, N, M)}, (T, N)),
+    "matmul by name": (lambda m, x: torch.matmul(input=x, other=m.w), {"w": (N, M)}, (T, N)),
+    "linear": (lambda m, x: F.linear(x, m.w, m.b), {"w": (M, N), "b": (M,)}, (N,)),
+    "linear of sequences": (lambda m, x: F.linear(x, m.w, m.b), {"w": (M, N), "b": (M,)}, (T, N)),
+    "linear of grids": (lambda m, x: F.linear(x, m.w, m.b), {"w": (M, N), "b": (M,)}, (2, T, N)),
+    "linear by a vector": (lambda m, x: F.linear(x, m.w), {"w": (N,)}, (T, N)),
+    "linear of a transpose": (lambda m, x: F.linear(x, m.w.t(), m.b), {"w": (N, M), "b": (M,)}, (T, N)),
+    "linear of a matrix of ones": (lambda m, x: F.linear(x, m.w), {"w": (1, N)}, (T, N)),
+    "linear, frozen bias": (lambda m, x: F.linear(x, m.w, m.c), {"w": (M, N), "c": None}, (N,)),
+    "addmm": (lambda m, x: torch.addmm(m.b, x, m.w), {"w": (N, M), "b": (M,)}, (N,)),
+    "addmm of merged samples": (
+        lambda m, x: torch.addmm(m.b, x.reshape(-1, N), m.w).view(*x.shape[:-1], M),
+        {"w": (N, M), "b": (M,)},
+        (T, N),
+    ),
+    "addmm with alpha": (lambda m, x: torch.addmm(m.b, x, m.w, alpha=2), {"w": (N, M), "b": (M,)}, (N,)),
+    "einsum": (lambda m, x: torch.einsum("bi,ij->bj", x, m.w), {"w": (N, M)}, (N,)),
+    "einsum with dots": (lambda m, x: torch.einsum("...i,oi->...o", x, m.w), {"w": (M, N)}, (T, N)),
+    "einsum, the value first": (lambda m, x: torch.einsum("ij, bti -> bjt", m.w, x), {"w": (N, M)}, (T, N)),
+    "einsum over two": (lambda m, x: torch.einsum("bti,tio->bo", x, m.w), {"w": (T, N, M)}, (T, N)),
+    "einsum over two, apart": (lambda m, x: torch.einsum("bti,toi->bo", x, m.w), {"w": (T, M, N)}, (T, N)),
+    "einsum of heads": (lambda m, x: torch.einsum("bthd,hde->bthe", x, m.w), {"w": (2, N, M)}, (T, 2, N)),
+    "einsum that broadcasts": (lambda m, x: torch.einsum("bti,ti->bt", x, m.w), {"w": (1, N)}, (T, N)),
+    "einsum, a sum of x": (lambda m, x: torch.einsum("bti,ij->bj", x, m.w), {"w": (N, M)}, (T, N)),
+    "einsum, a sum of w": (lambda m, x: torch.einsum("bti,ij->bt", x, m.w), {"w": (N, M)}, (T, N)),
+    "conv1d": (lambda m, x: F.conv1d(x, m.w, m.b, 2, 1), {"w": (M, N, 3), "b": (M,)}, (N, 7)),
+    "conv2d": (lambda m, x: F.conv2d(x, m.w, padding=(1, 0)), {"w": (M, N, 3, 2)}, (N, 5, 4)),
+    "conv2d with groups": (lambda m, x: F.conv2d(x, m.w, m.b, groups=2), {"w": (M, 2, 3, 3), "b": (M,)}, (N, 5, 5)),
+    "conv2d, same": (lambda m, x: F.conv2d(x, m.w, padding="same"), {"w": (M, N, 3, 3)}, (N, 4, 4)),
+    "conv3d": (lambda m, x: F.conv3d(x, m.w, m.b), {"w": (2, 2, 2, 1, 2), "b": (2,)}, (2, 3, 2, 3)),
+    "conv_transpose1d": (lambda m, x: F.conv_transpose1d(x, m.w, m.b, 2), {"w": (N, M, 3), "b": (M,)}, (N, 5)),
+    "conv_transpose2d": (lambda m, x: F.conv_transpose2d(x, m.w, None, 2, 1, 1), {"w": (N, M, 3, 3)}, (N, 3, 3)),
+    "scale and shift": (lambda m, x: x * m.w + m.b, {"w": (N,), "b": (N,)}, (T, N)),
+    "shift and scale": (lambda m, x: m.w * (x - m.b), {"w": (), "b": (1, 1, N)}, (T, N)),
+    "scale per channel": (lambda m, x: x * m.w - m.b, {"w": (N, 1, 1), "b": (N, 1, 1)}, (N, 3, 2)),
+    "scale that x is broadcast to": (lambda m, x: x.mean(2, keepdim=True) * m.w, {"w": (N,)}, (T, N)),
+    "embedding": (lambda m, x: x[..., None] * F.embedding(indices(x), m.w), {"w": (9, M)}, (T, N)),
+    "embedding with padding": (lambda m, x: x[..., None] * F.embedding(indices(x), m.w, -1), {"w": (2, M)}, (T, N)),
+    "embedding of one row": (lambda m, x: x[:, 0, :1] * F.embedding(indices(x)[:, 0, 0], m.w), {"w": (9, M)}, (T, N)),
+    "rows of a table": (lambda m, x: x[..., None] * m.w[indices(x) - 9], {"w": (9, M)}, (T, N)),
+    "rows of a table of matrices": (lambda m, x: x[..., None, None] * m.w[indices(x)], {"w": (9, 2, M)}, (T, N)),
+    "difference": (lambda m, x: m.b - x, {"b": (N,)}, (T, N)),
+    "sum with alpha": (lambda m, x: torch.add(x, m.b, alpha=3), {"b": (N,)}, (T, N)),
+}
+COMPUTED = {
+    "times a number": (lambda m, x: F.linear(x, m.w * 2, m.b), {"w": (M, N), "b": (M,)}, (T, N)),
+    "a number times": (lambda m, x: x @ (0.5 * -m.w.T / 3), {"w": (M, N)}, (N,)),
+    "number over": (lambda m, x: x @ (1 / (m.w + 3)), {"w": (N, M)}, (N,)),
+    "times a number from a buffer": (lambda m, x: x @ (m.w * m.c[0]), {"w": (N, M), "c": None}, (N,)),
+    "times a parameter": (lambda m, x: x @ (m.w * m.s), {"w": (N, M), "s": ()}, (N,)),
+    "times itself": (lambda m, x: x @ (m.w * m.w), {"w": (N, M)}, (N,)),
+    "masked": (lambda m, x: x @ (m.w * m.w.detach().sign()), {"w": (N, M)}, (T, N)),
+    "part": (lambda m, x: x @ m.w[:, 1:4], {"w": (N, M)}, (T, N)),
+    "flipped": (lambda m, x: x @ m.w.flip(0), {"w": (N, M)}, (N,)),
+    "rows of a scaled table": (lambda m, x: x[..., None] * F.embedding(indices(x), m.w * 2), {"w": (9, M)}, (T, N)),
+    "viewed": (lambda m, x: x @ m.w.view(N, M), {"w": (2, 2 * M)}, (T, N)),
+    "viewed, of one vector": (lambda m, x: x @ m.w.view(N, M), {"w": (2, 2 * M)}, (N,)),
+    "viewed the other way": (lambda m, x: F.linear(x, m.w.view(M, N)), {"w": (2, 3, N)}, (T, N)),
+    "permuted": (lambda m, x: x @ m.w.permute(1, 0, 2).reshape(N, -1), {"w": (2, N, 3)}, (T, N)),
+    "expanded": (lambda m, x: x @ m.w.expand(N, M), {"w": (1, M)}, (T, N)),
+    "softmax": (lambda m, x: x @ m.w.softmax(0), {"w": (N, M)}, (T, N)),
+    "product of two": (lambda m, x: x @ (m.w + m.a @ m.b), {"w": (N, M), "a": (N, 2), "b": (2, M)}, (T, N)),
+    "low rank": (lambda m, x: x @ m.a @ m.b, {"a": (N, 2), "b": (2, M)}, (T, N)),
+    "used twice": (lambda m, x: (x @ m.w).tanh() @ m.w.T, {"w": (N, M)}, (T, N)),
+    "used in three ways": (lambda m, x: (x @ m.w + m.w[0]) * m.w.sum(), {"w": (N, M)}, (T, N)),
+    "standardised": (
+        lambda m, x: F.conv2d(x, (m.w - m.w.mean((1, 2, 3), True)) / m.w.std((1, 2, 3), keepdim=True), m.b * 2),
+        {"w": (M, N, 3, 3), "b": (M,)},
+        (N, 5, 5),
+    ),
+    "scaled by its magnitude": (lambda m, x: x @ m.w / mean_of_magnitudes(m.w), {"w": (N, M)}, (T, N)),
+    "value read": (lambda m, x: x @ m.w * (1 if m.w[0, 0].item() > 9 else 2), {"w": (N, M)}, (T, N)),
+}
+CASES = PRODUCTS | COMPUTED
+
+
+def model_of(name, is_container):
+    forward, shapes, shape = CASES[name]
+    parts = {key: double(M) if sizes is None else parameter(*sizes) for key, sizes in shapes.items()}
+    if is_container:
+        parts["body"] = nn.Linear(shape[-1], shape[-1]).double()
+        model = Net(lambda m, x: forward(m, m.body(x)), **parts)
+    else:
+        model = Net(forward, **parts)
+    return model, double(B, *shape)
+
+
+def check(model, x, policy="Spectral"):
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]), policy)
+    assert_close(captured_grad(model, x, epsilon=getattr(rgd_ext, policy)(0.5)), expected)
+
+
+# A container looks at all samples together: it refuses what merges them, and numbers that may not be samples.
+REFUSED = {"addmm of merged samples", "embedding of one row"}
+
+
+@pytest.mark.parametrize("is_container", [False, True], ids=["unit", "container"])
+@pytest.mark.parametrize("name", CASES)
+def test_raw_parameters_match_the_oracle(name, is_container):
+    model, x = model_of(name, is_container)
+    if is_container and name in REFUSED:
+        with pytest.raises(ValueError, match=r"rgd_ext\.unit"):
+            captured_grad(model, x)
+    else:
+        check(model, x)
+
+
+@pytest.mark.parametrize("name", ["x @ w", "x @ v", "einsum over two", "times a number", "product of two", "conv1d"])
+def test_alignments_of_raw_parameters(name):
+    check(*model_of(name, False), policy="Rayleigh")
+
+
+LAYERS = ["x @ w", "x @ w.T", "linear", "linear, frozen bias", "addmm", "einsum", "a number times", "low rank"]
+
+
+@pytest.mark.parametrize("is_container", [False, True], ids=["unit", "container"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_with_one_vector_per_sample_form_no_gradients(name, is_container):
+    model, _ = model_of(name, is_container)
+    with rgd_ext.precondition(model) as handle:
+        loss_of(model(double(B, N))).backward()
+        ways = {layer.name: layer.way for layer in handle.plan().layers}
+    assert "materialise" not in ways.values()
+
+
+def test_convolutions_of_raw_parameters_have_the_ways_of_layers():
+    model = Net(lambda m, x: F.conv2d(x, m.w), w=nn.Parameter(torch.randn(64, 64, 3, 3) / 20))
+    with rgd_ext.precondition(model) as handle:
+        loss_of(model(torch.randn(32, 64, 8, 8))).backward()
+        (layer,) = handle.plan().layers
+    assert "ghost" in layer.way + layer.why
+
+
+def test_a_layer_with_its_own_forward_is_served_as_the_layer():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * 2, self.bias)
+
+    check(nn.Sequential(Doubled(N, M), nn.Tanh(), Doubled(M, N)).double(), double(B, T, N))
+
+
+def test_random_numbers_of_a_value_are_the_same_for_all_samples():
+    model, x = Net(lambda m, x: x * F.dropout(m.w, 0.5), w=nn.Parameter(torch.ones(400))), torch.ones(B, 400)
+    with rgd_ext.precondition(model):
+        output = model(x)
+    assert 0 < output[0].count_nonzero() < 400
+    assert torch.equal(output, output[:1].expand(B, -1))
+
+
+@pytest.mark.parametrize("is_container", [False, True], ids=["unit", "container"])
+@pytest.mark.parametrize("name", ["x @ w", "linear of sequences", "times a number", "masked", "conv2d"])
+def test_raw_parameters_under_autocast(name, is_container):
+    model, x = model_of(name, is_container)
+    model, x = model.float(), x.float()
+    expected = weak_field(per_sample_gradients(model, loss_of, [x]))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = captured_grad(model, x)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_parameters_that_are_not_contiguous():
+    model, x = Net(lambda m, x: x @ m.w, w=nn.Parameter(double(M, N).T)), double(B, N)
+    check(model, x)
+    model, x = Net(lambda m, x: F.conv2d(x, m.w), w=parameter(M, N, 3, 3)), double(B, N, 5, 5)
+    check(model.to(memory_format=torch.channels_last), x)
+
+
+def test_graphs_of_values_go_with_the_outputs():
+    class Held(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            ctx.kept = torch.ones(3)
+            held.append(weakref.ref(ctx.kept))
+            return w * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    held = []
+    model = Net(lambda m, x: m.body(x) @ Held.apply(m.w), body=nn.Linear(N, N), w=nn.Parameter(torch.randn(N, M)))
+    with rgd_ext.precondition(model, verify=False):
+        output = model(torch.randn(B, N))
+        assert held[0]() is not None
+        del output
+        assert held[0]() is None
