@@ -28,6 +28,20 @@ def mean_of_magnitudes(w):
         return w.abs().mean()
 
 
+def measured_without_gradient(m, x):
+    v = m.w * m.w
+    with torch.no_grad():
+        scale = (x @ m.w).square().sum(-1, True) + (x + v[0, 0]).sum(-1, True) + (x @ v).sum(-1, True)
+    return x @ v * scale
+
+
+def changed_in_place(m, x):
+    v, u = m.w * 2, m.a * 2
+    v.mul_(3)
+    u.T.add_(1)
+    return x @ v @ u
+
+
 # name -> (forward, parameters, shape of the input).
 PRODUCTS = {
     "x @ w": (lambda m, x: x @ m.w, {"w": (N, M)}, (N,)),
@@ -107,6 +121,8 @@ COMPUTED = {
         (N, 5, 5),
     ),
     "scaled by its magnitude": (lambda m, x: x @ m.w / mean_of_magnitudes(m.w), {"w": (N, M)}, (T, N)),
+    "measured without gradient": (measured_without_gradient, {"w": (N, M)}, (T, N)),
+    "changed in place": (changed_in_place, {"w": (N, M), "a": (M, 2)}, (T, N)),
     "value read": (lambda m, x: x @ m.w * (1 if m.w[0, 0].item() > 9 else 2), {"w": (N, M)}, (T, N)),
 }
 CASES = PRODUCTS | COMPUTED

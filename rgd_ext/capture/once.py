@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -73,10 +74,10 @@ class OnceForAll(TorchFunctionMode):
 
     def _result(self, func: Callable, args: tuple, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
         """What the function has for `tensor`, which `func` computed from `used`."""
-        if not tensor.requires_grad:
-            return tensor
         if id(tensor) in used:  # as in-place functions return it
             return used[id(tensor)]
+        if not torch.is_grad_enabled() or not tensor.requires_grad:
+            return tensor.detach()
         first = self._value_of(next(iter(used.values())))
         is_only_one = len(used) == 1
         value = first.computed(func, args, tensor) if is_only_one else Value(tensor, first.batch_size)

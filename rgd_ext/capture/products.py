@@ -259,7 +259,7 @@ class Product:
             form: of the product of these.
         """
         value = self.value
-        if not value.tensor.requires_grad:
+        if not value.tensor.requires_grad or not torch.is_grad_enabled():
             return output
         if not self.is_layer:
             return _Met.apply((form, value.tensor), output, x, value.copies)

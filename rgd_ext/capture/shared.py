@@ -116,6 +116,8 @@ def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
     args, kwargs = pytree.tree_map_only(Shared, lambda shared: shared.value.tensor, (args, kwargs))
 
     def shared(tensor: Tensor) -> Shared:
+        if not torch.is_grad_enabled():
+            tensor = tensor.detach()
         is_only_one = len(values) == 1
         value = values[0].computed(func, args, tensor) if is_only_one else Value(tensor, first.batch.size)
         return Shared(value, first.owner, first.batch)

@@ -56,18 +56,24 @@ class Value:
         scale: a number, or None for 1.
     """
 
-    __slots__ = ("_copies", "batch_size", "root", "scale", "tensor")
+    __slots__ = ("_copies", "_root", "_version", "batch_size", "scale", "tensor")
 
     def __init__(
         self, tensor: Tensor, batch_size: int, root: Tensor | None = None, scale: Number | None = None
     ) -> None:
-        self.tensor, self.batch_size, self.root, self.scale = tensor, batch_size, root, scale
+        self.tensor, self.batch_size, self._root, self.scale = tensor, batch_size, root, scale
+        self._version = tensor._version
         self._copies: Tensor | None = None
 
     @classmethod
     def of_leaf(cls, leaf: Tensor) -> Value:
         """The value that a leaf is."""
         return cls(leaf, len(leaf.stands_for.copies), leaf)
+
+    @property
+    def root(self) -> Tensor | None:
+        """The leaf of the same elements, unless multiples of it were changed in place."""
+        return self._root if self.scale is None or not self._is_changed() else None
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -77,10 +83,15 @@ class Value:
     @property
     def copies(self) -> Tensor:
         """One per sample, (B, *shape)."""
-        if self._copies is None:
+        if self._copies is None or self._is_changed():
             self._copies = self._copied()
         return self._copies
 
+    def _is_changed(self) -> bool:
+        """Whether the value was changed in place."""
+        return self.tensor._version != self._version
+
+    @torch.enable_grad()
     def _copied(self) -> Tensor:
         if self.tensor is self.root:
             return self.tensor.stands_for.copies
