@@ -238,3 +238,20 @@ def test_graphs_of_values_go_with_the_outputs():
         assert held[0]() is not None
         del output
         assert held[0]() is None
+
+
+@pytest.mark.parametrize(
+    "change", ["weight.mul_(2)", "weight[0] = 1", "weight.data.T.add_(1)", "weight.detach().zero_()"]
+)
+def test_a_unit_that_fails_has_not_changed_its_parameters(change):
+    class Changing(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                exec(f"self.{change}")
+            return F.linear(x, self.weight)
+
+    model = Changing(N, M, bias=False)
+    before = model.weight.detach().clone()
+    with rgd_ext.precondition(model, verify=False), pytest.raises(RuntimeError, match="changes a parameter in place"):
+        model(torch.randn(B, N))
+    assert torch.equal(model.weight, before)

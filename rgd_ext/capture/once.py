@@ -28,14 +28,25 @@ class OnceForAll(TorchFunctionMode):
     def __init__(self, samples: Samples) -> None:
         super().__init__()
         self._samples = samples
+        # Of the parameters' memory.
+        self._storages: set[int] = set()
         # By the id of the tensor that the function has, which is kept alive.
         self._values: dict[int, tuple[Tensor, Value]] = {}
+
+    def parameter(self, leaf: Tensor) -> Tensor:
+        """What the function has for the parameter that a leaf stands for."""
+        self._storages.add(leaf.untyped_storage().data_ptr())
+        return self.shared(Value.of_leaf(leaf))
 
     def shared(self, value: Value) -> Tensor:
         """What the function has for `value`."""
         tensor = self._samples.split(value.copies)
         self._values[id(tensor)] = tensor, value
         return tensor
+
+    def _is_of_a_parameter(self, tensor: Tensor) -> bool:
+        """Whether it is one, or a view of it."""
+        return tensor.untyped_storage().data_ptr() in self._storages
 
     def _value_of(self, x: object) -> Value | None:
         found = self._values.get(id(x))
@@ -68,6 +79,8 @@ class OnceForAll(TorchFunctionMode):
             return value.tensor
 
         args, kwargs = pytree.tree_map(plain, (args, kwargs))
+        if _changes_first(func) and isinstance(args[0], Tensor) and self._is_of_a_parameter(args[0]):
+            raise RuntimeError(f"{func.__name__} changes a parameter in place")  # which another attempt would do again
         with for_all():
             results = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, partial(self._result, func, args, used), results)
@@ -76,7 +89,7 @@ class OnceForAll(TorchFunctionMode):
         """What the function has for `tensor`, which `func` computed from `used`."""
         if id(tensor) in used:  # as in-place functions return it
             return used[id(tensor)]
-        if not torch.is_grad_enabled() or not tensor.requires_grad:
+        if (not torch.is_grad_enabled() or not tensor.requires_grad) and not self._is_of_a_parameter(tensor):
             return tensor.detach()
         first = self._value_of(next(iter(used.values())))
         is_only_one = len(used) == 1
@@ -101,3 +114,12 @@ class OnceForAll(TorchFunctionMode):
         with for_all():
             rest = self.shared(product.rest)
         return output + rest
+
+
+def _changes_first(func: Callable) -> bool:
+    """Whether a function changes its first argument in place."""
+    name = func.__name__
+    return name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
+
+
+_CHANGING = {f"__{name}__" for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")}

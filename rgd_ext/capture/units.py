@@ -22,7 +22,7 @@ from .runs import nothing_cached
 from .samples import Mapped, Samples, each_of
 from .shared import Shared, share
 from .taps import Tap
-from .values import Value, leaf_of
+from .values import leaf_of
 
 
 class Unit(Tap):
@@ -43,10 +43,10 @@ class Unit(Tap):
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         use = partial(self._use, batch.size)
         copies = self._spread(parameters, batch.size)
-        values = {name: Value.of_leaf(leaf_of(copies[name], p, use)) for name, p in parameters.items()}
+        leaves = {name: leaf_of(copies[name], p, use) for name, p in parameters.items()}
         try:
             with self._checked_buffers(), nothing_cached(), each_of(batch.size, "different") as samples:
-                results = self._of_samples(samples, values, args, kwargs)
+                results = self._of_samples(samples, leaves, args, kwargs)
         except RuntimeError as error:
             raise RuntimeError(
                 f"module '{self.name}' ({type(self.module).__name__}) cannot be run sample by sample under"
@@ -60,10 +60,10 @@ class Unit(Tap):
             self._compare(joined, plain)
         return joined[0] if spec is None else pytree.tree_unflatten(joined, spec)
 
-    def _of_samples(self, samples: Samples, values: dict[str, Value], args: tuple, kwargs: dict) -> object:
-        """The output for these values of the parameters, tensors with the samples in front."""
+    def _of_samples(self, samples: Samples, leaves: dict[str, Tensor], args: tuple, kwargs: dict) -> object:
+        """The output for parameters that leaves stand for, tensors with the samples in front."""
         mode = OnceForAll(samples)
-        shared = {name: mode.shared(value) for name, value in values.items()}
+        shared = {name: mode.parameter(leaf) for name, leaf in leaves.items()}
         args, kwargs = samples.arguments(args, kwargs)
         with self._replaced(shared), mode:
             return samples.results(self.original(*args, **kwargs))
