@@ -35,11 +35,21 @@ def measured_without_gradient(m, x):
     return x @ v * scale
 
 
+def constants(m, x):
+    v = m.w * m.w
+    with torch.no_grad():
+        y, z, row, _ = x @ m.w, x.maximum(m.a), v[0], x.maximum(m.a * m.a)
+    return (x + z).maximum(m.a * m.a) @ v * (y + row)
+
+
 def changed_in_place(m, x):
     v, u = m.w * 2, m.a * 2
-    v.mul_(3)
     u.T.add_(1)
-    return x @ v @ u
+    return x @ v.mul_(3) @ u + x @ v @ u
+
+
+def in_a_transform(m, x):
+    return torch.func.vmap(lambda row: row @ m.w + m.b)(x)
 
 
 # name -> (forward, parameters, shape of the input).
@@ -71,6 +81,20 @@ PRODUCTS = {
     "einsum, the value first": (lambda m, x: torch.einsum("ij, bti -> bjt", m.w, x), {"w": (N, M)}, (T, N)),
     "einsum over two": (lambda m, x: torch.einsum("bti,tio->bo", x, m.w), {"w": (T, N, M)}, (T, N)),
     "einsum over two, apart": (lambda m, x: torch.einsum("bti,toi->bo", x, m.w), {"w": (T, M, N)}, (T, N)),
+    "x @ w of one head": (lambda m, x: x @ m.w, {"w": (1, N, M)}, (2, T, N)),
+    "addmm, the value first": (lambda m, x: torch.addmm(m.b, m.w, x.T).T, {"w": (M, N), "b": (1,)}, (N,)),
+    "einsum that broadcasts x": (
+        lambda m, x: torch.einsum("bti,ij->btj", x.sum(-1, keepdim=True), m.w),
+        {"w": (N, M)},
+        (T, N),
+    ),
+    "einsum to another order": (lambda m, x: torch.einsum("bti,ij->tbj", x, m.w)[0], {"w": (N, M)}, (T, N)),
+    "conv1d of a transpose": (lambda m, x: F.conv1d(x, m.w.transpose(0, 1)), {"w": (N, M, 3)}, (N, 7)),
+    "conv1d of frames": (
+        lambda m, x: F.conv1d(x.flatten(0, 1), m.w).view(*x.shape[:2], M, 5),
+        {"w": (M, N, 3)},
+        (T, N, 7),
+    ),
     "einsum of heads": (lambda m, x: torch.einsum("bthd,hde->bthe", x, m.w), {"w": (2, N, M)}, (T, 2, N)),
     "einsum that broadcasts": (lambda m, x: torch.einsum("bti,ti->bt", x, m.w), {"w": (1, N)}, (T, N)),
     "einsum, a sum of x": (lambda m, x: torch.einsum("bti,ij->bj", x, m.w), {"w": (N, M)}, (T, N)),
@@ -121,6 +145,11 @@ COMPUTED = {
         (N, 5, 5),
     ),
     "scaled by its magnitude": (lambda m, x: x @ m.w / mean_of_magnitudes(m.w), {"w": (N, M)}, (T, N)),
+    "constants": (constants, {"w": (N, M), "a": (N,)}, (T, N)),
+    "in a transform": (in_a_transform, {"w": (N, M), "b": (M,)}, (T, N)),
+    "number over by name": (lambda m, x: x @ torch.div(1, m.w), {"w": (N, M)}, (N,)),
+    "overlapping": (lambda m, x: x @ m.w.as_strided((N, M), (1, 1)), {"w": (N, M)}, (T, N)),
+    "rounded quotient": (lambda m, x: x @ (m.w + torch.div(m.w, 0.1, rounding_mode="floor")), {"w": (N, M)}, (N,)),
     "measured without gradient": (measured_without_gradient, {"w": (N, M)}, (T, N)),
     "changed in place": (changed_in_place, {"w": (N, M), "a": (M, 2)}, (T, N)),
     "value read": (lambda m, x: x @ m.w * (1 if m.w[0, 0].item() > 9 else 2), {"w": (N, M)}, (T, N)),
@@ -145,7 +174,8 @@ def check(model, x, policy="Spectral"):
 
 
 # A container looks at all samples together: it refuses what merges them, and numbers that may not be samples.
-REFUSED = {"addmm of merged samples", "embedding of one row"}
+REFUSED = {"addmm of merged samples", "embedding of one row", "addmm, the value first", "conv1d of frames"}
+REFUSED |= {"einsum to another order", "in a transform"}
 
 
 @pytest.mark.parametrize("is_container", [False, True], ids=["unit", "container"])
@@ -255,3 +285,27 @@ def test_a_unit_that_fails_has_not_changed_its_parameters(change):
     with rgd_ext.precondition(model, verify=False), pytest.raises(RuntimeError, match="changes a parameter in place"):
         model(torch.randn(B, N))
     assert torch.equal(model.weight, before)
+
+
+def test_shared_values_as_large_as_the_batch_are_refused_before_the_backward():
+    model = Net(lambda m, x: m.out(x + m.p), out=nn.Linear(N, M), p=nn.Parameter(torch.randn(B, N)))
+    with rgd_ext.precondition(model, verify=False), pytest.raises(ValueError, match="mixes samples"):
+        model(torch.randn(B, N))
+
+
+def test_an_embedding_that_changes_its_table_is_refused():
+    for others in ({}, {"out": nn.Linear(N, M)}):
+        model = Net(lambda m, x: F.embedding(x, m.w, max_norm=0.1), w=nn.Parameter(torch.randn(9, N)), **others)
+        before = model.w.detach().clone()
+        with rgd_ext.precondition(model), pytest.raises((RuntimeError, ValueError), match="max_norm changes a param"):
+            model(torch.randint(9, (B, T)))
+        assert torch.equal(model.w, before)
+
+
+def test_gradients_of_what_is_no_parameter_of_the_model_are_ordinary():
+    other, x = parameter(N, M), double(B, N)
+    model = Net(lambda m, x: x @ (m.w * other) + (other.T @ m.w).sum(), w=parameter(N, M))
+    (expected,) = torch.autograd.grad(loss_of(model(x)), other)
+    with rgd_ext.precondition(model):
+        loss_of(model(x)).backward()
+    assert_close(other.grad, expected)

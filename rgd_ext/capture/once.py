@@ -83,9 +83,9 @@ class OnceForAll(TorchFunctionMode):
             raise RuntimeError(f"{func.__name__} changes a parameter in place")  # which another attempt would do again
         with for_all():
             results = func(*args, **kwargs)
-        return pytree.tree_map_only(Tensor, partial(self._result, func, args, used), results)
+        return pytree.tree_map_only(Tensor, partial(self._result, func, args, kwargs, used), results)
 
-    def _result(self, func: Callable, args: tuple, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    def _result(self, func: Callable, args: tuple, kwargs: dict, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
         """What the function has for `tensor`, which `func` computed from `used`."""
         if id(tensor) in used:  # as in-place functions return it
             return used[id(tensor)]
@@ -93,7 +93,7 @@ class OnceForAll(TorchFunctionMode):
             return tensor.detach()
         first = self._value_of(next(iter(used.values())))
         is_only_one = len(used) == 1
-        value = first.computed(func, args, tensor) if is_only_one else Value(tensor, first.batch_size)
+        value = first.computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, first.batch_size)
         with for_all():
             return self.shared(value)
 

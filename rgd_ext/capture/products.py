@@ -79,14 +79,14 @@ class Contraction:
 
     def is_layer(self, value: Tensor) -> bool:
         summed, free = self._sides(value)
-        return self._order(value) in (free + summed, summed + free) and set(self.x) <= {*self.out, *summed}
+        return self._order(value) in (free + summed, summed + free)
 
     def adds_bias(self, value: Tensor) -> bool:
         return self._sides(value)[1] == self.out[-1:]
 
     def _order(self, value: Tensor) -> str:
-        """The letters of v as it lies in memory, but for dimensions of size 1."""
-        return "".join(self.v[dim] for dim in memory_order(value) if value.shape[dim] > 1)
+        """The letters of v as it lies in memory."""
+        return "".join(self.v[dim] for dim in memory_order(value))
 
     def _sides(self, value: Tensor) -> tuple[str, str]:
         """Letters of v that are summed over, and those that x has not."""
@@ -104,8 +104,7 @@ class Contraction:
 
     def _rows(self, tensor: Tensor, letters: str, places: str, columns: str) -> Tensor:
         """(B, places, columns)."""
-        rest = "".join(c for c in letters[1:] if c not in places + columns)  # of size 1
-        order = [letters.index(c) for c in letters[0] + places + columns + rest]
+        order = [letters.index(c) for c in letters[0] + places + columns]
         return tensor.permute(order).reshape(len(tensor), -1, _sizes(tensor, letters, columns))
 
     def dense(self, value: Tensor, x: Tensor, grad: Tensor) -> Tensor:
@@ -245,7 +244,7 @@ class Product:
     def _in_dimensions_of_output(self, bias: Value) -> Value:
         if not isinstance(self.form, Convolved):
             return bias
-        return bias.computed(Tensor.reshape, (), bias.tensor.reshape(-1, *[1] * self.form.space))
+        return bias.computed(Tensor.reshape, (), {}, bias.tensor.reshape(-1, *[1] * self.form.space))
 
     def output(self) -> Tensor:
         """What the function gives, without `rest`, constant in the values."""
@@ -304,6 +303,9 @@ def product_of(
         function: with a name, as torch's functions have.
         args, kwargs: its arguments.
         value_of: argument -> the value that it stands for, or None.
+
+    Raises:
+        RuntimeError: if the function changes a value.
     """
     parse = _PARSERS.get(function.__name__)
     if parse is None:
@@ -333,24 +335,19 @@ def _with_bias(form, x, value, bias, value_of, run) -> Product:
 
 def _matmul(function, value_of, left, right) -> Product | None:
     values = value_of(left), value_of(right)
-    letters = _letters_of_matmul(left.shape, right.shape)
-    if letters is None or (values[0] is None) == (values[1] is None):
+    if (values[0] is None) == (values[1] is None):
         return None
-    a, b, out = letters
+    a, b, out = _letters_of_matmul(left.ndim, right.ndim)
     if values[0] is None:
         return Product(Contraction(a, b, out), left, values[1], None, lambda v, _: function(left, v))
     return Product(Contraction(b, a, out), right, values[0], None, lambda v, _: function(v, right))
 
 
-def _letters_of_matmul(left: torch.Size, right: torch.Size) -> tuple[str, str, str] | None:
-    """Of both factors and their product; None where one is broadcast along a dimension that it has."""
-    number = max(len(left), len(right)) - 2
-    leading = ascii_letters[: max(number, 0)]
-    common = min(len(left), len(right)) - 2
-    if common > 0 and left[-2 - common : -2] != right[-2 - common : -2]:
-        return None
-    sides = [leading[number - (len(shape) - 2) :] if len(shape) > 2 else "" for shape in (left, right)]
-    row, column = "x" if len(left) > 1 else "", "z" if len(right) > 1 else ""
+def _letters_of_matmul(left: int, right: int) -> tuple[str, str, str]:
+    """Of both factors, given their numbers of dimensions, and their product. Autograd sums over what is broadcast."""
+    leading = ascii_letters[: max(left, right, 2) - 2]
+    sides = [leading[len(leading) - max(number - 2, 0) :] for number in (left, right)]
+    row, column = "x" if left > 1 else "", "z" if right > 1 else ""
     return sides[0] + row + "y", sides[1] + "y" + column, leading + row + column
 
 
@@ -448,8 +445,10 @@ def _embedding(
     sparse=False,
 ) -> Product | None:
     value = value_of(weight)
-    if value is None or max_norm is not None or scale_grad_by_freq:
+    if value is None or scale_grad_by_freq:
         return None
+    if max_norm is not None:
+        raise RuntimeError("max_norm changes a parameter in place")
     return Product(Lookup(padding_idx), input, value, None, lambda v, _: function(input, v))
 
 

@@ -102,12 +102,16 @@ def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
     batch = [t for t in tensors if not isinstance(t, Shared) and _belongs_to_batch(t, shared)]
     if batch and func.__name__ == "batch_norm" and kwargs.get("training", True):
         raise ValueError(_refusal(first, "scales a batch normalisation in training mode, which couples the samples"))
-    if func.__name__ in _EXPANDING and args[0] is first and (sizes := _sizes_of_a_sample(first, args, kwargs)):
-        return _of_copies(first, func, (first, sizes), {}, [])
-    if not batch:
+    is_expanded = func.__name__ in _EXPANDING and args[0] is first
+    sizes = _sizes_of_a_sample(first, args, kwargs) if is_expanded else None
+    if not batch and sizes is None:
         return _once(first, func, args, kwargs)
-    met = _met(func, args, kwargs, batch)
-    return _of_copies(first, func, args, kwargs, batch) if met is None else met
+    args, kwargs = (args, kwargs) if sizes is None else ((first, sizes), {})
+    try:
+        met = _met(func, args, kwargs, batch)
+        return _of_copies(first, func, args, kwargs, batch) if met is None else met
+    except RuntimeError as error:
+        raise ValueError(_refusal(first, f"goes through {func.__name__} ({error})")) from error
 
 
 def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
@@ -119,7 +123,7 @@ def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
         if not torch.is_grad_enabled():
             tensor = tensor.detach()
         is_only_one = len(values) == 1
-        value = values[0].computed(func, args, tensor) if is_only_one else Value(tensor, first.batch.size)
+        value = values[0].computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, first.batch.size)
         return Shared(value, first.owner, first.batch)
 
     return pytree.tree_map_only(Tensor, shared, func(*args, **kwargs))
@@ -137,7 +141,7 @@ def _met(func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> Tens
         return value
 
     product = product_of(func, args, kwargs, value_of)
-    if product is None or len(batch) > 1 or product.x is not batch[0] or not product.form.has_samples_in_front():
+    if product is None or not any(product.x is x for x in batch) or not product.form.has_samples_in_front():
         return None
     output = product.watched(product.output(), product.x, product.form)
     if product.rest is None:
@@ -155,10 +159,7 @@ def _of_copies(first: Shared, func: Callable, args: tuple, kwargs: dict, batch: 
         return Mapped.batches_of_one(leaf, 0) if any(leaf is x for x in batch) else leaf
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
-    try:
-        results = map_samples(func, args, kwargs, "different")
-    except RuntimeError as error:
-        raise ValueError(_refusal(first, f"goes through {func.__name__} ({error})")) from error
+    results = map_samples(func, args, kwargs, "different")
     return pytree.tree_map_only(Tensor, partial(_joined, func, first), results)
 
 

@@ -101,14 +101,14 @@ class Value:
         copies = [leaf.stands_for.copies for leaf in leaves]
         return _Copied.apply((self.tensor, leaves), self.batch_size, *copies)
 
-    def computed(self, function: Callable, args: tuple, tensor: Tensor) -> Value:
-        """`tensor`, which `function` made of this value alone, and of constants among `args`."""
+    def computed(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
+        """`tensor`, which `function` made of this value alone, and of constants among its arguments."""
         if self.root is None or tensor.numel() != self.tensor.numel() or memory_order(tensor) is None:
             return Value(tensor, self.batch_size)
         if tensor.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():  # a view of the whole
             return Value(tensor, self.batch_size, self.root, self.scale)
-        factor = _factor(function.__name__, args)
-        if factor is None or tensor.stride() != self.tensor.stride() or tensor.dtype != self.tensor.dtype:
+        factor = None if kwargs else _factor(function.__name__, args)
+        if factor is None or tensor.stride() != self.tensor.stride():
             return Value(tensor, self.batch_size)
         return Value(tensor, self.batch_size, self.root, factor if self.scale is None else self.scale * factor)
 
@@ -127,17 +127,13 @@ def _factor(name: str, args: tuple) -> Number | None:
     """The number by which a function of this name multiplies its value, if that is what it does."""
     if name in ("neg", "negative", "__neg__"):
         return -1
-    numbers = [x for x in args if isinstance(x, (int, float)) or _is_constant_number(x)]
-    if len(args) != 2 or len(numbers) != 1:
+    numbers = [x for x in args if isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0)]
+    if len(numbers) != 1:
         return None
     if name in ("mul", "multiply", "__mul__", "__rmul__"):
         return numbers[0]
     is_quotient = name in ("div", "divide", "true_divide", "__truediv__") and numbers[0] is args[1]
     return 1 / numbers[0] if is_quotient else None
-
-
-def _is_constant_number(x: object) -> bool:
-    return isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad
 
 
 class _Copied(torch.autograd.Function):
