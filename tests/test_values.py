@@ -36,10 +36,10 @@ def measured_without_gradient(m, x):
 
 
 def constants(m, x):
-    v = m.w * m.w
+    v, u = m.w * m.w, m.a * m.a
     with torch.no_grad():
-        y, z, row, _ = x @ m.w, x.maximum(m.a), v[0], x.maximum(m.a * m.a)
-    return (x + z).maximum(m.a * m.a) @ v * (y + row)
+        y, z, row, _ = x @ m.w, x.maximum(m.a), v[0], x.maximum(u)
+    return (x + z).maximum(u) @ v * (y + row)
 
 
 def changed_in_place(m, x):

@@ -69,13 +69,13 @@ class OnceForAll(TorchFunctionMode):
 
     def _computed(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """What a function makes of values alone."""
-        used: dict[int, Tensor] = {}
+        used: list[Value] = []
 
         def plain(x: object) -> object:
             value = self._value_of(x)
             if value is None:
                 return x
-            used[id(value.tensor)] = x
+            used.append(value)
             return value.tensor
 
         args, kwargs = pytree.tree_map(plain, (args, kwargs))
@@ -87,20 +87,17 @@ class OnceForAll(TorchFunctionMode):
 
     def _result(self, func: Callable, args: tuple, kwargs: dict, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
         """What the function has for `tensor`, which `func` computed from `used`."""
-        if id(tensor) in used:  # as in-place functions return it
-            return used[id(tensor)]
         if (not torch.is_grad_enabled() or not tensor.requires_grad) and not self._is_of_a_parameter(tensor):
             return tensor.detach()
-        first = self._value_of(next(iter(used.values())))
         is_only_one = len(used) == 1
-        value = first.computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, first.batch_size)
+        value = used[0].computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, self._samples.number)
         with for_all():
             return self.shared(value)
 
     def _met(self, product: Product) -> Tensor | None:
         """The product of the samples with a value; None where only copies of the value will do."""
         found = product.form.of_all(product.x)
-        if found is None or not differs(product.x):
+        if found is None:
             return None
         form, merges = found
         x, output = self._samples.joined(product.x), self._samples.joined(product.output())

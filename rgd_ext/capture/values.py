@@ -108,7 +108,7 @@ class Value:
         if tensor.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():  # a view of the whole
             return Value(tensor, self.batch_size, self.root, self.scale)
         factor = None if kwargs else _factor(function.__name__, args)
-        if factor is None or tensor.stride() != self.tensor.stride():
+        if factor is None or tensor.stride() != self.tensor.stride():  # not every device keeps the layout
             return Value(tensor, self.batch_size)
         return Value(tensor, self.batch_size, self.root, factor if self.scale is None else self.scale * factor)
 
