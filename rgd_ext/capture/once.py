@@ -85,7 +85,7 @@ class OnceForAll(TorchFunctionMode):
             results = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, partial(self._result, func, args, kwargs, used), results)
 
-    def _result(self, func: Callable, args: tuple, kwargs: dict, used: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    def _result(self, func: Callable, args: tuple, kwargs: dict, used: list[Value], tensor: Tensor) -> Tensor:
         """What the function has for `tensor`, which `func` computed from `used`."""
         if (not torch.is_grad_enabled() or not tensor.requires_grad) and not self._is_of_a_parameter(tensor):
             return tensor.detach()
