@@ -22,7 +22,7 @@ class RGD(torch.optim.SGD):
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
             a model that has been captured already.
-        epsilon, inverse, batch_norm, memory_budget, verify: of `rgd_ext.precondition`; only with a model.
+        epsilon, inverse, batch_norm, memory_budget, verify, batch_dim: of `rgd_ext.precondition`; only with a model.
         lr, momentum, dampening, weight_decay, nesterov, others: of `torch.optim.SGD`.
 
     Attributes:
@@ -58,11 +58,13 @@ class RGD(torch.optim.SGD):
         batch_norm: Literal["error", "contribution"] | None = None,
         memory_budget: float | None = None,
         verify: bool | None = None,
+        batch_dim: int | None = 0,
         **others,
     ) -> None:
         options = {"epsilon": epsilon, "inverse": inverse, "batch_norm": batch_norm}
         options |= {"memory_budget": memory_budget, "verify": verify}
         options = {name: value for name, value in options.items() if value is not None}
+        options |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
         is_model = isinstance(model, nn.Module)
         if options and not is_model:
             raise TypeError(

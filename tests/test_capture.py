@@ -924,7 +924,6 @@ BAD_CALLS = {
     "no trainable parameters": (lambda: rgd_ext.precondition(mlp().requires_grad_(False)), ValueError, "no trainable"),
     "no parameters": (lambda: rgd_ext.precondition(nn.ReLU()), ValueError, "no trainable"),
     "lazy": (lambda: rgd_ext.precondition(nn.LazyLinear(3)), ValueError, "not initialised"),
-    "empty parameter": (lambda: rgd_ext.precondition(nn.Bilinear(2, 0, 2)), ValueError, r"'weight'.*\(2, 2, 0\)"),
     "batch_norm": (lambda: rgd_ext.precondition(mlp(), batch_norm="x"), ValueError, "'x'"),
     "inverse": (lambda: rgd_ext.precondition(mlp(), inverse="approximate"), ValueError, "'approximate'"),
     "epsilon": (lambda: rgd_ext.precondition(mlp(), epsilon="0.5"), TypeError, "'0.5'"),
@@ -933,14 +932,11 @@ BAD_CALLS = {
     "fraction of no number": (lambda: rgd_ext.Spectral("a"), TypeError, "'a'"),
     "direction of nothing": (lambda: rgd_ext.direction(None), TypeError, "None"),
     "fraction": (lambda: rgd_ext.precondition(mlp(), epsilon=rgd_ext.Spectral(1.0)), ValueError, "fraction=1.0"),
-    "sequence first": (
-        lambda: rgd_ext.precondition(nn.TransformerEncoderLayer(4, 2, 8)),
-        ValueError,
-        "batch_first=True",
-    ),
+    "batch_dim": (lambda: rgd_ext.precondition(mlp(), batch_dim="time"), TypeError, "'time'"),
+    "negative batch_dim": (lambda: rgd_ext.precondition(mlp(), batch_dim=-1), ValueError, "-1"),
     "mark": (lambda: rgd_ext.mark(mlp(), "first"), TypeError, "'first'"),
     "mark module": (lambda: rgd_ext.mark(3, None), TypeError, "int"),
-    "rule type": (lambda: rgd_ext.register_rule(mlp(), rgd_ext.unit), TypeError, "Sequential"),
+    "rule type": (lambda: rgd_ext.register_rule(mlp(), lambda *_: {}), TypeError, "Sequential"),
     "rule": (lambda: rgd_ext.register_rule(nn.Linear, None), TypeError, "None"),
 }
 

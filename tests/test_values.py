@@ -1,5 +1,6 @@
 """Raw parameters of a module: what they are used in, and what is computed from them, against the oracle."""
 
+import copy
 import weakref
 
 import pytest
@@ -271,9 +272,9 @@ def test_graphs_of_values_go_with_the_outputs():
 
 
 @pytest.mark.parametrize(
-    "change", ["weight.mul_(2)", "weight[0] = 1", "weight.data.T.add_(1)", "weight.detach().zero_()"]
+    "change", ["weight.mul_(2)", "weight[0] = 1", "weight.data.T.add_(1)", "weight.detach().neg_()"]
 )
-def test_a_unit_that_fails_has_not_changed_its_parameters(change):
+def test_parameters_that_a_unit_changes_in_place_change_once(change):
     class Changing(nn.Linear):
         def forward(self, x):
             with torch.no_grad():
@@ -281,10 +282,11 @@ def test_a_unit_that_fails_has_not_changed_its_parameters(change):
             return F.linear(x, self.weight)
 
     model = Changing(N, M, bias=False)
-    before = model.weight.detach().clone()
-    with rgd_ext.precondition(model, verify=False), pytest.raises(RuntimeError, match="changes a parameter in place"):
+    plain = copy.deepcopy(model)
+    plain(torch.randn(B, N))
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match="changes a parameter in place"):
         model(torch.randn(B, N))
-    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, plain.weight)
 
 
 def test_shared_values_as_large_as_the_batch_are_refused_before_the_backward():
@@ -297,7 +299,7 @@ def test_an_embedding_that_changes_its_table_is_refused():
     for others in ({}, {"out": nn.Linear(N, M)}):
         model = Net(lambda m, x: F.embedding(x, m.w, max_norm=0.1), w=nn.Parameter(torch.randn(9, N)), **others)
         before = model.w.detach().clone()
-        with rgd_ext.precondition(model), pytest.raises((RuntimeError, ValueError), match="max_norm changes a param"):
+        with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"max_norm changes|depends on its input"):
             model(torch.randint(9, (B, T)))
         assert torch.equal(model.w, before)
 

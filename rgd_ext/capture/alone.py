@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from functools import partial
+from itertools import combinations, islice, product
 from typing import TypeAlias
 
 import torch
@@ -81,34 +82,41 @@ def _place(sample: int, count: int, batch_size: int) -> int:
 
 
 # Readings that are tried.
-_MOST = 16
+_MOST = 32
 # Arguments and keywords of a call -> those of some samples, given their indices.
 Reading: TypeAlias = Callable[[Tensor], tuple[tuple, dict]]
 
 
-def readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
-    """Ways to take samples out of the arguments, the usual one first: some tensors may be shared by all samples."""
+def readings(args: tuple, kwargs: dict, batch_size: int, at: int = 0) -> Iterator[Reading]:
+    """Ways to take samples out of the arguments, the usual one first.
+
+    The samples of a tensor lie along dimension 0 in all of them, or 1; or along `at`, if that is another than 0, and
+    along 0 in some. All but the first tensor may be shared.
+    """
     tensors = tensors_in((args, kwargs))
-    for dim in (0, 1):
-        there = [n for n, x in enumerate(tensors) if x.ndim > dim and x.shape[dim] == batch_size]
-        for chosen in islice(_choices(there), _MOST):
-            yield lambda samples, dim=dim, chosen=chosen: _taken((args, kwargs), samples, dim, chosen)
+    for dims in ((at, 0),) if at else ((0,), (1,)):
+        places = [[d for d in dims if x.ndim > d and x.shape[d] == batch_size] for x in tensors]
+        first = next((n for n, found in enumerate(places) if found), None)
+        if first is not None:
+            choices = [found[:1] if n == first else [*found, None] for n, found in enumerate(places)]
+            yield from [partial(_taken, (args, kwargs), chosen) for chosen in islice(_by_rank(choices), _MOST)]
 
 
-def _choices(there: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Subsets with the first, the largest ones first."""
-    if there:
-        yield there
-    for number in range(1, len(there)):
-        for shared in combinations(there[1:], number):
-            yield [n for n in there if n not in shared]
+def _by_rank(choices: Sequence[Sequence[int | None]]) -> Iterator[list[int | None]]:
+    """One of each of `choices`; those come first in which most are the first of theirs."""
+    others = [n for n, found in enumerate(choices) if len(found) > 1]
+    for number in range(len(others) + 1):
+        for changed in combinations(others, number):
+            for chosen in product(*[found[1:] if n in changed else found[:1] for n, found in enumerate(choices)]):
+                yield list(chosen)
 
 
-def _taken(tree: tuple[tuple, dict], samples: Tensor, dim: int, chosen: Sequence[int]) -> tuple[tuple, dict]:
-    numbers = iter(range(len(tensors_in(tree))))
+def _taken(tree: tuple[tuple, dict], dims: Sequence[int | None], samples: Tensor) -> tuple[tuple, dict]:
+    found = iter(dims)
 
     def of_tensor(x: Tensor) -> Tensor:
-        if next(numbers) not in chosen:
+        dim = next(found)
+        if dim is None:
             return detached_copy(x)
         return _selected(x.detach(), dim, samples.to(x.device)).requires_grad_(x.requires_grad)
 

@@ -9,9 +9,29 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.utils import _pytree as pytree
 
 _MARK = "_rgd_ext_batch_dim"
+NESTED = (
+    "a nested tensor, of which the capture cannot take samples: pass a padded one,"
+    " torch.nested.to_padded_tensor(x, 0.0), and a mask"
+)
+AS_UNIT = "capture the enclosing module as one unit with rgd_ext.register_rule(enclosing, rgd_ext.unit)"
+# A last remedy, for everything.
+ONE_AT_A_TIME = (
+    "capture the model with rgd_ext.precondition(model, batch_dim=None), which takes every call for one sample, and"
+    " call it with one sample at a time, with a backward() for each inside `with handle.accumulate():`"
+)
+LISTED = (
+    "The first tensor among the model's arguments is one of a list. If that has a tensor for each sample, stack them"
+    f" into one, (B, ...); or {ONE_AT_A_TIME}"
+)
+# For models that take time first.
+ELSEWHERE = (
+    "If the samples lie along another dimension of the model's own input, say so where it is captured:"
+    " rgd_ext.precondition(model, batch_dim=1)"
+)
 
 
 def mark(module: nn.Module, batch_dim: int | None) -> None:
@@ -30,6 +50,11 @@ def mark(module: nn.Module, batch_dim: int | None) -> None:
     if batch_dim is not None and (not isinstance(batch_dim, int) or isinstance(batch_dim, bool)):
         raise TypeError(f"batch_dim is {batch_dim!r}: pass an int, or None for inputs shared by all samples")
     setattr(module, _MARK, batch_dim)
+
+
+def mark_of(module: nn.Module, default: int | None) -> int | None:
+    """The `batch_dim` that `module` was marked with, or `default`."""
+    return module.__dict__.get(_MARK, default)
 
 
 def holds_fields(leaf: object) -> bool:
@@ -68,6 +93,36 @@ def modules_in(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def is_list(args: tuple, kwargs: dict) -> bool:
+    """Whether the first argument is a list of several tensors of as many dimensions."""
+    first = next(iter((*args, *kwargs.values())), None)
+    if not isinstance(first, (list, tuple)) or len(first) < 2 or not all(isinstance(x, Tensor) for x in first):
+        return False
+    return len({x.ndim for x in first}) == 1
+
+
+def batch_size(arrays: Sequence[Tensor], dim: int | None) -> int | None:
+    """The number of samples along `dim` of the first of `arrays`, or None without any; one if `dim` is None.
+
+    Raises:
+        ValueError: if it has too few dimensions.
+        TypeError: if it is a nested tensor.
+    """
+    if dim is None:
+        return 1
+    if not arrays:
+        return None
+    if arrays[0].is_nested:
+        raise TypeError(f"the first tensor among the model's arguments is {NESTED}")
+    if arrays[0].ndim <= dim:
+        raise ValueError(
+            f"the first tensor among the model's arguments has shape {tuple(arrays[0].shape)}, and batch_dim={dim} says"
+            f" that its samples lie along dimension {dim}: pass the tensor that has them first, or capture the model"
+            " with another batch_dim"
+        )
+    return arrays[0].shape[dim]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One call of a captured model.
@@ -76,22 +131,38 @@ class Batch:
         size: B, or None where no tensor came in.
         inputs: the storages of the model's inputs of B samples.
         model: the model, whose buffers hold no samples.
+        at: the dimension of the samples in its inputs. Tensors inside have them there, or along dimension 0. None where
+            all there is belongs to one sample.
+        is_listed: whether the first of the inputs is one of a list.
     """
 
     size: int | None
     inputs: frozenset[int] = frozenset()
     model: nn.Module | None = None
+    at: int | None = 0
+    is_listed: bool = False
 
     @classmethod
-    def of(cls, args: tuple, kwargs: dict, model: nn.Module | None = None) -> Batch:
-        """The batch in the arguments of a model."""
-        return cls.among(arrays_in(args, kwargs), model)
+    def among(
+        cls,
+        arrays: Sequence[Tensor],
+        model: nn.Module | None = None,
+        at: int | None = 0,
+        is_listed: bool = False,
+    ) -> Batch:
+        """The batch along dimension `at` of the first of `arrays`, a model's inputs."""
+        size = batch_size(arrays, at)
+        if at is None:
+            return cls(size, model=model, at=at)
+        inputs = frozenset(storage(t) for t in arrays if t.shape[0] == size or (t.ndim > at and t.shape[at] == size))
+        return cls(size, inputs, model, at, is_listed)
 
-    @classmethod
-    def among(cls, arrays: Sequence[Tensor], model: nn.Module | None = None) -> Batch:
-        """The batch along dimension 0 of the first of `arrays`, a model's inputs."""
-        size = arrays[0].shape[0] if arrays else None
-        return cls(size, frozenset(storage(t) for t in arrays if t.shape[0] == size), model)
+    def place(self, x: Tensor, sample_ndim: int = 0, at: int | None = None) -> int | None:
+        """The dimension of `x` with B places, out of those before a sample's: `at` before 0; None if there is none."""
+        for dim in (self.at if at is None else at, 0):
+            if dim < x.ndim - sample_ndim and x.shape[dim] == self.size:
+                return dim
+        return None
 
     @cached_property
     def _constants(self) -> set[int]:
@@ -110,30 +181,41 @@ class Batch:
         """Whether `x` was made inside, and its shape fits a batch as well as positions: (B,) indices or (B, B, ...)."""
         if x.requires_grad or self.is_input(x) or self.size == 1:
             return False
-        return not x.dtype.is_floating_point if x.ndim == 1 else x.shape[1] == self.size
+        return not x.dtype.is_floating_point if x.ndim == 1 else x.shape[0] == x.shape[1] == self.size
 
-    def dim(self, x: Tensor, module: nn.Module, name: str, sample_ndim: int, is_side: bool = False) -> int | None:
+    def dim(
+        self,
+        x: Tensor,
+        module: nn.Module,
+        name: str,
+        sample_ndim: int,
+        is_side: bool = False,
+        at: int | None = None,
+    ) -> int | None:
         """The dimension of the samples in an input of `module`, or None where all samples share it.
 
-        A side input (a mask, a table) is suspected of being square by chance even if it holds floats.
+        A side input (a mask, a table) is suspected of being square by chance even if it holds floats. Modules whose
+        inputs have the samples elsewhere than the model's pass `at`.
 
         Raises:
             ValueError: where the shape does not tell, naming the module and the way to mark it.
         """
         if _MARK in module.__dict__:
             return module.__dict__[_MARK]
-        if x.requires_grad and x.ndim > sample_ndim and x.shape[0] == self.size:
-            return 0  # nearly always
+        at = self.at if at is None else at
+        place = self.place(x, sample_ndim, at)
+        if x.requires_grad and place is not None:
+            return place  # nearly always
         if self.is_constant(x):
             return None
         if self.size is None:
-            return 0
+            return at if at < x.ndim - sample_ndim else 0
         is_sample, is_index = x.ndim <= sample_ndim, not x.dtype.is_floating_point
-        if not is_sample and x.shape[0] == self.size:
+        if place is not None:
             if (is_index or is_side) and self.is_square(x):
                 raise ValueError(self._ambiguous(x, name))
-            return 0
-        if x.requires_grad or self.is_input(x) or not (is_sample or x.shape[0] == 1 or is_index):
+            return place
+        if x.requires_grad or self.is_input(x) or not (is_sample or 1 in x.shape[: at + 1] or is_index):
             raise ValueError(self._ambiguous(x, name))
         return None
 
@@ -143,7 +225,7 @@ class Batch:
         if self.size is not None and size != self.size:
             raise ValueError(
                 f"batch sizes disagree: module '{name}' got {size} samples along dimension {dim} of an input of"
-                f" shape {tuple(x.shape)}, but the model was called with {self.size}"
+                f" shape {tuple(x.shape)}, but the model was called with {self.size}. {self._others}"
             )
         return size
 
@@ -153,13 +235,17 @@ class Batch:
             " tell the dimension of the samples. If the input is the same for all samples, give it a leading dimension"
             " of 1 or call rgd_ext.mark(module, batch_dim=None); if the samples are along another dimension (as with"
             " batch_first=False), keep them along dimension 0 or call rgd_ext.mark(module, batch_dim=...); if they are"
-            " merged with another dimension, keep the two apart or capture the enclosing module as one unit with"
-            " rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
+            f" merged with another dimension, keep the two apart or {AS_UNIT}. {self._others}"
         )
+
+    @property
+    def _others(self) -> str:
+        """Remedies where it is not the module that is to blame."""
+        return LISTED if self.is_listed else f"{ELSEWHERE}. As a last remedy, {ONE_AT_A_TIME}"
 
 
 def storage(x: Tensor) -> int:
     """The address of the memory of `x` and of its views."""
-    if x.layout == torch.strided:
+    if x.layout == torch.strided and not _functorch.is_functorch_wrapped_tensor(x):
         return x.untyped_storage().data_ptr()
-    return id(x)  # a sparse tensor has several, and no views
+    return id(x)  # sparse tensors have several and no views; those of transforms show none

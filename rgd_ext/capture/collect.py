@@ -24,10 +24,16 @@ def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tens
     trainable parameters in the order of `model.parameters()`.
 
     Raises:
-        ValueError: if the model cannot be captured, or parts of it are captured already.
+        ValueError: if the model cannot be captured, or parts of it are captured already, or it is with another
+            `batch_dim` than 0.
         RuntimeError: if its capture is paused, or inside a torch.func transform.
     """
     existing = live_handle(model)
+    if existing is not None and existing.batch_dim != 0:
+        raise ValueError(
+            f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension 0:"
+            " call .remove() on the handle, and give it a forward that takes samples first"
+        )
     handle = existing or precondition(model, verify=verify)
     parameters = [p for p in model.parameters() if p.requires_grad]
 

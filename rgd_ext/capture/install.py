@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..batch_norm import batch_norms, check_frozen
-from .recurrent import Recurrent
+from .recurrent import FORWARDS, Recurrent
 from .rules import rule_for, unit
 from .taps import Container, Layer, Released, Slot, Tap
 from .units import Attention, Unit
@@ -27,12 +27,11 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
     for name, parameter in parameters.items():
         if is_lazy(parameter):
             raise ValueError(f"parameter '{name}' is not initialised: run one batch through the model first")
-        if parameter.requires_grad and parameter.numel() == 0:
-            raise ValueError(
-                f"parameter '{name}' of shape {tuple(parameter.shape)} has no elements: freeze it, or remove it"
-            )
         if parameter.requires_grad and not parameter.dtype.is_floating_point:
-            raise ValueError(f"parameter '{name}' has dtype {parameter.dtype}: trainable parameters must be real")
+            raise ValueError(
+                f"parameter '{name}' has dtype {parameter.dtype}: trainable parameters must be real; keep one of"
+                " complex numbers as pairs, (..., 2), and use torch.view_as_complex of it"
+            )
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
             f"the model ({type(model).__name__}) has no trainable parameters: nothing to precondition; set"
@@ -45,8 +44,6 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
                 " first"
             )
         _check_kind(name or type(module).__name__, module)
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            _check_batch_first(name, module)
     if batch_norm == "error":
         check_frozen(batch_norms(model))
 
@@ -60,22 +57,36 @@ def _check_kind(name: str, module: nn.Module) -> None:
         if isinstance(value, torch.Tensor) and any(f"{key}_{part}" in module._parameters for part in ("g", "orig")):
             raise ValueError(
                 f"module '{name}' computes its '{key}' in a hook before its forward (torch.nn.utils.weight_norm,"
-                " spectral_norm or prune): use torch.nn.utils.parametrizations instead, spectral_norm in .eval() only"
+                " spectral_norm or prune): use weight_norm or spectral_norm of torch.nn.utils.parametrizations instead,"
+                " and for pruning torch.nn.utils.parametrize.register_parametrization with a product by the mask"
             )
 
 
-def _check_batch_first(name: str, module: nn.Module) -> None:
-    if not module.self_attn.batch_first:
-        raise ValueError(
-            f"module '{name or type(module).__name__}' ({type(module).__name__}) has batch_first=False: its layers take"
-            " the samples along dimension 1, which shapes alone do not tell; build it with batch_first=True"
-        )
+# Their layers get what they get, (T, B, n) with batch_first=False.
+_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+def _in_time_first(model: nn.Module) -> set[nn.Module]:
+    """The modules in transformers of torch.nn with batch_first=False."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, _TRANSFORMERS) and module not in found:
+            attention = next((m for m in module.modules() if isinstance(m, nn.MultiheadAttention)), None)
+            if attention is not None and not attention.batch_first:
+                found.update(module.modules())
+    return found
 
 
 def taps_for(capture: Preconditioner, model: nn.Module) -> list[Tap]:
     """A tap for every module with parameters in or below it; none is installed yet."""
     taps: dict[nn.Module, Tap] = {}
-    pending = [("", model)]
+    pending, time_first = [("", model)], _in_time_first(model)
     while pending:
         name, module = pending.pop()
         if module in taps:
@@ -85,6 +96,8 @@ def taps_for(capture: Preconditioner, model: nn.Module) -> list[Tap]:
         tap, owned = _tap(capture, module, name)
         if tap is not None:
             taps[module] = tap
+            if module in time_first:
+                tap.take_time_first()
         if not owned:
             children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
             pending += reversed(children)
@@ -99,7 +112,7 @@ def _tap(capture: Preconditioner, module: nn.Module, name: str) -> tuple[Tap | N
         return Layer(capture, module, name, owned, registered), True
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return Attention(capture, module, name, owned), True
-    if type(module).forward in _RECURRENT and not parametrize.is_parametrized(module):
+    if type(module).forward in FORWARDS and not parametrize.is_parametrized(module):
         return Recurrent(capture, module, name, owned), True
     own = _slots([("", module), *_parameter_lists(module)])
     if registered is not None or parametrize.is_parametrized(module) or (own and len(own) == len(owned)):
@@ -110,15 +123,12 @@ def _tap(capture: Preconditioner, module: nn.Module, name: str) -> tuple[Tap | N
     return (Tap(capture, module, name, []) if owned and has_forward else None), False
 
 
-_RECURRENT = {cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
-
-
 def _slots(modules) -> list[Slot]:
     return [
         (module, key, f"{prefix}.{key}" if prefix else key)
         for prefix, module in modules
         for key, parameter in module._parameters.items()
-        if parameter is not None
+        if parameter is not None and parameter.numel()  # an empty one has no gradient to be wrong
     ]
 
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._binary import _C
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .aside import Aside
-from .batch import Batch, modules_in, tensors_in
+from .batch import AS_UNIT, Batch, is_list, modules_in, tensors_in
 from .calls import Calls
 from .captured import CapturedGradients
 from .dry_run import dry_run
@@ -62,6 +62,7 @@ class Preconditioner:
 
     Attributes:
         stats: `Stats` of the last backward, or None before the first.
+        batch_dim: the dimension of the samples in the model's inputs, or None where each call is for one sample.
         batch: of the call of the model under way, or None.
         aside: of the backward under way, what can be had in one way only.
         small: of the backward under way, small layers.
@@ -79,8 +80,9 @@ class Preconditioner:
         batch_norm: Literal["error", "contribution"],
         memory_budget: float | None = None,
         verify: bool = True,
+        batch_dim: int | None = 0,
     ) -> None:
-        self.model, self.batch_norm = model, batch_norm
+        self.model, self.batch_norm, self.batch_dim = model, batch_norm, batch_dim
         self.verifier = Verifier(self, verify)
         self.stats: Stats | None = None
         self._policy, self._inverse = policy, inverse
@@ -112,7 +114,7 @@ class Preconditioner:
         self._slots = {(owner, key) for tap in self._taps for owner, key, _ in tap.slots}
         for tap in self._taps:
             tap.module.forward = tap
-        for parameter in filter(lambda p: p.requires_grad, self._names):
+        for parameter in filter(lambda p: p.requires_grad and p.numel(), self._names):
             self.guard(parameter)
         _live.add(self)
 
@@ -266,10 +268,11 @@ class Preconditioner:
         """`call`, without verification."""
         tap, args, kwargs, arrays = call
         is_part = tap.module is not self.model
-        is_telling = arrays and (is_part or arrays[0].shape[0] == 1)
+        is_telling = arrays and (call.batch_size == 1 or is_part)
         if is_telling and not self.verifier.is_proving and _current_graph_task_id() == -1:
-            self._calls.note(tap.module, tap.name, arrays[0], is_part)
-        self.batch = Batch.among(arrays, self.model)
+            first = arrays[0][None] if self.batch_dim is None else arrays[0].movedim(self.batch_dim, 0)
+            self._calls.note(tap.module, tap.name, first, is_part)
+        self.batch = Batch.among(arrays, self.model, self.batch_dim, is_list(args, kwargs))
         try:
             output = tap.recorded(args, kwargs)
         finally:
@@ -287,7 +290,7 @@ class Preconditioner:
 
     def _admit_newcomer(self, module: nn.Module, key: str, newcomer: Tensor) -> None:
         """Of what was frozen, or took a captured parameter's place; ValueError for a place that nothing watches."""
-        if not isinstance(newcomer, nn.Parameter):  # of torch.func.functional_call
+        if not isinstance(newcomer, nn.Parameter) or newcomer.numel() == 0:  # the others are of functional_call
             return
         if (module, key) not in self._slots:
             raise ValueError(
@@ -300,7 +303,7 @@ class Preconditioner:
         raise ValueError(
             f"an output of the model, of shape {tuple(output.shape)}, comes from '{output.owner}' alone, which"
             " took its input as shared by all samples; if it was the batch merged with another dimension, keep"
-            " the two apart (B, T) or call rgd_ext.mark(module, batch_dim=0)"
+            f" the two apart, (B, T), or {AS_UNIT}"
         )
 
     def guard(self, parameter: nn.Parameter) -> None:
@@ -345,7 +348,8 @@ class Preconditioner:
             f"parameter '{name}' of shape {tuple(parameter.shape)} got gradient outside the forward of its module,"
             " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that"
             " module the parameter as its own, or capture the enclosing module as one unit with"
-            " rgd_ext.register_rule(type(enclosing), rgd_ext.unit); for a penalty on weights use weight_decay, or a"
+            " rgd_ext.register_rule(enclosing, rgd_ext.unit); if another method of its module uses it, call that from"
+            " forward, and the module in its place; for a penalty on weights use weight_decay, or a"
             " backward of its own under `with handle.paused():`"
         )
 
@@ -355,7 +359,7 @@ class Preconditioner:
         With the first record a backward begins.
         """
         if wanted is None:
-            raise RuntimeError(RETURNED_GRADIENT)
+            raise RuntimeError(RETURNED_GRADIENT if record.inside == -1 else _reentrant(record))
         names = record.parameters if all(wanted) else list(compress(record.parameters, wanted))
         if not names:
             return names
@@ -384,10 +388,7 @@ class Preconditioner:
                 f" {'after handle.remove()' if self._removed else 'under handle.paused()'}: put both on one side"
             )
         if record.inside != -1:
-            raise RuntimeError(
-                f"the forward of '{record.name}' ran inside a backward: re-entrant checkpointing hides when a backward"
-                " ends. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
+            raise RuntimeError(_reentrant(record))
 
     def keep(self, record: Record, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
         """Keep what a layer contributes to the parameters it was admitted with, or what its rule makes that of."""
@@ -498,6 +499,14 @@ def _refuse(handle: weakref.ref[Preconditioner], parameter: int, grad: Tensor | 
         capture.refuse_outside(capture.guards[parameter][0])
 
 
+def _reentrant(record: Record) -> str:
+    return (
+        f"the forward of '{record.name}' ran inside a backward, as in re-entrant checkpointing, which hides when a"
+        " backward ends. In the place of use_reentrant=True, or of a checkpoint function of your own, call"
+        " torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)"
+    )
+
+
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:
     size = next(iter(part.values())).batch_size
     return Dense(parameter.new_zeros(size, *parameter.shape))
@@ -537,13 +546,14 @@ def precondition(
     batch_norm: Literal["error", "contribution"] = "error",
     memory_budget: float | None = None,
     verify: bool = True,
+    batch_dim: int | None = 0,
 ) -> Preconditioner:
     """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
 
     At the end of each backward, `.grad` has (I - eps D) g added to it, eq. (10), where autograd would have added g; g_i
     is sample i's part of the gradient of the loss times the batch size, whatever the reduction of the loss. Samples lie
-    along dimension 0 of the model's first tensor argument. The model keeps its type, names and state_dict; copies and
-    pickles of it are ordinary models.
+    along dimension `batch_dim` of the model's first tensor argument. The model keeps its type, names and state_dict;
+    copies and pickles of it are ordinary models.
 
     Args:
         model: at least one trainable parameter; not captured already, nor any of its modules.
@@ -558,12 +568,16 @@ def precondition(
         verify: prove on the model's own batches, before the first direction of each kind of call, that every sample
             gets its own gradient; see `rgd_ext.verify`. The forward raises ValueError if not. False for a model whose
             forward has effects outside of the model, since it is called several times.
+        batch_dim: the dimension of the samples in the first tensor of the model's arguments: 1 for models that take
+            time first, (T, B, ...). Other tensors, and those inside of the model, have them there or along dimension 0.
+            None takes every call for one sample, whatever its arguments are: slow, exact, and the last remedy where
+            nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
 
     Returns:
         The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
 
     Raises:
-        TypeError: if `model` is not a module, `epsilon` not a policy, or `verify` not a bool.
+        TypeError: if `model` is not a module, `epsilon` not a policy, `verify` not a bool, or `batch_dim` no int.
         ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
             second capture, or batch normalisation in training mode.
 
@@ -585,7 +599,17 @@ def precondition(
     check_model(model, batch_norm)
     if not isinstance(verify, bool):
         raise TypeError(f"verify is {verify!r}: pass True or False")
-    return Preconditioner(model, policy, inverse, batch_norm, budget, verify)
+    return Preconditioner(model, policy, inverse, batch_norm, budget, verify, _checked_dim(batch_dim))
+
+
+def _checked_dim(batch_dim: int | None) -> int | None:
+    if batch_dim is None:
+        return None
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool):
+        raise TypeError(f"batch_dim is {batch_dim!r}: pass the dimension of the samples, an int, or None")
+    if batch_dim < 0:
+        raise ValueError(f"batch_dim is {batch_dim}: count dimensions from the front, from 0")
+    return batch_dim
 
 
 def _checked_budget(memory_budget: float | None) -> float | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..batch_norm import batch_norms
 from ..reference import accumulate_dtype
 from .alone import Alone, alone_in
+from .batch import ONE_AT_A_TIME
 from .captured import CapturedGradients
 from .factors import Factor
 from .findings import (
@@ -35,6 +36,12 @@ from .precision import full_precision
 from .refutation import Refutation
 from .runs import Runs, cotangent
 from .sketch import Difference, fitted, largest_difference, norm, sketch
+
+# Of outputs that are neither losses nor of each sample.
+_JOINED = (
+    "its outputs have no part for each sample. If the arguments hold several samples in one tensor, as graphs that are"
+    f" joined, {ONE_AT_A_TIME}"
+)
 
 
 class Proof:
@@ -71,6 +78,8 @@ class Proof:
                 if rest:
                     differences += self._compared(*self._forwards(), rest, False)
         else:
+            if alones and any(batch[n].ndim > 1 for n in rest):
+                self._notes.append(_JOINED)
             differences = self._compared(batch, alones, rest, False)
         worst = max(differences, key=attrgetter("error"))
         return Verification(

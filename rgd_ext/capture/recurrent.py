@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from .batch import AS_UNIT, ONE_AT_A_TIME, Batch
 from .rules import outer
 from .shared import Shared
 from .taps import Tap
+
+# Of the layers that are unrolled.
+FORWARDS = {cls.forward for cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
 
 
 class Recurrent(Tap):
@@ -19,15 +24,20 @@ class Recurrent(Tap):
     """
 
     def record(self, batch, parameters, args, kwargs):
+        if batch.at is None and parameters:
+            return self._for_one(parameters, self.unrolled, args, kwargs)
         x, state = self._arguments(*args, **kwargs)
         module = self.module
         is_cell = isinstance(module, nn.RNNCellBase)
         dim = 0 if is_cell or module.batch_first else 1
+        if not parameters and isinstance(x, Tensor) and x.ndim == (1 if is_cell else 2):
+            return self._of_one_sequence(x, state, dim)
         if not isinstance(x, Tensor) or isinstance(x, Shared) or x.ndim != (2 if is_cell else 3):
             raise TypeError(
                 f"module '{self.name}' got {_description(x)}: the capture unrolls {type(module).__name__} over a batch"
-                f" of {'vectors (B, n)' if is_cell else 'padded sequences'}; pack_padded_sequence and unbatched inputs"
-                " are not supported"
+                f" of {'vectors (B, n)' if is_cell else 'padded sequences, (B, T, n) or (T, B, n)'}. Pass these instead"
+                f" of pack_padded_sequence, and x[None] for one alone; where it is called for each sample, {AS_UNIT};"
+                f" or {ONE_AT_A_TIME}"
             )
         state = self._given(state, batch.size_of(x, dim, self.name), 0 if is_cell else 1)
         if is_cell:
@@ -36,6 +46,19 @@ class Recurrent(Tap):
             return state if _kind(module) == "LSTM" else state[0]
         output, state = self._layers(parameters, x.movedim(dim, 0), state)
         return output.movedim(0, dim), state if _kind(module) == "LSTM" else state[0]
+
+    def unrolled(self, *args, **kwargs):
+        """The forward, with whatever is in the places of the parameters, for samples in any number."""
+        return self.record(Batch(None), {}, args, kwargs)
+
+    def _of_one_sequence(self, x: Tensor, state, dim: int):
+        """(T, n), or the vector (n,) of a cell, and states to match, without a batch."""
+        at = 0 if isinstance(self.module, nn.RNNCellBase) else 1
+        state = pytree.tree_map_only(Tensor, lambda s: s.unsqueeze(at), state)
+        result = self.record(Batch(None), {}, (x.unsqueeze(dim), state), {})
+        if at == 0:
+            return pytree.tree_map(lambda s: s.squeeze(0), result)
+        return result[0].squeeze(dim), pytree.tree_map(lambda s: s.squeeze(1), result[1])
 
     @staticmethod
     def _arguments(input: Tensor, hx=None):  # noqa: A002
@@ -109,8 +132,9 @@ class Recurrent(Tap):
     def _product(self, parameters, x: Tensor, which: str, suffix: str) -> Tensor:
         """x W^T + b with the parameters watched."""
         weight, bias = f"weight_{which}{suffix}", f"bias_{which}{suffix}"
-        values = [None if p is None else p.detach() for p in map(self.module._parameters.get, (weight, bias))]
-        product = F.linear(x, *values)
+        values = {name: self.module._parameters.get(name) for name in (weight, bias)}
+        values |= {name: parameter.detach() for name, parameter in parameters.items() if name in values}
+        product = F.linear(x, *values.values())
         watched = {name: parameters[name] for name in (weight, bias) if name in parameters}
         if not watched:
             return product

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .alone import Alone
+from .batch import LISTED, ONE_AT_A_TIME
 from .findings import TOLERANCE, Unprovable, WrongGradients
 from .precision import LowestPrecision
 from .runs import Runs, cotangent
 from .sketch import Difference, largest_difference, norm, sketch
 
 _REMEDIES = (
-    "Capture the module whose forward does this as one unit, with rgd_ext.register_rule(type(module), rgd_ext.unit)"
+    "Capture the module whose forward does this as one unit, with rgd_ext.register_rule(module, rgd_ext.unit)"
     " before the capture; or give values that all samples share a leading dimension of 1, and name layers"
     " that take them with rgd_ext.mark(layer, batch_dim=None), those that take samples along another dimension with"
     " rgd_ext.mark(layer, batch_dim=...)"
@@ -47,8 +48,9 @@ class Refutation:
         """A parameter has a gradient, but no contributions."""
         return self._error(
             f"{self._parameter(index)} gets no per-sample gradient (a relative error of 1), but the outputs depend on"
-            " it in a way that the capture does not see: through an autograd.Function, for example (as part of a unit"
-            f" it needs setup_context and generate_vmap_rule), or a value kept from another call. {_REMEDIES}",
+            " it in a way that the capture does not see: through an autograd.Function, for example (part of a unit,"
+            " it is fast with setup_context and generate_vmap_rule only), or a value kept from another call."
+            f" {_REMEDIES}",
             1.0,
         )
 
@@ -85,10 +87,11 @@ class Refutation:
     def _cause(self) -> str:
         difference = max(alone.difference for alone in self._alones)
         if difference > self._tolerance:
+            last = LISTED if self._runs.is_listed else f"If a call is of one sample, as of one graph, {ONE_AT_A_TIME}"
             return (
                 f"the forward mixes samples, since the outputs for one change by {difference:.2g} without the others."
                 " Keep sums, statistics, shuffles and attention within each sample (for batch normalisation see"
-                " rgd_ext.convert_batch_norm)"
+                f" rgd_ext.convert_batch_norm). {last}"
             )
         return (
             "the capture credits samples with what belongs to others, since the forward reorders them, or a dimension"

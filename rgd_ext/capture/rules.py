@@ -24,10 +24,14 @@ Rule: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], Tensor], dict[str, Te
 
 @dataclass(frozen=True)
 class Registered:
-    """A rule and the least number of dimensions one sample of the module's input has."""
+    """A rule and the least number of dimensions one sample of the module's input has.
+
+    `at` is the dimension of the samples, where the layer's own definition says.
+    """
 
     rule: Rule
     sample_ndim: int | Callable[[nn.Module], int] = 0
+    at: int | None = None
 
     def minimum(self, module: nn.Module) -> int:
         """Dimensions of one sample of the input of `module`."""
@@ -35,6 +39,8 @@ class Registered:
 
 
 _registry: dict[type[nn.Module], Registered] = {}
+# Of modules that are units by themselves.
+_UNIT = "_rgd_ext_unit"
 
 
 def unit(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:
@@ -46,12 +52,13 @@ def unit(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> 
     raise RuntimeError("rgd_ext.unit is a marker for register_rule; it is not called")
 
 
-def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
+def register_rule(module_type: type[nn.Module] | nn.Module, rule: Rule) -> None:
     """Teach the capture a layer.
 
     Args:
         module_type: the rule serves modules of this type, and of subclasses that don't override `forward`. The module
-            is captured with all it contains; models captured before are not affected.
+            is captured with all it contains; models captured before are not affected. With `rgd_ext.unit`, a module
+            stands for itself and its copies.
         rule: called in the backward as `rule(module, inputs, output_grad)`, where `inputs` are the tensors the module
             was called with and `output_grad` is the gradient of its (only) output, batch first. Returns a dict from
             the name of every trainable parameter to its per-sample contributions, a (B, *param.shape) tensor:
@@ -59,7 +66,8 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
             `rgd_ext.unit`: the module is run under `torch.func.vmap`, with nothing to derive by hand.
 
     Raises:
-        TypeError: if `module_type` is not a module type or `rule` is not callable.
+        TypeError: if `module_type` is not a module type, or a module for another rule than `rgd_ext.unit`; or if
+            `rule` is not callable.
 
     Example:
         >>> class Scale(torch.nn.Module):
@@ -71,8 +79,13 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
         ...         return x * self.gain
         >>> rgd_ext.register_rule(Scale, lambda module, inputs, output_grad: {"gain": inputs[0] * output_grad})
     """
+    if isinstance(module_type, nn.Module) and rule is unit:
+        setattr(module_type, _UNIT, True)
+        return
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(f"module_type is {module_type!r}: pass a subclass of torch.nn.Module")
+        raise TypeError(
+            f"module_type is {module_type!r}: pass a subclass of torch.nn.Module, or a module with rgd_ext.unit"
+        )
     if not callable(rule):
         raise TypeError(f"rule is {rule!r}: pass a callable (module, inputs, output_grad) -> dict, or rgd_ext.unit")
     _registry[module_type] = Registered(rule)
@@ -80,6 +93,8 @@ def register_rule(module_type: type[nn.Module], rule: Rule) -> None:
 
 def rule_for(module: nn.Module) -> Registered | None:
     """The rule that serves `module`, or None: a subclass with its own `forward` computes something else."""
+    if _UNIT in module.__dict__:
+        return Registered(unit)
     for ancestor in type(module).__mro__:
         if ancestor in _registry:
             return _registry[ancestor] if type(module).forward is ancestor.forward else None
@@ -239,11 +254,11 @@ _registry |= {
     nn.ConvTranspose3d: Registered(transposed_convolution, 4),
     nn.LayerNorm: Registered(layer_norm, lambda module: len(module.normalized_shape)),
     nn.RMSNorm: Registered(rms_norm, lambda module: len(module.normalized_shape)),
-    nn.GroupNorm: Registered(group_norm, 1),
+    nn.GroupNorm: Registered(group_norm, 1, at=0),
     nn.InstanceNorm1d: Registered(instance_norm, 2),
     nn.InstanceNorm2d: Registered(instance_norm, 3),
     nn.InstanceNorm3d: Registered(instance_norm, 4),
-    nn.BatchNorm1d: Registered(batch_norm, 1),
+    nn.BatchNorm1d: Registered(batch_norm, 1, at=0),
     nn.BatchNorm2d: Registered(batch_norm, 3),
     nn.BatchNorm3d: Registered(batch_norm, 4),
 }

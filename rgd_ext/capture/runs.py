@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .alone import Reading, readings
-from .batch import arrays_in, modules_in, tensors_in
+from .batch import arrays_in, batch_size, is_list, modules_in, tensors_in
 from .copies import detached_copy, with_tensors
 from .equal_draws import EqualDraws
 from .factors import Factor
@@ -63,7 +63,7 @@ class Call(NamedTuple):
     Attributes:
         tap: of the module.
         args, kwargs: the arguments.
-        arrays: the tensors with dimensions among them; the first holds the samples along dimension 0.
+        arrays: the tensors with dimensions among them; the first holds the samples.
     """
 
     tap: Tap
@@ -75,6 +75,11 @@ class Call(NamedTuple):
     def of(cls, tap: Tap, args: tuple, kwargs: dict) -> Call:
         """With the arrays in `args` and `kwargs`."""
         return cls(tap, args, kwargs, arrays_in(args, kwargs))
+
+    @property
+    def batch_size(self) -> int | None:
+        """The number of samples, or None where no tensor comes in."""
+        return batch_size(self.arrays, self.tap.capture.batch_dim)
 
 
 class Runs:
@@ -90,6 +95,7 @@ class Runs:
         module, name: of the tap that is called.
         parameters: the trainable ones of the module, and their names in the model.
         batch_size: B, or None where no tensor comes in.
+        is_listed: whether the first tensor is one of a list.
         leaves_hooks_out: whether there are hooks that don't run.
         reached: by parameters, whether autograd's last gradient of outputs reached them.
     """
@@ -103,7 +109,7 @@ class Runs:
             if p.requires_grad and isinstance(p, nn.Parameter)  # others are of torch.func.functional_call
         }
         generators = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if is_generator(x)]
-        self.batch_size = arrays[0].shape[0] if arrays else None
+        self.batch_size, self.is_listed = call.batch_size, is_list(call.args, call.kwargs)
         self._state = ModelState(capture.model, self.module)
         self.leaves_hooks_out = not hooks and (
             self._state.has_hooks() or any(getattr(module, name) for name in _GLOBAL_HOOKS)
@@ -286,7 +292,7 @@ class Runs:
 
     def readings(self, batch_size: int) -> list[Reading]:
         """Ways to take samples out of the arguments."""
-        return list(readings(self._args, self._kwargs, batch_size))
+        return list(readings(self._args, self._kwargs, batch_size, self._capture.batch_dim))
 
 
 def cotangent(output: Tensor, number: int) -> Tensor:

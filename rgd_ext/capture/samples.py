@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,10 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+
+
+class Unequal(ValueError):  # noqa: N818
+    """Samples differ in what they must have in common."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,3 +106,37 @@ def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) 
     with each_of(len(mapped.samples), randomness) as samples:
         args, kwargs = samples.arguments(args, kwargs)
         return samples.results(function(*args, **kwargs))
+
+
+def loop_samples(function: Callable, args: tuple, kwargs: dict) -> object:
+    """What `map_samples` gives, by a call of `function` for each sample.
+
+    Raises:
+        Unequal: if the results of samples have other shapes than those of the first.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Mapped)]
+    # Each sample gets memory of its own: the function may change it in place.
+    columns = [[x.clone() for x in _each(leaves[slot].samples)] for slot in slots]
+    outputs = []
+    for row in zip(*columns, strict=True):
+        for slot, sample in zip(slots, row, strict=True):
+            leaves[slot] = sample
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        results, structure = pytree.tree_flatten(function(*args, **kwargs))
+        outputs.append([value for value in results if isinstance(value, Tensor)])
+        _check_shapes(outputs[0], outputs[-1])
+    joined = map(torch.stack, zip(*outputs, strict=True))
+    return pytree.tree_unflatten([next(joined) if isinstance(x, Tensor) else x for x in results], structure)
+
+
+def _each(samples: Tensor) -> Iterable[Tensor]:
+    return samples.unbind() if samples.layout == torch.strided else samples
+
+
+def _check_shapes(first: list[Tensor], other: list[Tensor]) -> None:
+    if [x.shape for x in first] != [x.shape for x in other]:
+        raise Unequal(
+            f"it gives outputs of shapes {[tuple(x.shape) for x in first]} for one sample and"
+            f" {[tuple(x.shape) for x in other]} for another"
+        )

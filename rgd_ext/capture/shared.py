@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batch import Batch
+from .batch import ONE_AT_A_TIME, Batch
 from .products import product_of
 from .samples import Mapped, map_samples
 from .values import Leaf, Use, Value, leaf_of
@@ -99,17 +99,21 @@ def _compute(func: Callable, args: tuple, kwargs: dict) -> object:
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     shared = [t for t in tensors if isinstance(t, Shared)]
     first = shared[0]
-    batch = [t for t in tensors if not isinstance(t, Shared) and _belongs_to_batch(t, shared)]
-    if batch and func.__name__ == "batch_norm" and kwargs.get("training", True):
-        raise ValueError(_refusal(first, "scales a batch normalisation in training mode, which couples the samples"))
-    is_expanded = func.__name__ in _EXPANDING and args[0] is first
-    sizes = _sizes_of_a_sample(first, args, kwargs) if is_expanded else None
-    if not batch and sizes is None:
+    dims = {id(t): _batch_dim(t, shared) for t in tensors if not isinstance(t, Shared)}
+    dim = max((d for d in dims.values() if d is not None), default=None)
+    if dim is not None and func.__name__ == "batch_norm" and kwargs.get("training", True):
+        raise ValueError(
+            f"'{first.owner}' of shape {tuple(first.shape)} scales a batch normalisation in training mode, which"
+            " couples the samples: use running statistics, or multiply the output of an nn.BatchNorm layer with"
+            " affine=False, under batch_norm='contribution'"
+        )
+    if func.__name__ in _EXPANDING and args[0] is first:
+        args, kwargs, dim = _for_one_sample(first, args, kwargs)
+    if dim is None:
         return _once(first, func, args, kwargs)
-    args, kwargs = (args, kwargs) if sizes is None else ((first, sizes), {})
     try:
-        met = _met(func, args, kwargs, batch)
-        return _of_copies(first, func, args, kwargs, batch) if met is None else met
+        met = _met(func, args, kwargs, dims) if dim == 0 else None
+        return _of_copies(first, func, args, kwargs, dims, dim) if met is None else met
     except RuntimeError as error:
         raise ValueError(_refusal(first, f"goes through {func.__name__} ({error})")) from error
 
@@ -129,8 +133,8 @@ def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
     return pytree.tree_map_only(Tensor, shared, func(*args, **kwargs))
 
 
-def _met(func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> Tensor | None:
-    """The product of samples with a shared value; None for other functions."""
+def _met(func: Callable, args: tuple, kwargs: dict, dims: dict[int, int | None]) -> Tensor | None:
+    """The product of samples, along dimension 0, with a shared value; None for other functions."""
     shared: dict[int, Shared] = {}
 
     def value_of(x: object) -> Value | None:
@@ -141,7 +145,7 @@ def _met(func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> Tens
         return value
 
     product = product_of(func, args, kwargs, value_of)
-    if product is None or not any(product.x is x for x in batch) or not product.form.has_samples_in_front():
+    if product is None or dims.get(id(product.x)) != 0 or not product.form.has_samples_in_front():
         return None
     output = product.watched(product.output(), product.x, product.form)
     if product.rest is None:
@@ -150,50 +154,57 @@ def _met(func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> Tens
     return output + Shared(product.rest, owner.owner, owner.batch)
 
 
-def _of_copies(first: Shared, func: Callable, args: tuple, kwargs: dict, batch: list[Tensor]) -> object:
-    """`func` of each sample and its copies of shared values."""
+def _of_copies(
+    first: Shared, func: Callable, args: tuple, kwargs: dict, dims: dict[int, int | None], dim: int
+) -> object:
+    """`func` of each sample, which are along `dims` of tensors by their ids, and its copies of shared values."""
 
     def mapped(leaf: object) -> object:
         if isinstance(leaf, Shared):
-            return Mapped(leaf.value.copies)
-        return Mapped.batches_of_one(leaf, 0) if any(leaf is x for x in batch) else leaf
+            return Mapped(leaf.copies)
+        found = dims.get(id(leaf))
+        return leaf if found is None else Mapped.batches_of_one(leaf, found)
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
     results = map_samples(func, args, kwargs, "different")
-    return pytree.tree_map_only(Tensor, partial(_joined, func, first), results)
+    return pytree.tree_map_only(Tensor, partial(_joined, func, first, dim), results)
 
 
-def _belongs_to_batch(x: Tensor, shared: list[Shared]) -> bool:
+def _batch_dim(x: Tensor, shared: list[Shared]) -> int | None:
+    """The dimension of the samples in `x`, or None where it belongs to all of them."""
     batch = shared[0].batch
-    if x.ndim == 0 or x.shape[0] != batch.size or batch.is_constant(x):
+    dim = None if batch.is_constant(x) else batch.place(x)
+    if dim is None:
         if x.requires_grad:
             raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}"))
-        return False
-    like_shared = any(s.ndim >= x.ndim and s.shape[0] == batch.size for s in shared)
+        return None
+    like_shared = any(s.ndim >= x.ndim and s.shape[dim] == batch.size for s in shared)
     if not batch.is_input(x) and (like_shared or batch.is_square(x)):
         raise ValueError(_refusal(shared[0], f"meets a tensor of shape {tuple(x.shape)}, batch or not"))
-    return True
+    return dim
 
 
-def _sizes_of_a_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
-    """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample; None for others."""
+def _for_one_sample(shared: Shared, args: tuple, kwargs: dict) -> tuple[tuple, dict, int | None]:
+    """Sizes that name the batch, as in `token.expand(B, -1, -1)`, rewritten for one sample, and their dimension."""
     sizes = args[1:] or tuple(kwargs.values())
     sizes = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-    names_batch = sizes[0] == shared.batch.size and (
-        len(sizes) > shared.ndim or (len(sizes) == shared.ndim and shared.shape[0] == 1)
-    )
-    return (1, *sizes[1:]) if names_batch else None
+    shape = (1,) * (len(sizes) - shared.ndim) + shared.shape
+    for dim in (shared.batch.at, 0):
+        if len(sizes) == len(shape) > dim and sizes[dim] == shared.batch.size and shape[dim] == 1:
+            return (shared, (*sizes[:dim], 1, *sizes[dim + 1 :])), {}, dim
+    return args, kwargs, None
 
 
-def _joined(func: Callable, shared: Shared, result: Tensor) -> Tensor:
-    if result.ndim < 2 or result.shape[1] != 1:
+def _joined(func: Callable, shared: Shared, dim: int, result: Tensor) -> Tensor:
+    if result.ndim < dim + 2 or result.shape[dim + 1] != 1:
         raise ValueError(_refusal(shared, f"goes through {func.__name__}, which mixes samples or merges dimensions"))
-    return result.squeeze(1)
+    return result.squeeze(dim + 1).movedim(0, dim)
 
 
 def _refusal(shared: Shared, where: str) -> str:
     return (
-        f"'{shared.owner}' of shape {tuple(shared.shape)}, which all {shared.batch.size} samples share, {where}: its"
-        " gradient cannot be told apart by sample. Capture the module that uses it as one unit with"
-        " rgd_ext.register_rule(type(module), rgd_ext.unit), or give the shared value a leading dimension of 1"
+        f"'{shared.owner}' of shape {tuple(shared.shape)}, which is taken for the same in all"
+        f" {shared.batch.size} samples, {where}: its gradient cannot be told apart by sample. Capture the module that"
+        " uses it as one unit with rgd_ext.register_rule(module, rgd_ext.unit), or give the shared value a leading"
+        f" dimension of 1; as a last remedy, {ONE_AT_A_TIME}"
     )

@@ -48,6 +48,18 @@ def join(factors: list[Factor]) -> Factor:
     return Dense(torch.cat([f.dense() for f in factors]))
 
 
+def merge(contributions: Tensor | Factor) -> Tensor | Factor:
+    """The contributions of all samples as those of one."""
+    if type(contributions) is Outer:
+        inputs, output_grads = contributions.inputs, contributions.output_grads
+        return Outer(inputs.flatten(0, 1)[None], output_grads.flatten(0, 1)[None], contributions.shape)
+    if isinstance(contributions, Rows):
+        indices, output_grads = contributions.indices, contributions.output_grads
+        return Rows(indices.flatten()[None], output_grads.flatten(0, 1)[None], contributions.shape)
+    rows = contributions if isinstance(contributions, Tensor) else contributions.dense()
+    return rows.sum(0, keepdim=True)
+
+
 def _stacked(sequences: list[Tensor]) -> Tensor:
     """(B_k, T_k, ...) one below the other, filled up with zeros to the longest T_k."""
     length = max(x.shape[1] for x in sequences)

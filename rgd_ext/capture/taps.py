@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from .._binary import _C
 from ..batch_norm import batch_norms, check_frozen
-from .batch import Batch, tensors_in
+from .batch import NESTED, Batch, arrays_in, mark_of, tensors_in
 from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
 from .rules import KINDS, Registered
 from .shared import Shared, share
+from .sums import merge
 from .wrappers import check_not_sharded
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Tap(Released):
     """
 
     batch_norms: Mapping[str, nn.Module] = MappingProxyType({})
+    # The dimension of the samples in its inputs, where that is another than in the model's.
+    at: int | None = None
     # (tap, args, Record) -> the watched output, or None where the case is not the usual one.
     run_usual: Callable | None = None
 
@@ -89,6 +92,10 @@ class Tap(Released):
             return capture.call(self, args, kwargs)
         return self.recorded(args, kwargs)
 
+    def take_time_first(self) -> None:
+        """From now on inputs are (T, B, ...), whatever those of the model are."""
+        self.at, self.run_usual = 1, None
+
     def check_batch_norm(self) -> None:
         """Raise ValueError if the module would couple the samples."""
 
@@ -104,6 +111,22 @@ class Tap(Released):
     def record(self, batch: Batch, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict):
         """The forward, with `parameters` watched."""
         return self.original(*args, **kwargs)
+
+    def sized(self, batch: Batch, args: tuple, kwargs: dict) -> Batch:
+        """`batch`, or that in the arguments of the module where those of the model do not tell its size.
+
+        Raises:
+            ValueError: if the module is marked as shared by all samples, so that its arguments do not either.
+        """
+        if batch.size is not None:
+            return batch
+        at = mark_of(self.module, batch.at)
+        if at is None:
+            raise ValueError(
+                f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
+                " captured model itself, with the batch as its first tensor"
+            )
+        return Batch.among(arrays_in(args, kwargs), batch.model, at)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         parameters, guards = {}, self.capture.guards
@@ -151,6 +174,15 @@ class Tap(Released):
     ) -> Record:
         return Record(self.capture, self.name, parameters, batch_size, rule, kind)
 
+    def _for_one(self, parameters: dict[str, nn.Parameter], forward: Callable, args: tuple, kwargs: dict):
+        """`forward` in a call for one sample, with its copy of the parameters."""
+        # In memory of their own: a view of the parameters could not be changed in place.
+        copies = {name: copy[0].clone() for name, copy in self._spread(parameters, 1).items()}
+        with self._replaced(copies):
+            output = forward(*args, **kwargs)
+        keep_changes(parameters, copies)
+        return output
+
     def _watch(
         self,
         parameters: dict[str, nn.Parameter],
@@ -172,15 +204,14 @@ class Container(Tap):
     """A module with parameters of its own and children with theirs: its own are shared by the samples."""
 
     def record(self, batch, parameters, args, kwargs):
-        size = batch.size or Batch.of(args, kwargs).size
-        if size is None:
+        batch = self.sized(batch, args, kwargs)
+        if batch.size is None:
             raise ValueError(
                 f"module '{self.name}' uses its own parameters but was called without a tensor, so the batch size is"
                 " unknown; call the captured model itself, with the batch as its first tensor"
             )
-        spread = self._spread(parameters, size)
-        batch = Batch(size, batch.inputs, batch.model)
-        use = partial(self._use, size)
+        spread = self._spread(parameters, batch.size)
+        use = partial(self._use, batch.size)
         shared = {
             name: share(copies, f"{self.name}.{name}", batch, parameters[name], use) for name, copies in spread.items()
         }
@@ -193,12 +224,12 @@ class Layer(Tap):
 
     def __init__(self, capture, module, name, slots, registered: Registered) -> None:
         super().__init__(capture, module, name, slots)
-        self.sample_ndim = registered.minimum(module)
+        self.sample_ndim, self.at = registered.minimum(module), registered.at
         self._bound_rule = partial(registered.rule, module)
         is_plain = {name for *_, name in slots} <= {"weight", "bias"}
         self._kind = KINDS.get(id(registered.rule)) if is_plain else None
         self.batch_norms = batch_norms(module, name)
-        if _C is not None and not self.batch_norms:
+        if _C is not None and not self.batch_norms and capture.batch_dim == 0:
             self.run_usual = _C.run_layer
 
     def check_batch_norm(self):
@@ -213,22 +244,29 @@ class Layer(Tap):
                 raise ValueError(f"module '{self.name}' was called without a tensor: its rule has nothing to work on")
             if any(isinstance(x, Shared) for x in inputs):
                 return self._of_shared(parameters, inputs, args, kwargs)
+        if any(x.is_nested for x in inputs):
+            raise TypeError(f"module '{self.name}' got {NESTED}")
         if any(x.layout != torch.strided for x in inputs):
             inputs = tuple(x.to_dense() for x in inputs)  # rules know strides only
+        if batch.at is None:
+            return self._rows_of_one(parameters, inputs, args, kwargs)
         first = inputs[0]
-        dim = batch.dim(first, self.module, self.name, self.sample_ndim)
+        dim = batch.dim(first, self.module, self.name, self.sample_ndim, at=self.at)
         output = self._output(parameters, args, kwargs)
-        if dim is None and batch.size is None:
-            raise ValueError(
-                f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
-                " captured model itself, with the batch as its first tensor"
-            )
         if dim is None:
+            self.sized(batch, args, kwargs)  # or there is an error
             return self._for_all(parameters, batch, inputs, output)
         size, rule = batch.size_of(first, dim, self.name), self._rule_as_of_now()
         if dim == 0:
             return self._watch(parameters, size, rule, output, inputs, self._kind)
         return self._watch(parameters, size, partial(_moved, rule, dim), output, inputs)
+
+    def _rows_of_one(self, parameters, inputs, args, kwargs) -> Tensor:
+        """A call for one sample, whatever its rows are."""
+        output = self._output(parameters, args, kwargs)
+        if inputs[0].numel() == 0:  # an expert that nothing chose
+            return output
+        return self._watch(parameters, 1, partial(_merged, self._rule_as_of_now(), self.sample_ndim), output, inputs)
 
     def _in_order(self, args: tuple, kwargs: dict) -> list[object]:
         """All arguments, as the forward declares them."""
@@ -250,7 +288,7 @@ class Layer(Tap):
         if len(inputs) > 1 or kwargs:
             raise ValueError(
                 f"module '{self.name}' got a value shared by all samples among several inputs; capture the enclosing"
-                " module as one unit with rgd_ext.register_rule(type(enclosing), rgd_ext.unit)"
+                " module as one unit with rgd_ext.register_rule(enclosing, rgd_ext.unit)"
             )
         first = inputs[0]
         squeezed = first.ndim > self.sample_ndim and first.shape[0] == 1
@@ -283,6 +321,21 @@ class Layer(Tap):
         module = copy.copy(self.module)
         module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         return partial(self._bound_rule.func, module)
+
+
+@torch.no_grad()
+def keep_changes(parameters: Mapping[str, nn.Parameter], copies: Mapping[str, Tensor]) -> None:
+    """Give parameters the values that a forward gave their copies in place."""
+    for name, copy_ in copies.items():
+        if copy_._version:
+            parameters[name].copy_(copy_)
+
+
+def _merged(rule: BoundRule, sample_ndim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
+    """What all rows of `inputs` contribute, or `inputs` itself if it is one row, as that of one sample."""
+    if inputs[0].ndim <= sample_ndim:
+        inputs, grad = tuple(x[None] for x in inputs), grad[None]
+    return {name: merge(rows) for name, rows in rule(inputs, grad).items()}
 
 
 def _moved(rule: BoundRule, dim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -164,11 +164,11 @@ class Verifier:
     def _new_kind(self, call: Call) -> _Kind | None:
         """The kind of a call, if that is to be verified."""
         tap, arrays = call.tap, call.arrays
-        mode, values = self._mode(call)
+        size, (mode, values) = call.batch_size, self._mode(call)
         exact = *mode, *values, *[x.shape for x in arrays]
         if exact in self._settled or not _is_possible(arrays, self._capture.model):
             return None
-        kind = _Kind((*mode, *_equal_sizes(arrays)), (*mode, arrays[0].shape[0] if arrays else None), (*mode, *values))
+        kind = _Kind((*mode, *_equal_sizes(arrays, size)), (*mode, size), (*mode, *values))
         sizes, numbers = self._numbers.setdefault(tap, (set(), set()))
         is_new = kind.pattern not in self._patterns
         is_new |= kind.size not in sizes and len(sizes) < SIZES
@@ -288,9 +288,8 @@ class Verifier:
         )
 
 
-def _equal_sizes(arrays: Sequence[Tensor]) -> list[tuple[bool, ...]]:
+def _equal_sizes(arrays: Sequence[Tensor], size: int | None) -> list[tuple[bool, ...]]:
     """Which dimensions are as large as the batch."""
-    size = arrays[0].shape[0] if arrays else None
     return [tuple(n == size for n in x.shape) for x in arrays]
 
 

@@ -13,7 +13,7 @@ from .runs import Call
 from .taps import Tap
 
 
-def verify(model: nn.Module, *args, **kwargs) -> Verification:
+def verify(model: nn.Module, *args, batch_dim: int | None = 0, **kwargs) -> Verification:
     """Prove on a batch that the capture gives every sample its own gradient. Needs no loss and leaves no trace.
 
     With random cotangents v of the outputs, the samples' contributions must add up to autograd's gradient of <v, out>
@@ -24,7 +24,8 @@ def verify(model: nn.Module, *args, **kwargs) -> Verification:
     Args:
         model: captured or not; or a part of a captured model. One that is not captured is captured for this call, with
             `precondition`'s defaults.
-        args, kwargs: a batch as the model takes it: samples along dimension 0 of the first tensor, (B, ...).
+        args, kwargs: a batch as the model takes it: samples along dimension `batch_dim` of the first tensor.
+        batch_dim: of `precondition`; a model that is captured already has it from there.
 
     Returns:
         What was compared, and the largest error; printed, a line.
@@ -44,8 +45,13 @@ def verify(model: nn.Module, *args, **kwargs) -> Verification:
     """
     existing = handle_of(model)
     if existing is not None:
+        if batch_dim not in (0, existing[0].batch_dim):
+            raise ValueError(
+                f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing[0].batch_dim}: leave it"
+                " out, or capture the model again with the other"
+            )
         return _verification(*existing, args, kwargs)
-    with precondition(model, verify=False) as handle:
+    with precondition(model, verify=False, batch_dim=batch_dim) as handle:
         return _verification(handle, handle.tap_of(model), args, kwargs)
 
 
