@@ -5,7 +5,7 @@ from importlib.metadata import version
 from . import geometry, ops
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
-from .capture import Preconditioner, Verification, mark, precondition, register_rule, unit, verify
+from .capture import Preconditioner, Verification, handle_of, mark, precondition, register_rule, unit, verify
 from .diffusion import DiffusionMatrix
 from .gradients import PerSampleGradients
 from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
@@ -29,6 +29,7 @@ __all__ = [
     "convert_batch_norm",
     "direction",
     "geometry",
+    "handle_of",
     "mark",
     "ops",
     "precondition",

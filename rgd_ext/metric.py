@@ -25,7 +25,8 @@ Inverse: TypeAlias = Literal["weak-field", "exact"]
 class Stats:
     """What the diffusion metric knows of one batch. Tensors stay on the device; reading a number synchronises.
 
-    With g_i the per-sample gradients, g their mean and D their covariance:
+    With g_i the per-sample gradients, g their mean and D their covariance. All are those of the loss whose backward was
+    called: if that was multiplied by S, as by a `torch.amp.GradScaler`, g by S, D by S^2, and epsilon by 1 / S^2.
 
     Attributes:
         batch_size: B.
@@ -118,21 +119,40 @@ class Stats:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A constant epsilon; the caller answers for eq. (6), and for the scale of the loss it was chosen at.
+    """A constant epsilon; the caller answers for eq. (6), and for the loss it was chosen for.
+
+    Args:
+        value: epsilon, of the loss before it is scaled.
+        loss_scale: what the loss is multiplied by before its backward, or a function that returns it:
+            `loss_scale=scaler.get_scale` with a `torch.amp.GradScaler`. D grows with its square, so the epsilon of the
+            scaled loss, which is in `Stats`, is value / loss_scale^2.
 
     Raises:
-        ValueError: if `value` is not finite.
+        ValueError: if `value` is not finite, or `loss_scale` not positive.
+        TypeError: if `value` is no number.
     """
 
     value: float
+    loss_scale: float | Callable[[], float] = 1.0
     needs_gram = False
 
     def __post_init__(self) -> None:
         _check_finite("Fixed", "value", self.value)
+        if not callable(self.loss_scale):
+            self._check_scale(self.loss_scale)
+
+    def _check_scale(self, scale: float) -> None:
+        _check_finite("Fixed", "loss_scale", scale)
+        if scale <= 0:
+            raise ValueError(f"Fixed(loss_scale={scale}): pass a positive number, or a function that returns one")
 
     def __call__(self, stats: Stats) -> float:
-        """The value."""
-        return self.value
+        """value / loss_scale^2."""
+        if not callable(self.loss_scale):
+            return self.value / self.loss_scale**2
+        scale = self.loss_scale()
+        self._check_scale(scale)
+        return self.value / scale**2
 
 
 @dataclass(frozen=True)
@@ -309,11 +329,26 @@ class LargestEigenvalue:
         if self.is_due:
             share = stats.largest_eigenvalue / stats.trace
             # After D = 0, or gradients that overflowed: as before, and at first the most it can be.
-            known = torch.ones_like(share) if self._share is None else self._share
+            known = torch.ones_like(share) if self._share is None else self._share.to(share)
             self._share = torch.where(share.isfinite(), share, known)
         else:
             stats.largest_eigenvalue = self._share.to(stats.trace) * stats.trace
         self._batches += 1
+
+    def state_dict(self) -> dict[str, int | Tensor | None]:
+        """How many batches there were, and the last share."""
+        return {"batches": self._batches, "share": self._share}
+
+    def load_state_dict(self, state: dict[str, int | Tensor | None]) -> None:
+        """Go on after the batches of `state`, from `state_dict`; ValueError for another."""
+        batches, share = state.get("batches"), state.get("share")
+        is_share = share is None or (isinstance(share, Tensor) and share.shape == () and share.is_floating_point())
+        if type(batches) is not int or batches < 0 or not is_share:
+            raise ValueError(
+                f"{state!r} is no state of Spectral(every=...): expected 'batches', a number, and 'share', a scalar"
+                " tensor or None, as state_dict() gives them"
+            )
+        self._batches, self._share = batches, share
 
 
 def needs_gram(policy: Policy, inverse: Inverse, largest: LargestEigenvalue | None) -> bool:

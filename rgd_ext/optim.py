@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Literal
 
 import torch
@@ -17,7 +18,8 @@ class RGD(torch.optim.SGD):
 
     Everything but the direction is `torch.optim.SGD`: momentum, weight decay, parameter groups, schedulers, state_dict,
     hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`. A copy of model and
-    optimizer is not captured and goes on with plain gradients: capture it anew.
+    optimizer is not captured and goes on with plain gradients: capture it anew. A second `RGD(model)`, as of a trainer
+    that is run twice, takes the capture over, and the first one refuses to step.
 
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
@@ -42,7 +44,8 @@ class RGD(torch.optim.SGD):
         16
     """
 
-    preconditioner: Preconditioner | None = None
+    # No default in the class: wrappers of Lightning are subclasses of it, which ask the optimizer for what they lack.
+    preconditioner: Preconditioner | None
 
     def __init__(
         self,
@@ -70,15 +73,36 @@ class RGD(torch.optim.SGD):
             raise TypeError(
                 f"RGD got {', '.join(options)} with parameters: pass the model, or give them to rgd_ext.precondition"
             )
+        if is_model:  # what SGD refuses is refused before anything is captured
+            torch.optim.SGD(model.parameters(), lr, momentum, dampening, weight_decay, nesterov, **others)
         handle = precondition(model, **options) if is_model else None
-        try:
-            parameters = model.parameters() if is_model else model
-            super().__init__(parameters, lr, momentum, dampening, weight_decay, nesterov, **others)
-        except BaseException:
-            if handle is not None:
-                handle.remove()
-            raise
+        parameters = model.parameters() if is_model else model
+        super().__init__(parameters, lr, momentum, dampening, weight_decay, nesterov, **others)
         self.preconditioner = handle
+        if handle is not None:
+            handle.owner = weakref.ref(self)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("preconditioner", None)  # of a copy
+
+    def state_dict(self) -> dict:
+        """As that of `torch.optim.SGD`, which can load it; what the handle has to remember is in 'preconditioner'."""
+        memory = {} if self.preconditioner is None else self.preconditioner.state_dict()
+        return super().state_dict() | ({"preconditioner": memory} if memory else {})
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """From `state_dict`, or that of a `torch.optim.SGD`; ValueError if it does not fit, and nothing has changed."""
+        if self.preconditioner is None:
+            super().load_state_dict(state_dict)
+            return
+        before = self.preconditioner.state_dict()
+        self.preconditioner.load_state_dict(state_dict.get("preconditioner", {}))
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.preconditioner.load_state_dict(before)
+            raise
 
     def add_param_group(self, param_group: dict) -> None:
         """As `torch.optim.Optimizer.add_param_group`; ValueError for trainable parameters that are not captured."""

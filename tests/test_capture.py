@@ -3,7 +3,6 @@
 import copy
 import gc
 import inspect
-import pickle
 import weakref
 
 import pytest
@@ -560,32 +559,38 @@ def test_a_linear_layer_whose_weight_has_a_second_use_in_some_backwards():
             assert_close(flat_grad(model), weak_field(per_sample_gradients(model, loss_of, (x,))))
 
 
-def test_create_graph_names_paused():
-    model = mlp()
-    with (
-        rgd_ext.precondition(model),
-        pytest.raises(RuntimeError, match=r"create_graph=True.*paused\(\)"),
-        pytest.warns(UserWarning, match="create_graph"),
-    ):
-        loss_of(model(torch.randn(5, 6))).backward(create_graph=True)
+def squared_gradient_by_backward(model, x):
+    loss_of(model(x)).backward(create_graph=True)
+    return flat_grad(model).square().sum()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_of_a_captured_model_are_ordinary_models(copied):
-    model, x = nn.Sequential(nn.Embedding(11, 4), nn.LSTM(4, 4, batch_first=True)), torch.randint(11, (5, 3))
-    other = nn.Sequential(nn.Embedding(11, 4), nn.LSTM(4, 4, batch_first=True))
-    other.load_state_dict(model.state_dict())
-    with rgd_ext.precondition(model):
-        clone = copied(model)
-        assert clone.state_dict().keys() == other.state_dict().keys() == model.state_dict().keys()
-        for net in (clone, other):
-            loss_of(net(x)[0]).backward()
-        assert torch.equal(flat_grad(clone), flat_grad(other))
-        assert model[0].weight.grad is None
-        clone.zero_grad()
-        loss_of(model(x)[0]).backward()
-        assert_close(captured_grad(clone, x, loss=lambda out: loss_of(out[0])), flat_grad(model))
-        assert "forward" not in clone[0].__dict__
+def squared_gradient_by_grad(model, x):
+    grads = torch.autograd.grad(loss_of(model(x)), list(model.parameters()), create_graph=True)
+    return flat(grads).square().sum()
+
+
+def squared_gradient_of_inputs(model, x):
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(model(x)), x, create_graph=True)
+    return grad.square().sum()
+
+
+PENALTIES = squared_gradient_by_backward, squared_gradient_by_grad, squared_gradient_of_inputs
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.* with create_graph=True")
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda f: f.__name__)
+def test_second_derivatives_name_paused_and_work_there(penalty):
+    model, x = mlp().double(), double(5, 6)
+    plain = copy.deepcopy(model)
+    penalty(plain, x).backward()
+    with rgd_ext.precondition(model) as handle:
+        with pytest.raises(RuntimeError, match=r"(create_graph=True|autograd\.grad).*paused\(\)"):
+            penalty(model, x).backward()
+        assert all(p.grad is None for p in model.parameters())
+        with handle.paused():
+            penalty(model, x).backward()
+    assert torch.equal(flat_grad(model), flat_grad(plain))
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -694,6 +699,21 @@ def test_autocast_and_grad_scaler():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     error = (flat_grad(model) - expected).norm() / expected.norm()
     assert error < 0.05
+
+
+def test_a_fixed_epsilon_under_a_grad_scaler():
+    model, x = mlp().double(), double(16, 6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    optimizer = rgd_ext.RGD(model, lr=0.1, epsilon=rgd_ext.Fixed(20.0, loss_scale=scaler.get_scale))
+    for scale in (2.0**10, 2.0**11):
+        expected = weak_field(per_sample_gradients(model, loss_of, [x]), "Fixed", 20.0)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model(x))).backward()
+        assert optimizer.preconditioner.stats.epsilon == 20.0 / scale**2
+        scaler.unscale_(optimizer)
+        assert_close(flat_grad(model), expected)
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def test_attention_under_autocast():
@@ -914,7 +934,7 @@ def test_batch_sizes_that_disagree_between_modules():
 
 def test_second_capture_is_refused():
     model = nn.Sequential(mlp(), nn.Linear(3, 3))
-    with rgd_ext.precondition(model[0]), pytest.raises(ValueError, match=r"captured already.*remove"):
+    with rgd_ext.precondition(model[0]), pytest.raises(ValueError, match=r"captured already.*handle_of.*remove"):
         rgd_ext.precondition(model)
     rgd_ext.precondition(model).remove()
 

@@ -43,6 +43,22 @@ def test_direction_in_lower_precision(policy, dtype):
     assert_close(flat(result), direction(rows_of(grads), type(policy).__name__), dtype)
 
 
+@pytest.mark.parametrize("loss_scale", [8.0, lambda: 8.0], ids=["number", "function"])
+def test_a_fixed_epsilon_follows_the_scale_of_the_loss(loss_scale):
+    grads = sample()
+    expected, _ = rgd_ext.direction(grads, epsilon=0.05)
+    result, _ = rgd_ext.direction([8.0 * g for g in grads], epsilon=Fixed(0.05, loss_scale))
+    assert_close(flat(result), 8.0 * flat(expected))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
+def test_a_scale_that_is_none_is_refused(scale):
+    with pytest.raises(ValueError, match=f"loss_scale={scale}"):
+        Fixed(0.05, scale)
+    with pytest.raises(ValueError, match=f"loss_scale={scale}"):
+        rgd_ext.direction(sample(), epsilon=Fixed(0.05, lambda: scale))
+
+
 def test_stats_match_the_explicit_matrix():
     grads = sample()
     result, stats = rgd_ext.direction(grads, epsilon=Spectral(0.5))

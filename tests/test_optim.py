@@ -1,6 +1,7 @@
 """RGD keeps torch.optim.SGD's contract."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -109,24 +110,34 @@ def test_closures():
     assert losses[-1] < losses[0]
 
 
-def test_state_dict_round_trip():
-    model = mlp()
-    optimizer = rgd_ext.RGD(model, lr=0.1, momentum=0.9)
-    steps = [batch() for _ in range(6)]
-    for x, y in steps[:3]:
+def train(model, optimizer, steps):
+    for x, y in steps:
         optimizer.zero_grad()
         backward(model, x, y)
         optimizer.step()
-    saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+
+
+def reloaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_a_resumed_training_has_the_same_bits(every, stop):
+    model, policy = mlp(), rgd_ext.Spectral(0.5, every=every)
+    optimizer = rgd_ext.RGD(model, lr=0.1, momentum=0.9, epsilon=policy)
+    steps = [batch() for _ in range(9)]
+    train(model, optimizer, steps[:stop])
+    saved = reloaded([model.state_dict(), optimizer.state_dict()])
     resumed = mlp()
-    other = rgd_ext.RGD(resumed, lr=0.5, momentum=0.1)
+    other = rgd_ext.RGD(resumed, lr=0.5, momentum=0.1, epsilon=policy)
     resumed.load_state_dict(saved[0])
     other.load_state_dict(saved[1])
-    for x, y in steps[3:]:
-        for net, opt in ((model, optimizer), (resumed, other)):
-            opt.zero_grad()
-            backward(net, x, y)
-            opt.step()
+    for net, opt in ((model, optimizer), (resumed, other)):
+        train(net, opt, steps[stop:])
     assert torch.equal(flat(model.parameters()), flat(resumed.parameters()))
 
 
@@ -139,6 +150,40 @@ def test_state_dict_loads_into_sgd_and_back():
     plain.load_state_dict(optimizer.state_dict())
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_state_dict_without_memory_lets_spectral_begin_anew():
+    model = mlp()
+    optimizer = rgd_ext.RGD(model, lr=0.1, epsilon=rgd_ext.Spectral(0.5, every=3))
+    fresh = optimizer.state_dict()["preconditioner"]
+    backward(model, *batch())
+    assert optimizer.state_dict()["preconditioner"] != fresh
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.state_dict()["preconditioner"] == fresh
+    assert rgd_ext.RGD(mlp(), lr=0.1).state_dict().keys() == plain.state_dict().keys()
+
+
+BAD_STATES = {
+    "parameters": lambda state: torch.optim.SGD([nn.Parameter(torch.zeros(2))]).state_dict(),
+    "handle": lambda state: {**state, "preconditioner": state},
+    "number": lambda state: {**state, "preconditioner": {"largest_eigenvalue": {"batches": -1, "share": None}}},
+    "share": lambda state: {**state, "preconditioner": {"largest_eigenvalue": {"batches": 1, "share": torch.ones(2)}}},
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_state_dict_that_does_not_fit_changes_nothing(name):
+    model = mlp()
+    optimizer = rgd_ext.RGD(model, lr=0.1, momentum=0.9, epsilon=rgd_ext.Spectral(0.5, every=3))
+    train(model, optimizer, [batch()])
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = BAD_STATES[name](copy.deepcopy(before))
+    bad["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match=r"state"):
+        optimizer.load_state_dict(bad)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
 def test_copies_of_the_optimizer():
@@ -207,3 +252,70 @@ def test_a_refused_optimizer_leaves_the_model_uncaptured():
         rgd_ext.RGD(model, lr=0.1, epsilon=rgd_ext.Trace(2.0))
     assert all("forward" not in m.__dict__ for m in model.modules())
     rgd_ext.RGD(model, lr=0.1)
+
+
+def test_a_second_optimizer_of_a_model_takes_the_capture_over():
+    model = mlp()
+    first = rgd_ext.RGD(model, lr=0.1)
+    for refused in (lambda: rgd_ext.RGD(model, lr=-1.0), lambda: rgd_ext.RGD(model, 0.1, epsilon=rgd_ext.Trace(2.0))):
+        with pytest.raises(ValueError, match=r"learning rate|fraction"):
+            refused()
+    backward(model, *batch())
+    first.step()
+    second = rgd_ext.RGD(model, lr=0.1, epsilon=0.0)
+    assert rgd_ext.handle_of(model) is second.preconditioner
+    with pytest.raises(RuntimeError, match=r"captured anew since.*newer optimizer"):
+        first.step()
+    x, y = batch()
+    plain = copy.deepcopy(model)
+    for net in (plain, model):
+        net.zero_grad()
+        backward(net, x, y)
+    assert torch.equal(flat_grad(model), flat_grad(plain))
+    second.step()
+
+
+class Wrapper:
+    """As the optimizers of Lightning: an instance of its own class and of the optimizer's."""
+
+    def __init__(self, optimizer):
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.optimizer, name)
+
+
+def test_a_wrapper_that_is_a_subclass_has_the_handle():
+    optimizer = rgd_ext.RGD(mlp(), lr=0.1, epsilon=rgd_ext.Spectral(0.5, every=3))
+    wrapper = Wrapper(optimizer)
+    assert wrapper.preconditioner is optimizer.preconditioner is not None
+    assert wrapper.state_dict() == optimizer.state_dict()
+
+
+def test_several_optimizers_of_one_model_share_a_capture():
+    model = mlp()
+    optimizers = [rgd_ext.RGD(model, lr=0.1), rgd_ext.RGD(model, lr=0.1)]
+    with pytest.raises(RuntimeError, match=r"call rgd_ext\.precondition\(model\) once"):
+        optimizers[0].step()
+    rgd_ext.handle_of(model).remove()
+    with rgd_ext.precondition(model) as handle:
+        optimizers = [rgd_ext.RGD(model[n].parameters(), lr=0.1) for n in (0, 2)]
+        with pytest.raises(ValueError, match=r"captured already.*RGD\(model\.parameters\(\), \.\.\.\)"):
+            rgd_ext.RGD(model, lr=0.1)
+        backward(model, *batch())
+        for optimizer in optimizers:
+            optimizer.step()
+        assert rgd_ext.handle_of(model) is handle
+
+
+def test_the_handle_of_a_part_or_a_model():
+    model = nn.ModuleList([mlp(), nn.Linear(2, 2)])
+    assert rgd_ext.handle_of(model) is None
+    with rgd_ext.precondition(model) as handle:
+        assert rgd_ext.handle_of(model) is rgd_ext.handle_of(model[0][2]) is handle
+        assert rgd_ext.handle_of(mlp()) is None
+        with pytest.raises(ValueError, match=r"module '0' of the model is captured already.*handle_of\(module\)"):
+            rgd_ext.precondition(nn.Sequential(model[0]))
+        rgd_ext.handle_of(model[0]).remove()
+        rgd_ext.precondition(nn.Sequential(model[0])).remove()

@@ -74,15 +74,18 @@ def test_another_model_inside_ddp():
     assert_close(found, captured_grad(teacher, x, loss=lambda out: loss_of(out + others)))
 
 
-def test_the_way_out():
+@pytest.mark.parametrize("wrap", [lambda model: model, DistributedDataParallel], ids=["alone", "after DDP"])
+def test_the_way_out(wrap):
     model, x = mlp(), torch.randn(5, 6)
+    model[2].bias.requires_grad_(False)
     expected = captured_grad(model, x)
     model.zero_grad()
+    wrapped = wrap(model)
     with rgd_ext.precondition(model):
-        loss_of(model(x)).backward()
-        for p in model.parameters():
-            distributed.all_reduce(p.grad, op=distributed.ReduceOp.SUM)
-            p.grad /= distributed.get_world_size()
+        with pytest.raises(ValueError, match="DistributedDataParallel") as error:
+            rgd_ext.precondition(DistributedDataParallel(mlp()))
+        loss_of(getattr(wrapped, "module", wrapped)(x)).backward()
+        exec(str(error.value).split("`")[1], {"model": model, "torch": torch})
     assert torch.equal(flat_grad(model), expected)
 
 

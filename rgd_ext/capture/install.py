@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ..batch_norm import batch_norms, check_frozen
 from .recurrent import FORWARDS, Recurrent
 from .rules import rule_for, unit
-from .taps import Container, Layer, Released, Slot, Tap
+from .taps import Container, Layer, Slot, Tap
 from .units import Attention, Unit
 from .wrappers import check_not_wrapped
 
@@ -38,11 +38,6 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
             " requires_grad on some"
         )
     for name, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), Tap):
-            raise ValueError(
-                f"module '{name or type(module).__name__}' is captured already: use that handle, or call its .remove()"
-                " first"
-            )
         _check_kind(name or type(module).__name__, module)
     if batch_norm == "error":
         check_frozen(batch_norms(model))
@@ -91,8 +86,6 @@ def taps_for(capture: Preconditioner, model: nn.Module) -> list[Tap]:
         name, module = pending.pop()
         if module in taps:
             continue
-        if isinstance(module.__dict__.get("forward"), Released):
-            del module.forward  # a copy of a captured model
         tap, owned = _tap(capture, module, name)
         if tap is not None:
             taps[module] = tap

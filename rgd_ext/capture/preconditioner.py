@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class Preconditioner:
         small: of the backward under way, small layers.
         verifier: of calls of the model.
         modules: of the model when it was captured.
+        owner: a weak reference to the `RGD` that made the capture, which ends with a new capture of the model; or None.
         guards: by its id, every trainable parameter and the hook that notices gradients past the taps. By id because
             the hash of a tensor is a call of Python.
     """
@@ -109,11 +110,12 @@ class Preconditioner:
         self._is_dry = False
         self._calls = Calls()
         self.modules = modules_in(model)
+        self.owner: weakref.ref[torch.optim.Optimizer] | None = None
         self._taps = taps_for(self, model)
         # Where captured parameters are: others may come in their places.
         self._slots = {(owner, key) for tap in self._taps for owner, key, _ in tap.slots}
         for tap in self._taps:
-            tap.module.forward = tap
+            tap.install()
         for parameter in filter(lambda p: p.requires_grad and p.numel(), self._names):
             self.guard(parameter)
         _live.add(self)
@@ -128,14 +130,14 @@ class Preconditioner:
     def __exit__(self, *exception) -> None:
         self.remove()
 
+    def __reduce__(self):
+        # A copy of a model is not captured: where the model keeps its handle, the copy has None.
+        return type(None), ()
+
     def remove(self) -> None:
         """Leave the model as it was found. Gradients already written stay."""
         for tap in self._taps:
-            if tap.module.__dict__.get("forward") is not tap:
-                continue  # somebody wrapped it since; a removed capture's tap lets everything through
-            del tap.module.forward
-            if tap.previous is not None:
-                tap.module.forward = tap.previous
+            tap.uninstall()  # where somebody has wrapped it since, a removed capture's tap lets everything through
         for _, hook in self.guards.values():
             hook.remove()
         self._taps, self.guards, self._removed = [], {}, True
@@ -143,6 +145,13 @@ class Preconditioner:
         self.small.clear()
         self._workspace = Workspace()
         _live.discard(self)
+
+    def give_way(self) -> None:
+        """Leave the model to a new capture: the owner, whose parameters get the directions of that, steps no more."""
+        owner = self.owner()
+        self.remove()
+        if owner is not None:
+            owner.register_step_pre_hook(_refuse_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -199,6 +208,30 @@ class Preconditioner:
                 yield parts
         finally:
             self._planner, self._choices = saved
+
+    def state_dict(self) -> dict[str, dict]:
+        """What later directions depend on besides the parameters, for a training that is resumed.
+
+        It is the memory of `Spectral(every=...)`, and empty for other policies. `RGD.state_dict` contains it.
+        """
+        return {} if self._largest is None else {"largest_eigenvalue": self._largest.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Go on from where `state_dict` was called; an empty dict lets the policy begin anew.
+
+        Raises:
+            ValueError: if `state` is not from the `state_dict` of a handle; nothing is changed then.
+        """
+        if not state.keys() <= {"largest_eigenvalue"}:
+            raise ValueError(
+                f"a handle has no state {sorted(state)}: pass what its state_dict() gave, which the state_dict() of RGD"
+                " has under 'preconditioner'"
+            )
+        if self._largest is not None:
+            largest = LargestEigenvalue(self._largest.every)
+            if state:
+                largest.load_state_dict(state["largest_eigenvalue"])
+            self._largest = largest
 
     def is_collecting(self) -> bool:
         """Whether what backwards contribute outlives them, and the tensors that the user changes afterwards."""
@@ -261,6 +294,9 @@ class Preconditioner:
 
     def call(self, tap: Tap, args: tuple, kwargs: dict) -> object:
         """A call of the model, or of a part of it."""
+        if torch.jit.is_tracing():
+            with self.paused():
+                return tap.original(*args, **kwargs)
         check_not_in_ddp(self.model)
         return self.verifier.run(Call.of(tap, args, kwargs))
 
@@ -507,6 +543,14 @@ def _reentrant(record: Record) -> str:
     )
 
 
+def _refuse_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> NoReturn:
+    raise RuntimeError(
+        "the model of this RGD has been captured anew since, and .grad has the directions of the new capture: use the"
+        " newer optimizer; for several optimizers of one model call rgd_ext.precondition(model) once, and pass them"
+        " parameters, RGD(model.parameters(), ...)"
+    )
+
+
 def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:
     size = next(iter(part.values())).batch_size
     return Dense(parameter.new_zeros(size, *parameter.shape))
@@ -527,10 +571,27 @@ def live_handle(model: nn.Module) -> Preconditioner | None:
     return next((handle for handle in _live if handle.model is model), None)
 
 
-def handle_of(module: nn.Module) -> tuple[Preconditioner, Tap] | None:
-    """The handle that captures `module`, or what contains it, and its tap."""
-    found = ((handle, handle.tap_of(module)) for handle in _live)
-    return next(((handle, tap) for handle, tap in found if tap is not None), None)
+def handle_of(module: nn.Module) -> Preconditioner | None:
+    """The handle of the capture that `module` is in: its own, or that of a model around it; None without one.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> optimizer = rgd_ext.RGD(model, lr=0.1)
+        >>> rgd_ext.handle_of(model[0]) is optimizer.preconditioner
+        True
+    """
+    return live_handle(module) or next((handle for handle in _live if handle.tap_of(module) is not None), None)
+
+
+def _check_free(model: nn.Module, earlier: Preconditioner | None) -> None:
+    captured = {tap.module for handle in _live if handle is not earlier for tap in handle._taps}
+    for name, module in model.named_modules():
+        if module in captured:
+            place = f"module '{name}' of the model" if name else f"the model ({type(model).__name__})"
+            raise ValueError(
+                f"{place} is captured already, by the handle that rgd_ext.handle_of(module) returns: use that handle,"
+                " and RGD(model.parameters(), ...) for an optimizer; or call its .remove() first"
+            )
 
 
 def is_captured(parameter: Tensor) -> bool:
@@ -556,8 +617,11 @@ def precondition(
     copies and pickles of it are ordinary models.
 
     Args:
-        model: at least one trainable parameter; not captured already, nor any of its modules.
-        epsilon: a policy, a number (`Fixed`), or a callable from `Stats` to epsilon.
+        model: at least one trainable parameter; not captured already, nor any of its modules. Only a capture that
+            `RGD(model)` made is taken over, and that optimizer refuses to step from then on.
+        epsilon: a policy, a number (`Fixed`), or a callable from `Stats` to epsilon. Under a `torch.amp.GradScaler` the
+            `Stats` are those of the scaled loss: pass `Fixed(value, loss_scale=scaler.get_scale)` for a constant, and
+            divide in a callable of yours by the square of the scale.
         inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
         batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
             the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
@@ -596,10 +660,16 @@ def precondition(
         raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
     policy = checked_policy(epsilon, inverse)
     budget = _checked_budget(memory_budget)
+    earlier = live_handle(model)
+    earlier = earlier if earlier is not None and earlier.owner is not None else None
+    _check_free(model, earlier)
     check_model(model, batch_norm)
     if not isinstance(verify, bool):
         raise TypeError(f"verify is {verify!r}: pass True or False")
-    return Preconditioner(model, policy, inverse, batch_norm, budget, verify, _checked_dim(batch_dim))
+    batch_dim = _checked_dim(batch_dim)
+    if earlier is not None:
+        earlier.give_way()
+    return Preconditioner(model, policy, inverse, batch_norm, budget, verify, batch_dim)
 
 
 def _checked_dim(batch_dim: int | None) -> int | None:

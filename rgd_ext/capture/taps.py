@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,37 +25,22 @@ from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
 from .rules import KINDS, Registered
 from .shared import Shared, share
+from .substitute import Substitute
 from .sums import merge
 from .wrappers import check_not_sharded
 
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner
 
+_EAGER = (
+    "a captured model (rgd_ext) runs uncompiled: call torch.compile without fullgraph=True, or on a copy,"
+    " copy.deepcopy(model)"
+)
 # A parameter's place: the module that owns it, its name there, and its name in the tapped module.
 Slot = tuple[nn.Module, str, str]
 
 
-class Released:
-    """What a tap becomes in a copy or a pickle of its model: the module's own forward and nothing else."""
-
-    module: nn.Module
-    previous: Callable | None
-
-    def __call__(self, *args, **kwargs):
-        return self.original(*args, **kwargs)
-
-    @property
-    def original(self) -> Callable:
-        """The forward the tap stands in front of."""
-        return self.previous or MethodType(type(self.module).forward, self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        # Trainers look at the arguments of model.forward to choose columns of a data set.
-        return inspect.signature(self.original)
-
-
-class Tap(Released):
+class Tap(Substitute):
     """A module's forward while its model is captured. Subclasses say how the forward is recorded.
 
     The outermost tap of a call, the model's as a rule, is where the batch comes in.
@@ -70,17 +55,13 @@ class Tap(Released):
     run_usual: Callable | None = None
 
     def __init__(self, capture: Preconditioner, module: nn.Module, name: str, slots: list[Slot]) -> None:
-        self.capture, self.module, self.slots = capture, module, slots
+        super().__init__(module)
+        self.capture, self.slots = capture, slots
         self.name = name or type(module).__name__
-        self.previous = module.__dict__.get("forward")
-
-    def __reduce__(self):
-        return Released, (), {"module": self.module, "previous": self.previous}
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
-            # Records of a forward cannot be traced: what torch.compile makes of a captured model runs eagerly.
-            return torch.compiler.disable(self)(*args, **kwargs)
+            return self._compiled(args, kwargs)
         if self.run_usual is not None and not kwargs:
             output = self.run_usual(self, args, Record)
             if output is not None:
@@ -95,6 +76,13 @@ class Tap(Released):
     def take_time_first(self) -> None:
         """From now on inputs are (T, B, ...), whatever those of the model are."""
         self.at, self.run_usual = 1, None
+
+    def _compiled(self, args: tuple, kwargs: dict):
+        """What torch.compile and torch.export make of a captured model: the first has it run eagerly."""
+        if torch.compiler.is_exporting():
+            return self.original(*args, **kwargs)
+        torch._dynamo.graph_break(msg=_EAGER)
+        return torch.compiler.disable(self)(*args, **kwargs)
 
     def check_batch_norm(self) -> None:
         """Raise ValueError if the module would couple the samples."""
@@ -327,7 +315,7 @@ class Layer(Tap):
 def keep_changes(parameters: Mapping[str, nn.Parameter], copies: Mapping[str, Tensor]) -> None:
     """Give parameters the values that a forward gave their copies in place."""
     for name, copy_ in copies.items():
-        if copy_._version:
+        if not torch.equal(copy_, parameters[name]):  # changes of `copy_.data` leave its version as it is
             parameters[name].copy_(copy_)
 
 

@@ -45,12 +45,12 @@ def verify(model: nn.Module, *args, batch_dim: int | None = 0, **kwargs) -> Veri
     """
     existing = handle_of(model)
     if existing is not None:
-        if batch_dim not in (0, existing[0].batch_dim):
+        if batch_dim not in (0, existing.batch_dim):
             raise ValueError(
-                f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing[0].batch_dim}: leave it"
+                f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing.batch_dim}: leave it"
                 " out, or capture the model again with the other"
             )
-        return _verification(*existing, args, kwargs)
+        return _verification(existing, existing.tap_of(model), args, kwargs)
     with precondition(model, verify=False, batch_dim=batch_dim) as handle:
         return _verification(handle, handle.tap_of(model), args, kwargs)
 

@@ -11,8 +11,9 @@ from .batch import modules_in
 
 _WRAPPERS = DistributedDataParallel, nn.DataParallel
 _WAY_OUT = (
-    "Capture and call the model itself in every process, start from equal parameters, and average the directions after"
-    " backward(): `for p in model.parameters(): torch.distributed.all_reduce(p.grad,"
+    "Capture the model itself and call it, with no wrapper around it, in every process; start from equal parameters"
+    " (torch.distributed.broadcast), and average the directions after each backward(): `for p in [p for p in"
+    " model.parameters() if p.grad is not None]: torch.distributed.all_reduce(p.grad,"
     " op=torch.distributed.ReduceOp.SUM); p.grad /= torch.distributed.get_world_size()`"
 )
 
@@ -35,7 +36,7 @@ def check_not_sharded(model: nn.Module) -> None:
     if is_distributed or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
         raise ValueError(
             f"the parameters of the model ({type(model).__name__}) are sharded (fully_shard, FullyShardedDataParallel"
-            f" or DTensor), and those of a captured model must be whole. {_WAY_OUT}"
+            f" or DTensor), and those of a captured model must be whole: build it anew without them. {_WAY_OUT}"
         )
 
 
