@@ -49,6 +49,8 @@ def squared_norm(vector: list[Tensor]) -> Tensor:
     """|v|^2 of a vector of the parameter space, in the accumulation dtype."""
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in vector:
+        if tensor.is_sparse:
+            tensor = tensor.coalesce().values()
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     return total([torch.ops.rgd_ext.squared_norm(group) for group in groups.values()])
 

@@ -193,7 +193,7 @@ FACTORS = {
     "dense": lambda e, x: Dense(e),
     "outer": lambda e, x: Outer(x, e, torch.Size((7, 6))),
     "bias": lambda e, x: Bias(Outer(x, e, torch.Size((7, 6)))),
-    "rows": lambda e, x: Rows(torch.arange(48).view(16, 3) % 5, e, torch.Size((5, 7))),
+    "rows": lambda e, x: Rows.of_sequences(torch.arange(48).view(16, 3) % 5, e, torch.Size((5, 7))),
     "convolution": lambda e, x: Convolution(e, x, torch.Size((3, 3, 1)), Geometry((1,), (1,), (0,), (1,), 1)),
 }
 

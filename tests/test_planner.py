@@ -410,7 +410,7 @@ def test_gramian_of_an_embedding_whose_rows_are_shared_by_few_or_all(products, m
     monkeypatch.setattr(Rows, "_PRODUCTS", products)
     indices = torch.randint(40, (7, 12)).clamp(min=25)
     indices[:, 0], indices[2] = 3, 4
-    factor = Rows(indices, torch.randn(7, 12, 5), torch.Size((40, 5)))
+    factor = Rows.of_sequences(indices, torch.randn(7, 12, 5), torch.Size((40, 5)))
     explicit = factor.dense().flatten(1)
     assert_close(factor.gram(), explicit @ explicit.T)
 

@@ -126,6 +126,8 @@ def _taken(tree: tuple[tuple, dict], dims: Sequence[int | None], samples: Tensor
 def _selected(x: Tensor, dim: int, samples: Tensor) -> Tensor:
     if x.layout in (torch.strided, torch.sparse_coo):
         return x.index_select(dim, samples)
+    if x.is_nested:
+        return torch.nested.as_nested_tensor([x[i] for i in samples.tolist()], layout=x.layout)
     return x.to_sparse_coo().index_select(dim, samples).to_sparse(layout=x.layout)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 
@@ -57,6 +57,11 @@ def mark_of(module: nn.Module, default: int | None) -> int | None:
     return module.__dict__.get(_MARK, default)
 
 
+def is_marked(module: nn.Module) -> bool:
+    """Whether `mark` was called for `module`."""
+    return _MARK in module.__dict__
+
+
 def holds_fields(leaf: object) -> bool:
     """Whether `leaf` is a dataclass or a namespace."""
     return (is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, SimpleNamespace)
@@ -106,13 +111,13 @@ def batch_size(arrays: Sequence[Tensor], dim: int | None) -> int | None:
 
     Raises:
         ValueError: if it has too few dimensions.
-        TypeError: if it is a nested tensor.
+        TypeError: if it is a nested tensor without a shape.
     """
     if dim is None:
         return 1
     if not arrays:
         return None
-    if arrays[0].is_nested:
+    if arrays[0].is_nested and arrays[0].layout == torch.strided:
         raise TypeError(f"the first tensor among the model's arguments is {NESTED}")
     if arrays[0].ndim <= dim:
         raise ValueError(
@@ -129,7 +134,7 @@ class Batch:
 
     Attributes:
         size: B, or None where no tensor came in.
-        inputs: the storages of the model's inputs of B samples.
+        inputs: the storages of the model's inputs, and their sizes up to dimension `at`.
         model: the model, whose buffers hold no samples.
         at: the dimension of the samples in its inputs. Tensors inside have them there, or along dimension 0. None where
             all there is belongs to one sample.
@@ -137,7 +142,7 @@ class Batch:
     """
 
     size: int | None
-    inputs: frozenset[int] = frozenset()
+    inputs: frozenset[tuple[int, tuple[int, ...]]] = frozenset()
     model: nn.Module | None = None
     at: int | None = 0
     is_listed: bool = False
@@ -154,7 +159,7 @@ class Batch:
         size = batch_size(arrays, at)
         if at is None:
             return cls(size, model=model, at=at)
-        inputs = frozenset(storage(t) for t in arrays if t.shape[0] == size or (t.ndim > at and t.shape[at] == size))
+        inputs = frozenset((storage(t), tuple(t.shape[: at + 1])) for t in arrays)
         return cls(size, inputs, model, at, is_listed)
 
     def place(self, x: Tensor, sample_ndim: int = 0, at: int | None = None) -> int | None:
@@ -164,14 +169,27 @@ class Batch:
                 return dim
         return None
 
+    def resized(self, size: int) -> Batch:
+        """The same with another number of samples."""
+        return replace(self, size=size)
+
     @cached_property
     def _constants(self) -> set[int]:
         modules = [] if self.model is None else modules_in(self.model)
         return {storage(b) for module in modules for b in module._buffers.values() if b is not None}
 
+    @cached_property
+    def _of_samples(self) -> set[int]:
+        return {address for address, sizes in self.inputs if self.size in (sizes[0], *sizes[self.at or 0 :])}
+
     def is_input(self, x: Tensor) -> bool:
-        """Whether `x` is an input of the model, or a view of one."""
-        return storage(x) in self.inputs
+        """Whether `x` is an input of the model with B samples, or a view of one."""
+        return storage(x) in self._of_samples
+
+    def is_given(self, x: Tensor) -> bool:
+        """Whether `x` is any input of the model, or a view of one."""
+        address = storage(x)
+        return any(address == other for other, _ in self.inputs)
 
     def is_constant(self, x: Tensor) -> bool:
         """Whether `x` is a buffer of the model, or a view of one, and not an input."""
@@ -199,9 +217,12 @@ class Batch:
 
         Raises:
             ValueError: where the shape does not tell, naming the module and the way to mark it.
+            TypeError: for a nested tensor.
         """
-        if _MARK in module.__dict__:
+        if is_marked(module):
             return module.__dict__[_MARK]
+        if x.is_nested:
+            raise TypeError(f"module '{name}' got {NESTED}")
         at = self.at if at is None else at
         place = self.place(x, sample_ndim, at)
         if x.requires_grad and place is not None:
@@ -235,7 +256,9 @@ class Batch:
             " tell the dimension of the samples. If the input is the same for all samples, give it a leading dimension"
             " of 1 or call rgd_ext.mark(module, batch_dim=None); if the samples are along another dimension (as with"
             " batch_first=False), keep them along dimension 0 or call rgd_ext.mark(module, batch_dim=...); if they are"
-            f" merged with another dimension, keep the two apart or {AS_UNIT}. {self._others}"
+            f" merged with another dimension, keep the two apart or {AS_UNIT}; if there are not so many samples, call"
+            " the model by keywords, and first one with a tensor that has them along dimension 0."
+            f" {self._others}"
         )
 
     @property

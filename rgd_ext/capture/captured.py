@@ -11,6 +11,7 @@ from torch import Tensor
 from ..gradients import Moments, moments_of, squared_norm, total
 from ..reference import accumulate_dtype
 from .aside import Aside, Singles
+from .embedding import Rows
 from .factors import Bias, Dense, Factor, Ghost, Outer, Unformed, of_gram
 
 
@@ -35,7 +36,8 @@ class CapturedGradients:
         factors: one per parameter.
         given: the contributions of more parameters, uniform; they follow in the order of its `parameters`.
         releases: the first combination is the last that is asked. It lets go of inputs and output gradients, those of
-            `given` included, as it goes, so that the directions take their memory; nobody else may hold them.
+            `given` included, as it goes, so that the directions take their memory; nobody else may hold them. It gives
+            sparse tensors where the parameters' ordinary gradients are.
     """
 
     def __init__(self, factors: list[Factor], given: Aside | None = None, releases: bool = False) -> None:
@@ -81,7 +83,7 @@ class CapturedGradients:
     @property
     def batch_size(self) -> int:
         """B, the number of samples."""
-        return self._example.shape[0]
+        return self._factors[0].batch_size if self._factors else self._example.shape[0]
 
     @property
     def _example(self) -> Tensor:
@@ -164,7 +166,9 @@ class CapturedGradients:
         others = self._others if self._releases else dict(self._others)
         while others:
             index, factor = others.popitem()
-            result[index] = factor.combine(weights.to(factor.example))
+            is_sparse = self._releases and isinstance(factor, Rows) and factor.is_sparse
+            there = weights.to(factor.example)
+            result[index] = factor.combine_sparse(there) if is_sparse else factor.combine(there)
             del factor
         for indices, group in self._dense.values():
             there = weights.to(group[0].device)

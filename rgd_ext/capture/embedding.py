@@ -15,12 +15,15 @@ from .workspace import Empty
 
 
 class Rows:
-    """h_i = sum_t (row indices_it of the parameter gets e_it): an embedding's weight.
+    """h_i = the sum over the entries of sample i of (row index of the parameter gets e): an embedding's weight.
 
     Args:
-        indices: (B, T), int64.
-        output_grads: E, (B, T, n).
+        samples: of each entry its i, (N,), int64.
+        indices: of each entry its row, (N,), int64.
+        output_grads: E, (N, n).
         shape: of the parameter, (rows, n).
+        batch_size: B.
+        is_sparse: whether the parameter's ordinary gradient is a sparse tensor.
     """
 
     why = "products of the rows that samples share"
@@ -28,20 +31,33 @@ class Rows:
     # Elements of the products formed at a time.
     _PRODUCTS = 1 << 20
 
-    def __init__(self, indices: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
-        self.indices, self.output_grads, self.shape = indices, output_grads, shape
+    def __init__(
+        self,
+        samples: Tensor,
+        indices: Tensor,
+        output_grads: Tensor,
+        shape: torch.Size,
+        batch_size: int,
+        is_sparse: bool = False,
+    ) -> None:
+        self.samples, self.indices, self.output_grads = samples, indices, output_grads
+        self.shape, self.batch_size, self.is_sparse = shape, batch_size, is_sparse
+
+    @classmethod
+    def of_sequences(cls, indices: Tensor, output_grads: Tensor, shape: torch.Size, is_sparse: bool = False) -> Rows:
+        """Equally many entries for each sample: indices (B, T) and output gradients (B, T, n)."""
+        batch_size = indices.shape[0]
+        samples = torch.arange(batch_size, device=indices.device)[:, None].expand_as(indices).reshape(-1)
+        grads = output_grads.reshape(-1, output_grads.shape[-1])
+        return cls(samples, indices.reshape(-1), grads, shape, batch_size, is_sparse)
 
     @property
     def example(self) -> Tensor:
         return self.output_grads
 
     @property
-    def batch_size(self) -> int:
-        return self.indices.shape[0]
-
-    @property
     def signature(self) -> tuple:
-        return (self.output_grads.shape,)
+        return self.output_grads.shape, self.batch_size
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         nbytes, elements, held = self.output_grads.nbytes, self.output_grads.numel(), self.plain().held
@@ -57,15 +73,14 @@ class Rows:
 
     def gram(self) -> Tensor:
         """K_ij = sum over rows r of <h_i, h_j> there, row by row for those that equally many samples use."""
-        batch_size, _, width = self.output_grads.shape
-        samples = torch.arange(batch_size, device=self.indices.device)
-        used, place = (self.indices * batch_size + samples[:, None]).unique(return_inverse=True)
+        batch_size, width = self.batch_size, self.output_grads.shape[1]
+        used, place = (self.indices * batch_size + self.samples).unique(return_inverse=True)
         _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
         order = sharers[row].argsort(stable=True)
         rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         sample = (used % batch_size)[order]
         grads = self.output_grads.new_zeros(used.numel(), width, dtype=accumulate_dtype(self.output_grads.dtype))
-        grads.index_add_(0, rank[place.flatten()], self.output_grads.flatten(0, 1).to(grads))
+        grads.index_add_(0, rank[place], self.output_grads.to(grads))
         gram, start = grads.new_zeros(batch_size**2), 0
         for number, rows in torch.stack(sharers.unique(return_counts=True), 1).tolist():
             stop = start + number * rows
@@ -80,20 +95,27 @@ class Rows:
         return of_gram(self.gram())
 
     def align(self, vector: Tensor) -> Tensor:
-        return (vector.to(accumulate_dtype(vector.dtype))[self.indices] * self.output_grads).sum((1, 2))
+        products = (vector.to(accumulate_dtype(vector.dtype))[self.indices] * self.output_grads).sum(1)
+        return products.new_zeros(self.batch_size).index_add_(0, self.samples, products)
 
     def combine(self, weights: Tensor) -> Tensor:
-        weighted = self.output_grads * weights[:, None, None]
-        return weighted.new_zeros(self.shape).index_add_(0, self.indices.flatten(), weighted.flatten(0, 1))
+        weighted = self._weighted(weights)
+        return weighted.new_zeros(self.shape).index_add_(0, self.indices, weighted)
+
+    def combine_sparse(self, weights: Tensor) -> Tensor:
+        """`combine` as torch leaves a sparse gradient: one entry for each of these."""
+        return torch.sparse_coo_tensor(self.indices[None], self._weighted(weights), self.shape, check_invariants=False)
+
+    def _weighted(self, weights: Tensor) -> Tensor:
+        return self.output_grads * weights[self.samples, None]
 
     def dense(self) -> Tensor:
         return self.add_to(self.output_grads.new_zeros(self.batch_size, *self.shape))
 
     def add_to(self, contributions: Tensor) -> Tensor:
         """`contributions`, (B, *shape), with these added in place."""
-        offsets = torch.arange(self.batch_size, device=self.indices.device)[:, None] * self.shape[0]
         rows = contributions.view(-1, *self.shape[1:])
-        rows.index_add_(0, (self.indices + offsets).flatten(), self.output_grads.flatten(0, 1))
+        rows.index_add_(0, self.indices + self.samples * self.shape[0], self.output_grads)
         return contributions
 
 
@@ -130,9 +152,9 @@ class Tied(Blockwise):
         return Dense(self.rows.add_to(self.outer.formed(empty)), is_own=True)
 
     def blocks(self) -> Iterator[Tensor]:
-        order = self.rows.indices.flatten().argsort(stable=True)
-        row, sample = self.rows.indices.flatten()[order], order // self.rows.indices.shape[1]
-        grads, start = self.rows.output_grads.flatten(0, 1)[order], 0
+        order = self.rows.indices.argsort(stable=True)
+        row, sample = self.rows.indices[order], self.rows.samples[order]
+        grads, start = self.rows.output_grads[order], 0
         for block in self.outer.blocks():
             batch_size, number, width = block.shape
             limits = torch.tensor([start, start + number], device=row.device)

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..batch_norm import batch_norms, check_frozen
+from .bags import Bags
 from .recurrent import FORWARDS, Recurrent
 from .rules import rule_for, unit
 from .taps import Container, Layer, Slot, Tap
@@ -47,6 +48,12 @@ def _check_kind(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(
             f"module '{name}' is a torch.jit.ScriptModule, whose forward cannot be watched: use the original"
+        )
+    if isinstance(module, nn.EmbeddingBag) and module.scale_grad_by_freq:
+        # Besides, torch's kernel for the CPU divides by the frequencies of other indices.
+        raise ValueError(
+            f"module '{name}' (EmbeddingBag) scales its gradient by how often the batch has an index, which couples the"
+            " samples: build it with scale_grad_by_freq=False"
         )
     for key, value in vars(module).items():
         if isinstance(value, torch.Tensor) and any(f"{key}_{part}" in module._parameters for part in ("g", "orig")):
@@ -103,6 +110,9 @@ def _tap(capture: Preconditioner, module: nn.Module, name: str) -> tuple[Tap | N
     registered = None if parametrize.is_parametrized(module) else rule_for(module)
     if registered is not None and registered.rule is not unit:
         return Layer(capture, module, name, owned, registered), True
+    is_plain = registered is None and not parametrize.is_parametrized(module)
+    if is_plain and type(module).forward is nn.EmbeddingBag.forward:
+        return Bags(capture, module, name, owned), True
     if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
         return Attention(capture, module, name, owned), True
     if type(module).forward in FORWARDS and not parametrize.is_parametrized(module):

@@ -64,6 +64,7 @@ class Preconditioner:
         stats: `Stats` of the last backward, or None before the first.
         batch_dim: the dimension of the samples in the model's inputs, or None where each call is for one sample.
         batch: of the call of the model under way, or None.
+        batch_size: of the call before.
         aside: of the backward under way, what can be had in one way only.
         small: of the backward under way, small layers.
         verifier: of calls of the model.
@@ -92,6 +93,7 @@ class Preconditioner:
         self._pauses = 0
         self._removed = False
         self.batch: Batch | None = None
+        self.batch_size: int | None = None
         self.guards: dict[int, tuple[nn.Parameter, object]] = {}
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
@@ -312,7 +314,7 @@ class Preconditioner:
         try:
             output = tap.recorded(args, kwargs)
         finally:
-            self.batch = None
+            self.batch_size, self.batch = self.batch.size, None
         for module in modules_in(self.model):
             if type(module) is DistributedDataParallel:
                 check_not_wrapped(self.model)
@@ -409,7 +411,8 @@ class Preconditioner:
             raise ValueError(
                 f"batch sizes disagree in one backward: '{record.name}' ran with {record.batch_size} samples, modules"
                 f" before it with {self._size}. Use one backward per batch, under `with handle.accumulate():` for one"
-                " direction from all"
+                " direction from all; and bags (B, T), filled up with padding_idx, where an nn.EmbeddingBag got offsets"
+                " and another layer the same indices"
             )
         return names
 
@@ -524,6 +527,8 @@ class Preconditioner:
             if parameter.grad is None:
                 # A view made here could not be changed in place where autograd records.
                 parameter.grad = step.detach() if step._is_view() else step
+            elif parameter.grad.is_sparse and not step.is_sparse:
+                parameter.grad = step + parameter.grad
             else:
                 parameter.grad += step
         self._workspace.release()

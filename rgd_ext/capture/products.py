@@ -158,9 +158,11 @@ class Lookup:
 
     Attributes:
         padding: the row that gets no gradient, or None.
+        is_sparse: whether the table's gradient is.
     """
 
     padding: int | None
+    is_sparse: bool = False
 
     def of_all(self, x: Tensor) -> tuple[Lookup, bool]:
         return self, x.ndim > 0 and x.shape[0] == 1
@@ -178,7 +180,7 @@ class Lookup:
         rows = len(value)
         padding = None if self.padding is None else self.padding % rows
         table = SimpleNamespace(shape=torch.Size((rows, shape.numel() // rows)))
-        layer = SimpleNamespace(weight=table, padding_idx=padding, scale_grad_by_freq=False)
+        layer = SimpleNamespace(weight=table, padding_idx=padding, scale_grad_by_freq=False, sparse=self.is_sparse)
         return embedding(layer, (x.remainder(rows),), grad)
 
     def dense(self, value: Tensor, x: Tensor, grad: Tensor) -> Tensor:
@@ -449,7 +451,7 @@ def _embedding(
         return None
     if max_norm is not None:
         raise RuntimeError("max_norm changes a parameter in place")
-    return Product(Lookup(padding_idx), input, value, None, lambda v, _: function(input, v))
+    return Product(Lookup(padding_idx, sparse), input, value, None, lambda v, _: function(input, v))
 
 
 def _getitem(function, value_of, table, index) -> Product | None:

@@ -136,7 +136,7 @@ def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Ten
     if module.scale_grad_by_freq:
         counts = indices.flatten().bincount(minlength=module.num_embeddings)
         output_grad = output_grad / counts[indices][..., None]
-    return {"weight": Rows(indices, output_grad, module.weight.shape)}
+    return {"weight": Rows.of_sequences(indices, output_grad, module.weight.shape, module.sparse)}
 
 
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -24,6 +24,7 @@ from .equal_draws import EqualDraws
 from .factors import Factor
 from .findings import BackwardFailed, NotRepeatable, Unprovable
 from .precision import is_autocast
+from .ragged import ragged_readings
 from .random_numbers import RandomNumbers, is_generator
 from .sketch import sketch
 from .state import ModelState
@@ -94,7 +95,7 @@ class Runs:
         model: that is captured.
         module, name: of the tap that is called.
         parameters: the trainable ones of the module, and their names in the model.
-        batch_size: B, or None where no tensor comes in.
+        batch_size: B, or None where no tensor comes in; as the last captured forward has it.
         is_listed: whether the first tensor is one of a list.
         leaves_hooks_out: whether there are hooks that don't run.
         reached: by parameters, whether autograd's last gradient of outputs reached them.
@@ -162,7 +163,9 @@ class Runs:
     def captured_forward(self) -> list[Tensor]:
         """The tensors among the outputs."""
         with self._state.writes:
-            return self._outputs(*self._copied_arguments())
+            outputs = self._outputs(*self._copied_arguments())
+        self.batch_size = self._capture.batch_size
+        return outputs
 
     def moves_parameters(self) -> bool:
         """Whether forwards change parameters that are trained."""
@@ -292,7 +295,8 @@ class Runs:
 
     def readings(self, batch_size: int) -> list[Reading]:
         """Ways to take samples out of the arguments."""
-        return list(readings(self._args, self._kwargs, batch_size, self._capture.batch_dim))
+        arguments, dim = (self._args, self._kwargs, batch_size), self._capture.batch_dim
+        return [*(ragged_readings(*arguments) if dim == 0 else ()), *readings(*arguments, dim)]
 
 
 def cotangent(output: Tensor, number: int) -> Tensor:

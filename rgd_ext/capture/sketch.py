@@ -44,7 +44,7 @@ def sketch(x: Tensor | None, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float)
     if x is None:
         return torch.zeros(count * min(size, _NUMBER), dtype=dtype, device=like.device)
-    rows = x.detach().reshape(count, size).to(dtype)
+    rows = (x.to_dense() if x.is_sparse else x).detach().reshape(count, size).to(dtype)
     with full_precision(rows.device):
         return (rows if size <= _NUMBER else rows @ _directions(size, dtype).to(rows.device)).flatten()
 

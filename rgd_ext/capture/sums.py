@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,7 @@ def add(factors: list[Factor]) -> Factor:
         inputs = torch.cat([f.inputs for f in outers], 1)
         outer = Outer(inputs, torch.cat([f.output_grads for f in outers], 1), outers[0].shape)
     if rows:
-        indices = torch.cat([f.indices for f in rows], 1)
-        row = Rows(indices, torch.cat([f.output_grads for f in rows], 1), rows[0].shape)
+        row = _gathered(rows, [f.samples for f in rows], rows[0].batch_size)
     return Tied(outer, row) if outers and rows else outer if outers else row
 
 
@@ -42,9 +43,8 @@ def join(factors: list[Factor]) -> Factor:
         inputs, output_grads = _stacked([f.inputs for f in factors]), _stacked([f.output_grads for f in factors])
         return Outer(inputs, output_grads, factors[0].shape)
     if all(isinstance(f, Rows) for f in factors):
-        # Row 0 gets the zeros that fill shorter sequences.
-        indices, output_grads = _stacked([f.indices for f in factors]), _stacked([f.output_grads for f in factors])
-        return Rows(indices, output_grads, factors[0].shape)
+        *starts, batch_size = accumulate((f.batch_size for f in factors), initial=0)
+        return _gathered(factors, [start + f.samples for start, f in zip(starts, factors, strict=True)], batch_size)
     return Dense(torch.cat([f.dense() for f in factors]))
 
 
@@ -54,10 +54,18 @@ def merge(contributions: Tensor | Factor) -> Tensor | Factor:
         inputs, output_grads = contributions.inputs, contributions.output_grads
         return Outer(inputs.flatten(0, 1)[None], output_grads.flatten(0, 1)[None], contributions.shape)
     if isinstance(contributions, Rows):
-        indices, output_grads = contributions.indices, contributions.output_grads
-        return Rows(indices.flatten()[None], output_grads.flatten(0, 1)[None], contributions.shape)
+        rows = contributions
+        samples = torch.zeros_like(rows.samples)
+        return Rows(samples, rows.indices, rows.output_grads, rows.shape, 1, rows.is_sparse)
     rows = contributions if isinstance(contributions, Tensor) else contributions.dense()
     return rows.sum(0, keepdim=True)
+
+
+def _gathered(rows: list[Rows], samples: list[Tensor], batch_size: int) -> Rows:
+    """The entries of all of `rows`, which are of the samples given."""
+    indices, grads = torch.cat([f.indices for f in rows]), torch.cat([f.output_grads for f in rows])
+    is_sparse = all(f.is_sparse for f in rows)
+    return Rows(torch.cat(samples), indices, grads, rows[0].shape, batch_size, is_sparse)
 
 
 def _stacked(sequences: list[Tensor]) -> Tensor:

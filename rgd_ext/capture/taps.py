@@ -288,6 +288,11 @@ class Layer(Tap):
     def _for_all(self, parameters, batch: Batch, inputs, output: Tensor) -> Tensor:
         """An input without a batch: computed once, its gradient taken per sample."""
         batch_size = batch.size
+        if batch_size is None:
+            raise ValueError(
+                f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
+                " captured model itself, with the batch as its first tensor"
+            )
         squeezed = inputs[0].ndim > self.sample_ndim and inputs[0].shape[0] == 1
 
         bound = self._rule_as_of_now()

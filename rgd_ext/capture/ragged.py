@@ -1,0 +1,89 @@
+"""Samples of different lengths, one behind the other in flat vectors, beside their offsets or lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .alone import Reading
+from .batch import tensors_in
+from .copies import detached_copy, with_tensors
+
+# A tensor of a batch, and the numbers of some samples -> the tensor of these.
+_Cut: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# A vector of whole numbers, the length of a flat one, and B -> where the samples start and the last one ends, (B + 1,).
+_Read: TypeAlias = Callable[[Tensor, int, int], Tensor | None]
+
+
+def ragged_readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
+    """Ways to take samples out of the arguments, where flat vectors are among them."""
+    tensors = tensors_in((args, kwargs))
+    for read, cut in ((_bounds_of_offsets, _offsets), (_bounds_of_lengths, _lengths)):
+        cuts: dict[int, _Cut] = {n: _rows for n, x in enumerate(tensors) if x.ndim and x.shape[0] == batch_size}
+        pairs = _pairs(tensors, batch_size, read)
+        for flat, owner in pairs:
+            bounds = read(tensors[owner], len(tensors[flat]), batch_size)
+            cuts[flat], cuts[owner] = partial(_entries, bounds), partial(cut, bounds)
+        if pairs:
+            yield partial(_taken, (args, kwargs), cuts)
+
+
+def _taken(tree: tuple[tuple, dict], cuts: dict[int, _Cut], samples: Tensor) -> tuple[tuple, dict]:
+    numbers = iter(range(len(tensors_in(tree))))
+
+    def of_tensor(x: Tensor) -> Tensor:
+        cut = cuts.get(next(numbers))
+        return detached_copy(x) if cut is None else cut(x.detach(), samples).requires_grad_(x.requires_grad)
+
+    return with_tensors(of_tensor, tree)
+
+
+def _pairs(tensors: Sequence[Tensor], batch_size: int, read: _Read) -> list[tuple[int, int]]:
+    """The places of flat vectors and of what `read` understands: one for all flat vectors, or one for each."""
+    vectors = [n for n, x in enumerate(tensors) if x.ndim == 1 and x.layout == torch.strided]
+
+    def fits(owner: int, flat: int) -> bool:
+        x = tensors[owner]
+        is_possible = owner != flat and not x.dtype.is_floating_point and 0 <= len(x) - batch_size <= 1
+        return is_possible and read(x, len(tensors[flat]), batch_size) is not None
+
+    owners = [n for n in vectors if any(fits(n, flat) for flat in vectors)]
+    others = [n for n in vectors if n not in owners]
+    flats = [n for n in others if len(tensors[n]) != batch_size] or others
+    if len(owners) == 1:
+        owners *= len(flats)
+    pairs = list(zip(flats, owners, strict=False))
+    return pairs if len(flats) == len(owners) and all(fits(owner, flat) for flat, owner in pairs) else []
+
+
+def _bounds_of_offsets(x: Tensor, length: int, batch_size: int) -> Tensor | None:
+    bounds = torch.cat([x.long().cpu(), torch.tensor([length])])
+    return bounds[: batch_size + 1] if bounds[0] == 0 and (bounds.diff() >= 0).all() else None
+
+
+def _bounds_of_lengths(x: Tensor, length: int, batch_size: int) -> Tensor | None:
+    bounds = torch.cat([torch.tensor([0]), x.long().cpu().cumsum(0)])
+    return bounds if len(x) == batch_size and bounds[-1] == length and (x >= 0).all() else None
+
+
+def _rows(x: Tensor, samples: Tensor) -> Tensor:
+    return x[samples.to(x.device)]
+
+
+def _entries(bounds: Tensor, x: Tensor, samples: Tensor) -> Tensor:
+    places = [torch.arange(bounds[i], bounds[i + 1]) for i in samples.tolist()]
+    return x[torch.cat(places).to(x.device)]
+
+
+def _offsets(bounds: Tensor, x: Tensor, samples: Tensor) -> Tensor:
+    ends = bounds.diff()[samples].cumsum(0)
+    has_end = len(x) == len(bounds)
+    return torch.cat([ends.new_zeros(1), ends if has_end else ends[:-1]]).to(x)
+
+
+def _lengths(bounds: Tensor, x: Tensor, samples: Tensor) -> Tensor:
+    return bounds.diff()[samples].to(x)
