@@ -78,6 +78,15 @@ def test_units_that_vmap_cannot_run(name):
         assert_close(model.w, weight)
 
 
+@pytest.mark.parametrize("result", [lambda y, is_large: y[:, : 1 + is_large], lambda y, is_large: (y, is_large)])
+def test_samples_that_give_other_results_are_refused(result):
+    model = own_type(lambda m, x: result(m.a(x), bool(x[0, 0] > 0)), a=nn.Linear(4, 3))
+    as_unit(model)
+    x = torch.tensor([[1.0], [-1.0]]).expand(2, 4)
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"gives .* for another.*batch_dim=None"):
+        model(x)
+
+
 def test_vmap_is_not_tried_again():
     runs = []
 

@@ -112,31 +112,25 @@ def loop_samples(function: Callable, args: tuple, kwargs: dict) -> object:
     """What `map_samples` gives, by a call of `function` for each sample.
 
     Raises:
-        Unequal: if the results of samples have other shapes than those of the first.
+        Unequal: if results of samples differ in their structure, in shapes, or in what is no tensor.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Mapped)]
     # Each sample gets memory of its own: the function may change it in place.
     columns = [[x.clone() for x in _each(leaves[slot].samples)] for slot in slots]
-    outputs = []
+    outputs, kinds = [], []
     for row in zip(*columns, strict=True):
         for slot, sample in zip(slots, row, strict=True):
             leaves[slot] = sample
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         results, structure = pytree.tree_flatten(function(*args, **kwargs))
         outputs.append([value for value in results if isinstance(value, Tensor)])
-        _check_shapes(outputs[0], outputs[-1])
+        kinds.append((structure, [x.shape if isinstance(x, Tensor) else x for x in results]))
+        if kinds[-1] != kinds[0]:
+            raise Unequal(f"it gives {kinds[0][1]} for one sample and {kinds[-1][1]} for another")
     joined = map(torch.stack, zip(*outputs, strict=True))
     return pytree.tree_unflatten([next(joined) if isinstance(x, Tensor) else x for x in results], structure)
 
 
 def _each(samples: Tensor) -> Iterable[Tensor]:
     return samples.unbind() if samples.layout == torch.strided else samples
-
-
-def _check_shapes(first: list[Tensor], other: list[Tensor]) -> None:
-    if [x.shape for x in first] != [x.shape for x in other]:
-        raise Unequal(
-            f"it gives outputs of shapes {[tuple(x.shape) for x in first]} for one sample and"
-            f" {[tuple(x.shape) for x in other]} for another"
-        )
