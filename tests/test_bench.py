@@ -263,6 +263,23 @@ def test_overhead(bench, tmp_path, capsys):
         assert min(deep["SGD"]) > min(shallow["SGD"])
 
 
+def test_modules(bench, tmp_path, capsys):
+    path = tmp_path / "modules.json"
+    bench("modules", "--only", "PReLU", "--json", str(path))
+    assert set(json.loads(path.read_text())["milliseconds"]["PReLU"]) == {"SGD", "RGD"}
+    assert "PReLU" in capsys.readouterr().out
+
+
+def test_every_module_with_parameters_has_a_case(monkeypatch):
+    from bench import modules
+
+    known = {name.partition(",")[0] for name in modules.cases()} | modules.EXCEPTIONS
+    assert modules.with_parameters() <= known
+    assert {"Linear", "Transformer", "GRUCell", "AdaptiveLogSoftmaxWithLoss", "PReLU"} <= modules.with_parameters()
+    monkeypatch.setattr(modules, "EXCEPTIONS", modules.EXCEPTIONS - {"SyncBatchNorm"})
+    assert modules.run("cpu", True, None, "no such module") == ["torch.nn.SyncBatchNorm has no case"]
+
+
 def test_overhead_is_the_slope_between_the_depths(monkeypatch):
     from bench import overhead
 
