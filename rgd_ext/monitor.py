@@ -119,11 +119,15 @@ class Monitor:
             raise RuntimeError(f"the monitor of {self.path} is closed: log() inside its `with` block")
         stats = self.handle.stats
         if stats is None:
-            raise RuntimeError("there was no backward of the captured model yet: call log() after loss.backward()")
+            raise RuntimeError(
+                "there was no backward of the captured model yet: call log() after loss.backward(), or after"
+                " handle.write() if the handle defers"
+            )
         if stats is self._logged():
             raise RuntimeError(
                 f"no backward since the row of step {self._step - 1}, whose numbers this row would repeat: call log()"
-                " once after each loss.backward(), and after the block of handle.accumulate()"
+                " once after each loss.backward(), and after the block of handle.accumulate() or"
+                " after handle.write()"
             )
         if not isinstance(step, Integral | None):
             raise TypeError(f"step is {step!r}: pass a whole number")

@@ -10,6 +10,7 @@ from torch import nn
 
 from .capture import Preconditioner, precondition
 from .capture.preconditioner import is_captured
+from .capture.steps import unwritten
 from .metric import Inverse, Policy
 
 
@@ -17,7 +18,8 @@ class RGD(torch.optim.SGD):
     """Relativistic gradient descent, x <- x - lr (I - eps D) g, eq. (10).
 
     Everything but the direction is `torch.optim.SGD`: momentum, weight decay, parameter groups, schedulers, state_dict,
-    hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`. A copy of model and
+    hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`; what the handle only
+    collects (`accumulate`, `defer`) has to be written before `step()`, a RuntimeError otherwise. A copy of model and
     optimizer is not captured and goes on with plain gradients: capture it anew. A second `RGD(model)`, as of a trainer
     that is run twice, takes the capture over, and the first one refuses to step.
 
@@ -103,6 +105,12 @@ class RGD(torch.optim.SGD):
         except BaseException:
             self.preconditioner.load_state_dict(before)
             raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`; drops also what was collected and not written, of the whole model."""
+        for union in unwritten(self):
+            union.drop()
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict) -> None:
         """As `torch.optim.Optimizer.add_param_group`; ValueError for trainable parameters that are not captured."""

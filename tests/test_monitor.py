@@ -273,6 +273,19 @@ def test_row_without_a_backward_is_refused(model, handle, path):
     assert steps_in(path) == [0, 1]
 
 
+def test_a_written_union_is_one_row(model, handle, path):
+    handle.defer()
+    with rgd_ext.Monitor(handle, path) as record:
+        for _ in range(2):
+            for _ in range(2):
+                loss = backward(model)
+                with pytest.raises(RuntimeError, match=r"after handle\.write\(\)"):
+                    record.log(loss)
+            handle.write()
+            record.log(loss)
+    assert monitor.read(path)["batch_size"].tolist() == [16, 16]
+
+
 def test_accumulated_batches_are_one_row(model, handle, path):
     with rgd_ext.Monitor(handle, path) as record:
         record.log(backward(model))

@@ -32,7 +32,7 @@ Wanted: TypeAlias = Sequence[bool] | None
 class Record:
     """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    __slots__ = ("batch_size", "capture", "inside", "kind", "name", "parameters", "rule")
+    __slots__ = ("batch_size", "call", "capture", "inside", "kind", "name", "parameters", "rule")
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Record:
         kind: str | None = None,
     ) -> None:
         self.capture, self.name, self.parameters, self.batch_size = capture, name, parameters, batch_size
+        self.call = capture.calls_begun  # the one that runs now
         # Of a layer with samples along dimension 0 whose rule is in `rules.KINDS`.
         self.rule, self.kind = rule, kind
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
@@ -55,8 +56,9 @@ class Record:
         names = capture.admitted(self, wanted)
         kept = grad
         if names and capture.is_collecting():
-            # What outlives the backward must not change with a buffer that the next batch is copied to.
-            inputs, kept = [x.clone() if x.grad_fn is None else x for x in inputs], grad.clone()
+            # What outlives the backward must not change with a buffer that the next batch is copied to, nor hold a
+            # graph.
+            inputs, kept = [x.clone() if x.grad_fn is None else x.detach() for x in inputs], grad.clone()
         if self.kind == "linear" and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
             capture.aside.layers.append((self.parameters, inputs[0], kept))
         elif names:

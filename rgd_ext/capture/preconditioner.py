@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -23,7 +23,7 @@ from .calls import Calls
 from .captured import CapturedGradients
 from .dry_run import dry_run
 from .embedding import Rows
-from .factors import Dense, Factor, Outer
+from .factors import Factor, Outer
 from .install import check_model, taps_for
 from .nodes import Contributions, Record, Wanted
 from .plan import Plan, plan_of
@@ -32,8 +32,9 @@ from .precision import full_precision
 from .runs import Call
 from .shared import Shared
 from .small import SmallLayers
-from .sums import add, join
+from .sums import add
 from .taps import Tap
+from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion, Contributed, Passed
 from .verifier import Verifier
 from .workspace import LITTLE, Workspace, fresh
 from .wrappers import check_not_in_ddp, check_not_sharded, check_not_wrapped
@@ -61,10 +62,11 @@ class Preconditioner:
     """The handle of a captured model, from `rgd_ext.precondition`; a context manager that removes the capture.
 
     Attributes:
-        stats: `Stats` of the last backward, or None before the first.
+        stats: `Stats` of the last direction, or None before the first.
         batch_dim: the dimension of the samples in the model's inputs, or None where each call is for one sample.
         batch: of the call of the model under way, or None.
         batch_size: of the call before.
+        calls_begun: how many calls of the model, or of parts of it, there were.
         aside: of the backward under way, what can be had in one way only.
         small: of the backward under way, small layers.
         verifier: of calls of the model.
@@ -94,6 +96,7 @@ class Preconditioner:
         self._removed = False
         self.batch: Batch | None = None
         self.batch_size: int | None = None
+        self.calls_begun = 0
         self.guards: dict[int, tuple[nn.Parameter, object]] = {}
         self._names = {p: name for name, p in model.named_parameters()}
         # Of the backward under way: its id, its batch size and each parameter's contributions.
@@ -104,7 +107,11 @@ class Preconditioner:
         self._with_gram = True
         self._factors: dict[nn.Parameter, list[Factor]] = {}
         self.aside = Aside()
-        self._union: list[dict[nn.Parameter, Factor]] | None = None
+        # The calls that the backward under way goes through, if what it contributes is collected.
+        self._passed: Passed = set()
+        self._union: BatchUnion | None = None
+        # Of backwards that write nothing, where their contributions go.
+        self._take: Callable[[Contributed, Passed], None] | None = None
         self._planner = Planner(memory_budget)
         self._choices: list[Choice] = []
         self._workspace = Workspace(LITTLE if memory_budget in (None, math.inf) else 0)
@@ -137,13 +144,14 @@ class Preconditioner:
         return type(None), ()
 
     def remove(self) -> None:
-        """Leave the model as it was found. Gradients already written stay."""
+        """Leave the model as it was found. Gradients already written stay; what `defer` has collected is dropped."""
         for tap in self._taps:
             tap.uninstall()  # where somebody has wrapped it since, a removed capture's tap lets everything through
         for _, hook in self.guards.values():
             hook.remove()
         self._taps, self.guards, self._removed = [], {}, True
         self._factors, self.aside = {}, Aside()  # of a backward that failed
+        self._union = self._take = None
         self.small.clear()
         self._workspace = Workspace()
         _live.discard(self)
@@ -172,36 +180,90 @@ class Preconditioner:
         """One direction for the union of the batches of all backwards inside, written when the block ends.
 
         The gradient is that of the sum of the losses, as in gradient accumulation; the batches may differ in size.
-        Each backward's contributions are kept until then. Nothing is written if the block raises.
+        Backwards through one call of the model are of the same samples, whose contributions add up; others are of
+        samples of their own. Each backward's contributions are kept until then. Nothing is written if the block raises.
 
         Raises:
-            RuntimeError: if blocks are nested.
+            RuntimeError: if blocks are nested, or the handle defers. Inside also from a backward that ties samples
+                which were separate before, and from the step of an optimizer along the direction that is to be written.
         """
         if self._union is not None:
-            raise RuntimeError("accumulate() blocks cannot be nested: backwards of the outer one are already collected")
-        with self.collect() as parts:
-            yield
-        if parts:
-            with torch.no_grad():
-                parameters = list(dict.fromkeys(p for part in parts for p in part))
-                joined = [join([part.get(p) or _absent(p, part) for part in parts]) for p in parameters]
-                parts.clear()
-                factors = [self._settled(*each) for each in zip(parameters, joined, strict=True)]
-                gradients = CapturedGradients(factors, releases=True)
-                del joined, factors  # as in `_finish`
-                self._write(parameters, gradients)
-
-    @contextmanager
-    def collect(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
-        """Backwards inside add their contributions to the list this yields, and write nothing."""
-        outer, self._union = self._union, []
+            raise RuntimeError(DEFERRED if self._union.is_deferred else NESTED_BLOCKS)
+        self._union = union = BatchUnion(is_deferred=False)
         try:
-            yield self._union
+            with self._given_to(union.add):
+                yield
         finally:
-            self._union = outer
+            self._union = None
+        self._write_union(union)
+
+    def defer(self, on: bool = True) -> None:
+        """From now on backwards only collect, as inside of `accumulate`; `write` writes the direction of their union.
+
+        For trainers, which run the backwards and the step. It stays on until `defer(False)`. What backwards contribute
+        is kept until it is written; meanwhile steps of optimizers of the model's parameters raise a RuntimeError and
+        change nothing, provided that they are a `torch.optim.Optimizer`: others would step without the direction.
+        `RGD.zero_grad` drops what is collected; before the zero_grad of other optimizers, or of the model, use `drop`
+        if a step is left out.
+
+        Raises:
+            RuntimeError: inside of `accumulate`, or if what was collected would be lost by `defer(False)`.
+        """
+        if self._union is not None and not self._union.is_deferred:
+            raise RuntimeError(INSIDE_BLOCK)
+        if self._union and not on:
+            raise RuntimeError(LOST)
+        if on != (self._union is not None):
+            self._union = BatchUnion(is_deferred=True) if on else None
+            self._take = self._union.add if on else None
+
+    def write(self) -> None:
+        """Add the direction of the union of all batches since the last `write` to `.grad`, with `defer` on.
+
+        Call it before the optimizer's step, and before gradients are clipped or unscaled. If nothing was collected, as
+        where a trainer has skipped its batches, nothing happens.
+
+        Raises:
+            RuntimeError: if the handle does not defer.
+            ValueError: for gradient hooks on parameters.
+        """
+        if self._union is None or not self._union.is_deferred:
+            raise RuntimeError(NOT_DEFERRED if self._union is None else INSIDE_BLOCK)
+        self._write_union(self._union)
+
+    def drop(self) -> None:
+        """Forget the backwards that `defer` or `accumulate` has collected since the last direction."""
+        if self._union is not None:
+            self._union.drop()
+
+    def _write_union(self, union: BatchUnion) -> None:
+        parameters = union.parameters()
+        if not parameters:
+            return
+        self._check_unhooked(parameters)
+        factors = [self._settled(*each) for each in union.joined()]
+        gradients = CapturedGradients(factors, releases=True)
+        del factors  # as in `_finish`
+        self._write(parameters, gradients)
 
     @contextmanager
-    def trial(self) -> Iterator[list[dict[nn.Parameter, Factor]]]:
+    def _given_to(self, take: Callable[[Contributed, Passed], None]) -> Iterator[None]:
+        """Backwards inside hand over what they contribute, and write nothing."""
+        outer, self._take = self._take, take
+        try:
+            yield
+        finally:
+            self._take = outer
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Contributed]]:
+        """Backwards inside add their contributions to the list this yields, and write nothing."""
+        parts: list[Contributed] = []
+        with self._given_to(lambda part, calls: parts.append(part)):
+            yield parts
+
+    @contextmanager
+    def trial(self) -> Iterator[list[Contributed]]:
         """`collect`, and nothing is remembered of the backwards inside."""
         saved = self._planner, self._choices
         self._planner = Planner(self._planner.budget)
@@ -237,7 +299,7 @@ class Preconditioner:
 
     def is_collecting(self) -> bool:
         """Whether what backwards contribute outlives them, and the tensors that the user changes afterwards."""
-        return self._union is not None and not self.verifier.is_proving
+        return self._take is not None and not self.verifier.is_proving
 
     def plan(self, *args, **kwargs) -> Plan:
         """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.
@@ -280,13 +342,13 @@ class Preconditioner:
     @contextmanager
     def _rehearsed(self) -> Iterator[None]:
         """Backwards write directions, but nothing is remembered of them, and a policy of the user's is not asked."""
-        saved = self.stats, self._policy, self._largest, self._union
+        saved = self.stats, self._policy, self._largest, self._take
         self._policy = Spectral() if needs_gram(self._policy, self._inverse, self._largest) else Fixed(0)
-        self._largest = self._union = None
+        self._largest = self._take = None
         try:
             yield
         finally:
-            self.stats, self._policy, self._largest, self._union = saved
+            self.stats, self._policy, self._largest, self._take = saved
 
     def recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
@@ -311,6 +373,7 @@ class Preconditioner:
             first = arrays[0][None] if self.batch_dim is None else arrays[0].movedim(self.batch_dim, 0)
             self._calls.note(tap.module, tap.name, first, is_part)
         self.batch = Batch.among(arrays, self.model, self.batch_dim, is_list(args, kwargs))
+        self.calls_begun += 1
         try:
             output = tap.recorded(args, kwargs)
         finally:
@@ -407,6 +470,8 @@ class Preconditioner:
         if task != self._task or record.inside != -1:
             self._check_start(record, task)
             self._begin(task, record.batch_size)
+        if self._take is not None:
+            self._passed.add((record.call, record.batch_size))
         if record.batch_size != self._size:
             raise ValueError(
                 f"batch sizes disagree in one backward: '{record.name}' ran with {record.batch_size} samples, modules"
@@ -448,7 +513,7 @@ class Preconditioner:
 
     def _is_known(self, aside: Aside) -> bool:
         """Whether what was put aside is planned and all that its parameters get."""
-        if self._union is not None or self._is_dry:
+        if self._take is not None or self._is_dry:
             return False
         if self._factors and not self._factors.keys().isdisjoint(aside.parameters()):
             return False
@@ -467,7 +532,7 @@ class Preconditioner:
         if self._is_dry:
             self._planner.note(name, factor, self._with_gram)
             return factor
-        empty = self._workspace.empty if self._union is None else fresh
+        empty = self._workspace.empty if self._take is None else fresh
         return self._planner.settle(name, factor, self._with_gram, empty)
 
     def refuse_second_derivative(self, wanted: Wanted) -> None:
@@ -480,9 +545,10 @@ class Preconditioner:
         if self._task != -1:
             self._unfinished.add(self._task)
         self._task, self._size, self._factors, self.aside = task, batch_size, {}, Aside()
+        self._passed = set()
         self.small.begin(-1 if self.is_collecting() else task, batch_size)
         # What is only collected may be asked for anything.
-        self._with_gram = self._union is not None or needs_gram(self._policy, self._inverse, self._largest)
+        self._with_gram = self._take is not None or needs_gram(self._policy, self._inverse, self._largest)
         self._planner.begin()
         self._workspace.restart()
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, task))
@@ -507,20 +573,23 @@ class Preconditioner:
         self._choices = self._planner.finish()
         if self._is_dry:
             return
-        if self._union is not None:
-            self._union.append(summed)
+        if self._take is not None:
+            self._take(summed, self._passed)
             return
         parameters = [*summed, *given.parameters()] if given else list(summed)
         gradients = CapturedGradients(list(summed.values()), given, releases=True)
         del aside, factors, summed  # or they would hold what `gradients` lets go of
+        self._check_unhooked(parameters)
         self._write(parameters, gradients)
 
-    @torch.no_grad()
-    def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
+    def _check_unhooked(self, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
             # Before the call, for which small models would wait.
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 self._check_hooks(parameter, _HOOKS)
+
+    @torch.no_grad()
+    def _write(self, parameters: list[nn.Parameter], gradients: CapturedGradients) -> None:
         with full_precision(parameters[0].device):
             direction, self.stats = solve(gradients, self._policy, self._inverse, self._largest)
         for parameter, step in zip(parameters, direction, strict=True):
@@ -554,11 +623,6 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
         " newer optimizer; for several optimizers of one model call rgd_ext.precondition(model) once, and pass them"
         " parameters, RGD(model.parameters(), ...)"
     )
-
-
-def _absent(parameter: nn.Parameter, part: dict[nn.Parameter, Factor]) -> Factor:
-    size = next(iter(part.values())).batch_size
-    return Dense(parameter.new_zeros(size, *parameter.shape))
 
 
 def _missing(record: Record, found: dict[str, Tensor | Factor | None]) -> Exception:
@@ -643,7 +707,7 @@ def precondition(
             nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
 
     Returns:
-        The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.remove()`; a context manager.
+        The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`; a context manager.
 
     Raises:
         TypeError: if `model` is not a module, `epsilon` not a policy, `verify` not a bool, or `batch_dim` no int.
