@@ -26,7 +26,8 @@ class Stats:
     """What the diffusion metric knows of one batch. Tensors stay on the device; reading a number synchronises.
 
     With g_i the per-sample gradients, g their mean and D their covariance. All are those of the loss whose backward was
-    called: if that was multiplied by S, as by a `torch.amp.GradScaler`, g by S, D by S^2, and epsilon by 1 / S^2.
+    called: if that was multiplied by S, as by a `torch.amp.GradScaler`, so is g, and D by S^2; the epsilon of a policy
+    that is invariant to the scale of the loss is then multiplied by 1 / S^2.
 
     Attributes:
         batch_size: B.
@@ -148,9 +149,7 @@ class Fixed:
 
     def __call__(self, stats: Stats) -> float:
         """value / loss_scale^2."""
-        if not callable(self.loss_scale):
-            return self.value / self.loss_scale**2
-        scale = self.loss_scale()
+        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
         self._check_scale(scale)
         return self.value / scale**2
 

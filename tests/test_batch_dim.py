@@ -133,3 +133,9 @@ def test_the_diffusion_matrix_takes_samples_first():
     with rgd_ext.precondition(model, batch_dim=1), pytest.raises(ValueError, match=r"batch_dim=1.*\.remove\(\)"):
         rgd_ext.DiffusionMatrix.from_batch(model, nn.MSELoss(), x, torch.randn(B, T, 2))
     rgd_ext.DiffusionMatrix.from_batch(model, nn.MSELoss(), x, torch.randn(B, T, 2))
+
+
+def test_one_sample_whose_direction_is_the_plain_gradient_is_noticed():
+    model = nn.Linear(4, 2)
+    with rgd_ext.precondition(model, batch_dim=None), pytest.warns(UserWarning, match=r"one sample.*accumulate"):
+        loss_of(model(torch.randn(5, 4))).backward()

@@ -90,7 +90,7 @@ def test_weights_of_entries_and_their_own_gradient(is_flat):
     assert_close(w.grad, own)
 
 
-def test_of_equal_maxima_torch_chooses_one():
+def test_ties_of_the_maximum_follow_torch():
     model, x = classifier(mode="max"), bags()
     nn.init.zeros_(model.bag.weight)
     assert_close(captured_grad(model, *flattened(x, LENGTHS)), expected_of(model, x, LENGTHS))
@@ -102,6 +102,18 @@ def test_every_bag_may_hold_one_entry_or_none():
         assert_close(captured_grad(copy.deepcopy(model), *flattened(x, lengths)), expected_of(model, x, lengths))
         assert rgd_ext.verify(model, *flattened(x, lengths)).samples == (0, 4)
     assert not captured_grad(model, *flattened(x, 0 * lengths))[: ROWS * WIDTH].any()
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["rows", "flat"])
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_one_bag_at_a_time_is_one_sample(mode, is_flat):
+    model, x = classifier(mode=mode), bags()
+    expected = captured_grad(copy.deepcopy(model), x)
+    with rgd_ext.precondition(model, batch_dim=None) as handle, handle.accumulate():
+        for each in x:
+            arguments = (each, torch.tensor([0])) if is_flat else (each[None],)
+            (loss_of(model(*arguments)) / len(x)).backward()
+    assert_close(flat(p.grad for p in model.parameters()), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -187,7 +199,7 @@ def test_parameters_used_before_the_bags_are_counted():
     model, x = classifier(padding_idx=8), bags() % 8
     text, offsets = flattened(x, LENGTHS)
     scaled = Scaled(model).double()
-    with pytest.raises(ValueError, match=r"5 bags in a batch of 11 samples, which 'Scaled\.p' has been copied for"):
+    with pytest.raises(ValueError, match=r"5 bags in a batch of 11 samples, after 'Scaled\.p' was used"):
         captured_grad(scaled, text, offsets)
     expected = expected_of(scaled, x, LENGTHS)
     with rgd_ext.precondition(scaled):

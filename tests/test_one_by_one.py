@@ -1,7 +1,9 @@
 """Units that torch.func.vmap cannot run, and models whose calls are of one sample each."""
 
 import copy
+import math
 
+import numpy
 import pytest
 import torch
 from capturing import B, as_unit, double, flat_grad, loss_of, own_type
@@ -78,13 +80,27 @@ def test_units_that_vmap_cannot_run(name):
         assert_close(model.w, weight)
 
 
-@pytest.mark.parametrize("result", [lambda y, is_large: y[:, : 1 + is_large], lambda y, is_large: (y, is_large)])
+RESULTS = [
+    lambda y, is_large: y[:, : 1 + is_large],
+    lambda y, is_large: (y, is_large),
+    lambda y, is_large: (y, numpy.zeros(2)),
+]
+
+
+@pytest.mark.parametrize("result", RESULTS)
 def test_samples_that_give_other_results_are_refused(result):
     model = own_type(lambda m, x: result(m.a(x), bool(x[0, 0] > 0)), a=nn.Linear(4, 3))
     as_unit(model)
     x = torch.tensor([[1.0], [-1.0]]).expand(2, 4)
     with rgd_ext.precondition(model), pytest.raises(ValueError, match=r"gives .* for another.*batch_dim=None"):
         model(x)
+
+
+def test_samples_may_give_what_is_not_a_number():
+    model = own_type(lambda m, x: (m.a(x) * (1 if x.sum() > -100 else 2), math.nan), a=nn.Linear(4, 3)).double()
+    as_unit(model)
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match="one sample after the other"):
+        assert math.isnan(model(double(B, 4))[1])
 
 
 def test_vmap_is_not_tried_again():

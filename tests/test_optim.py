@@ -309,6 +309,13 @@ def test_several_optimizers_of_one_model_share_a_capture():
         assert rgd_ext.handle_of(model) is handle
 
 
+def test_what_has_no_handle_or_state_is_refused():
+    with pytest.raises(TypeError, match=r"module is a RGD: pass a torch\.nn\.Module"):
+        rgd_ext.handle_of(rgd_ext.RGD(mlp(), lr=0.1))
+    with pytest.raises(ValueError, match=r"a handle has no state \[1\]"):
+        rgd_ext.precondition(mlp()).load_state_dict([1])
+
+
 def test_the_handle_of_a_part_or_a_model():
     model = nn.ModuleList([mlp(), nn.Linear(2, 2)])
     assert rgd_ext.handle_of(model) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from .embedding import Rows
 from .factors import Factor
 from .rules import Registered
 from .shared import Shared
-from .taps import Layer
+from .taps import Layer, merged
 
 _REMEDIES = (
     "call the model with bags of equal length (B, T), filled up with the padding_idx of the EmbeddingBag; or, without"
@@ -67,7 +69,15 @@ def _entries(module: nn.EmbeddingBag, bags: _Flat) -> tuple[Tensor, Tensor, Tens
 def _of_maxima(module: nn.EmbeddingBag, bags: _Flat, rows: Tensor, bag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_entries` of maxima: every feature has one row, chosen by torch among equals, and counts once in a bag."""
     arguments = module.weight.detach(), bags.indices, bags.starts[: bags.number]
-    *_, largest = torch.embedding_bag(*arguments, False, 2, False, None, False, module.padding_idx)
+    *_, largest = torch.embedding_bag(
+        *arguments,
+        scale_grad_by_freq=False,
+        mode=2,  # max
+        sparse=False,
+        per_sample_weights=None,
+        include_last_offset=False,
+        padding_idx=module.padding_idx,
+    )
     pairs = (rows * bags.number + bag).unique()
     rows, bag = pairs // bags.number, pairs % bags.number
     return rows, bag, largest[bag] == rows[:, None]
@@ -103,6 +113,8 @@ class Bags(Layer):
         bags, dim = self._bags(batch, *args, **kwargs)
         output = self._output(parameters, args, kwargs)
         entries = _entries(self.module, bags)
+        if batch.at is None:
+            return self._watch(parameters, 1, partial(merged, self._bound_rule, 0), output, entries)
         if dim is None:
             return self._for_all(parameters, batch, entries, output)
         return self._watch(parameters, bags.number, self._bound_rule, output, entries)
@@ -122,14 +134,18 @@ class Bags(Layer):
         if input.is_nested:
             bags, dim = _of_nested(input, per_sample_weights), 0
         elif input.ndim == 2:
-            bags, dim = _of_rows(input, per_sample_weights), batch.dim(input, self.module, self.name, 1)
+            dim = None if batch.at is None else batch.dim(input, self.module, self.name, 1)
+            bags = _of_rows(input, per_sample_weights)
         else:
             if offsets is None:
                 self.original(input)  # torch says what is wrong
             bags = _Flat(input, offsets, len(offsets) - self.module.include_last_offset, per_sample_weights)
-            dim = self._dim_of_flat(batch, bags)
+            dim = None if batch.at is None else self._dim_of_flat(batch, bags)
         if dim:
-            raise ValueError(f"module '{self.name}' (EmbeddingBag) is marked with batch_dim={dim}: bags are along 0")
+            raise ValueError(
+                f"module '{self.name}' (EmbeddingBag) is marked with batch_dim={dim}, but its bags are along"
+                " dimension 0: call rgd_ext.mark(module, batch_dim=0)"
+            )
         if dim == 0 and batch.size not in (None, bags.number):
             self._resize(batch, bags)
         return bags, dim
@@ -159,5 +175,5 @@ class Bags(Layer):
         for module in modules_in(self.capture.model):
             for parameter in module._parameters.values():
                 if isinstance(parameter, Shared):
-                    raise ValueError(f"{found}, which '{parameter.owner}' has been copied for: {_REMEDIES}")
-        self.capture.batch = batch.resized(bags.number)
+                    raise ValueError(f"{found}, after '{parameter.owner}' was used for these: {_REMEDIES}")
+        self.capture.batch = replace(batch, size=bags.number)

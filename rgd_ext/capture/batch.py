@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from types import SimpleNamespace
 
@@ -163,15 +163,11 @@ class Batch:
         return cls(size, inputs, model, at, is_listed)
 
     def place(self, x: Tensor, sample_ndim: int = 0, at: int | None = None) -> int | None:
-        """The dimension of `x` with B places, out of those before a sample's: `at` before 0; None if there is none."""
+        """The dimension of `x` with B places, before the last `sample_ndim`: `at`, or else 0; None if neither has."""
         for dim in (self.at if at is None else at, 0):
             if dim < x.ndim - sample_ndim and x.shape[dim] == self.size:
                 return dim
         return None
-
-    def resized(self, size: int) -> Batch:
-        """The same with another number of samples."""
-        return replace(self, size=size)
 
     @cached_property
     def _constants(self) -> set[int]:
@@ -264,7 +260,10 @@ class Batch:
     @property
     def _others(self) -> str:
         """Remedies where it is not the module that is to blame."""
-        return LISTED if self.is_listed else f"{ELSEWHERE}. As a last remedy, {ONE_AT_A_TIME}"
+        if self.is_listed:
+            return LISTED
+        last = f"As a last remedy, {ONE_AT_A_TIME}"
+        return last if self.at else f"{ELSEWHERE}. {last}"
 
 
 def storage(x: Tensor) -> int:

@@ -42,6 +42,16 @@ class Calls:
                 " call that"
             )
 
+    def warn_of_only_sample(self) -> None:
+        """A direction is written of one sample, as all calls of the model are of one."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "batch_dim=None takes this call of the model for one sample, so the direction is the plain gradient:"
+                " call the model and backward() for each sample inside `with handle.accumulate():`",
+                stacklevel=2,
+            )
+
     def end(self, batch_size: int | None) -> None:
         """A backward of `batch_size` samples has used them."""
         if not (self._of_one_sample or self._indices or self._squares):

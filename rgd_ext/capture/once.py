@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .products import Product, product_of
-from .samples import Samples, differs, for_all
+from .product_calls import product_of
+from .products import Product
+from .samples import Samples, differs, outside_vmap
 from .values import Value
 
 
 class OnceForAll(TorchFunctionMode):
     """While a function runs on each of `samples`: values that they share are computed once, from parameters on.
 
-    To the function a value is a tensor with a copy for each sample, so that what this mode does not see is right as
-    well. Where samples meet a value in a product, the layer's rule gives its contributions.
+    To the function a value is an ordinary tensor under vmap, with a copy for each sample, so that operations this mode
+    does not know are right as well. In products with the samples the rules of layers give the contributions.
 
     Args:
         samples: of the batch.
@@ -54,11 +55,11 @@ class OnceForAll(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        leaves = args if not kwargs and all(type(x) is not tuple and type(x) is not list for x in args) else None
-        if leaves is None:
-            leaves = pytree.tree_leaves((args, kwargs))
+        # Nearly always they are flat, and searching nests would cost more than the call.
+        is_flat = not kwargs and all(type(x) is not tuple and type(x) is not list for x in args)
+        leaves = args if is_flat else pytree.tree_leaves((args, kwargs))
         values = [x for x in leaves if id(x) in self._values]
-        if not values or not self._samples.are_innermost():
+        if not values or not self._samples.is_innermost_transform():
             return func(*args, **kwargs)
         others = [x for x in leaves if isinstance(x, Tensor) and id(x) not in self._values]
         if not any(differs(x) or x.requires_grad for x in others):
@@ -80,18 +81,19 @@ class OnceForAll(TorchFunctionMode):
 
         args, kwargs = pytree.tree_map(plain, (args, kwargs))
         if _changes_first(func) and isinstance(args[0], Tensor) and self._is_of_a_parameter(args[0]):
-            raise RuntimeError(f"{func.__name__} changes a parameter in place")  # which another attempt would do again
-        with for_all():
+            # Refused before it runs: the unit then runs one sample after the other, and would change it again.
+            raise RuntimeError(f"{func.__name__} changes a parameter in place")
+        with outside_vmap():
             results = func(*args, **kwargs)
         return pytree.tree_map_only(Tensor, partial(self._result, func, args, kwargs, used), results)
 
     def _result(self, func: Callable, args: tuple, kwargs: dict, used: list[Value], tensor: Tensor) -> Tensor:
         """What the function has for `tensor`, which `func` computed from `used`."""
         if (not torch.is_grad_enabled() or not tensor.requires_grad) and not self._is_of_a_parameter(tensor):
-            return tensor.detach()
+            return tensor.detach()  # a constant; a view of a parameter may be changed in place, and stays a value
         is_only_one = len(used) == 1
         value = used[0].computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, self._samples.number)
-        with for_all():
+        with outside_vmap():
             return self.shared(value)
 
     def _met(self, product: Product) -> Tensor | None:
@@ -101,14 +103,14 @@ class OnceForAll(TorchFunctionMode):
             return None
         form, merges = found
         x, output = self._samples.joined(product.x), self._samples.joined(product.output())
-        with for_all():
+        with outside_vmap():
             if merges:
                 x, output = x.squeeze(1), output.squeeze(1)
             output = product.watched(output, x, form)
         output = self._samples.split(output.unsqueeze(1) if merges else output)
         if product.rest is None:
             return output
-        with for_all():
+        with outside_vmap():
             rest = self.shared(product.rest)
         return output + rest
 

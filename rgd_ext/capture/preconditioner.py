@@ -281,14 +281,14 @@ class Preconditioner:
         return {} if self._largest is None else {"largest_eigenvalue": self._largest.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Go on from where `state_dict` was called; an empty dict lets the policy begin anew.
+        """Go on from where `state_dict` was called; an empty dict lets the policy begin anew, and others ignore it.
 
         Raises:
             ValueError: if `state` is not from the `state_dict` of a handle; nothing is changed then.
         """
-        if not state.keys() <= {"largest_eigenvalue"}:
+        if not isinstance(state, dict) or not state.keys() <= {"largest_eigenvalue"}:
             raise ValueError(
-                f"a handle has no state {sorted(state)}: pass what its state_dict() gave, which the state_dict() of RGD"
+                f"a handle has no state {state!r}: pass what its state_dict() gave, which the state_dict() of RGD"
                 " has under 'preconditioner'"
             )
         if self._largest is not None:
@@ -576,6 +576,8 @@ class Preconditioner:
         if self._take is not None:
             self._take(summed, self._passed)
             return
+        if self.batch_dim is None:
+            self._calls.warn_of_only_sample()
         parameters = [*summed, *given.parameters()] if given else list(summed)
         gradients = CapturedGradients(list(summed.values()), given, releases=True)
         del aside, factors, summed  # or they would hold what `gradients` lets go of
@@ -643,12 +645,17 @@ def live_handle(model: nn.Module) -> Preconditioner | None:
 def handle_of(module: nn.Module) -> Preconditioner | None:
     """The handle of the capture that `module` is in: its own, or that of a model around it; None without one.
 
+    Raises:
+        TypeError: if `module` is not a module.
+
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> optimizer = rgd_ext.RGD(model, lr=0.1)
         >>> rgd_ext.handle_of(model[0]) is optimizer.preconditioner
         True
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}: pass a torch.nn.Module")
     return live_handle(module) or next((handle for handle in _live if handle.tap_of(module) is not None), None)
 
 

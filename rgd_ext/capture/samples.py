@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Samples:
         """Those of all samples, with the samples in front of the tensors in a nest."""
         return self.joined(result) if isinstance(result, Tensor) else pytree.tree_map_only(Tensor, self.joined, result)
 
-    def are_innermost(self) -> bool:
+    def is_innermost_transform(self) -> bool:
         """Whether the function is not inside a transform of its own, such as `torch.func.grad`."""
         return _functorch.maybe_current_level() == self.level
 
@@ -74,7 +75,7 @@ def differs(x: Tensor) -> bool:
 
 
 # Outside of all samples, as if none were looked at.
-for_all = temporarily_pop_interpreter_stack
+outside_vmap = temporarily_pop_interpreter_stack
 
 
 @contextmanager
@@ -118,18 +119,28 @@ def loop_samples(function: Callable, args: tuple, kwargs: dict) -> object:
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Mapped)]
     # Each sample gets memory of its own: the function may change it in place.
     columns = [[x.clone() for x in _each(leaves[slot].samples)] for slot in slots]
-    outputs, kinds = [], []
+    outputs, kinds, structures = [], [], []
     for row in zip(*columns, strict=True):
         for slot, sample in zip(slots, row, strict=True):
             leaves[slot] = sample
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         results, structure = pytree.tree_flatten(function(*args, **kwargs))
         outputs.append([value for value in results if isinstance(value, Tensor)])
-        kinds.append((structure, [x.shape if isinstance(x, Tensor) else x for x in results]))
-        if kinds[-1] != kinds[0]:
-            raise Unequal(f"it gives {kinds[0][1]} for one sample and {kinds[-1][1]} for another")
+        kinds.append([tuple(x.shape) if isinstance(x, Tensor) else x for x in results])
+        structures.append(structure)
+        if structure != structures[0]:
+            raise Unequal("its results have another structure for one sample than for another")
+        if not all(map(_is_equal, kinds[0], kinds[-1])):
+            raise Unequal(f"it gives {kinds[0]} for one sample and {kinds[-1]} for another")
     joined = map(torch.stack, zip(*outputs, strict=True))
     return pytree.tree_unflatten([next(joined) if isinstance(x, Tensor) else x for x in results], structure)
+
+
+def _is_equal(a: object, b: object) -> bool:
+    """Whether two values that are no tensors are the same, as NaN is."""
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    return a is b or (type(a) is type(b) and (a == b) is True)
 
 
 def _each(samples: Tensor) -> Iterable[Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batch import ONE_AT_A_TIME, Batch
-from .products import product_of
+from .product_calls import product_of
 from .samples import Mapped, map_samples
-from .values import Leaf, Use, Value, leaf_of
+from .values import Leaf, RecordMaker, Value, leaf_of
 
 _EXPANDING = {"expand", "repeat", "broadcast_to", "tile"}
 _METADATA = {"size", "dim", "numel", "nelement", "stride", "is_floating_point", "is_complex", "__len__", "get_device"}
@@ -61,7 +61,11 @@ class Shared(torch.Tensor):
 
 
 def share(
-    copies: Tensor, owner: str, batch: Batch, parameter: nn.Parameter | None = None, use: Use | None = None
+    copies: Tensor,
+    owner: str,
+    batch: Batch,
+    parameter: nn.Parameter | None = None,
+    make_record: RecordMaker | None = None,
 ) -> Tensor:
     """The value whose copies for each sample are given, (B, *shape); for one sample, simply that one.
 
@@ -69,11 +73,11 @@ def share(
         copies: equal but for their gradients.
         owner: what they come from, for the user.
         batch: that they belong to.
-        parameter, use: as in `leaf_of`.
+        parameter, make_record: as in `leaf_of`.
     """
     if copies.shape[0] == 1:
         return copies[0]
-    leaf = leaf_of(copies, parameter, use)
+    leaf = leaf_of(copies, parameter, make_record)
     shared = Shared(Value.of_leaf(leaf), owner, batch)
     if leaf.requires_grad:
         # What takes the value past __torch_function__ (an autograd.Function, a scripted function) ends here.

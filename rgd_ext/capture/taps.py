@@ -157,7 +157,7 @@ class Tap(Substitute):
     def _spread(self, parameters: dict[str, nn.Parameter], batch_size: int) -> dict[str, Tensor]:
         return spread(Record(self.capture, self.name, parameters, batch_size))
 
-    def _use(
+    def _make_record(
         self, batch_size: int, parameters: dict[str, nn.Parameter], rule: BoundRule, kind: str | None = None
     ) -> Record:
         return Record(self.capture, self.name, parameters, batch_size, rule, kind)
@@ -185,7 +185,7 @@ class Tap(Substitute):
                 f"module '{self.name}' ({type(self.module).__name__}) gives a {type(output).__name__}: rules serve"
                 " modules with one output tensor; register it with rgd_ext.unit instead"
             )
-        return watch(self._use(batch_size, parameters, rule, kind), output, inputs)
+        return watch(self._make_record(batch_size, parameters, rule, kind), output, inputs)
 
 
 class Container(Tap):
@@ -199,7 +199,7 @@ class Container(Tap):
                 " unknown; call the captured model itself, with the batch as its first tensor"
             )
         spread = self._spread(parameters, batch.size)
-        use = partial(self._use, batch.size)
+        use = partial(self._make_record, batch.size)
         shared = {
             name: share(copies, f"{self.name}.{name}", batch, parameters[name], use) for name, copies in spread.items()
         }
@@ -242,7 +242,6 @@ class Layer(Tap):
         dim = batch.dim(first, self.module, self.name, self.sample_ndim, at=self.at)
         output = self._output(parameters, args, kwargs)
         if dim is None:
-            self.sized(batch, args, kwargs)  # or there is an error
             return self._for_all(parameters, batch, inputs, output)
         size, rule = batch.size_of(first, dim, self.name), self._rule_as_of_now()
         if dim == 0:
@@ -254,7 +253,7 @@ class Layer(Tap):
         output = self._output(parameters, args, kwargs)
         if inputs[0].numel() == 0:  # an expert that nothing chose
             return output
-        return self._watch(parameters, 1, partial(_merged, self._rule_as_of_now(), self.sample_ndim), output, inputs)
+        return self._watch(parameters, 1, partial(merged, self._rule_as_of_now(), self.sample_ndim), output, inputs)
 
     def _in_order(self, args: tuple, kwargs: dict) -> list[object]:
         """All arguments, as the forward declares them."""
@@ -290,7 +289,7 @@ class Layer(Tap):
         batch_size = batch.size
         if batch_size is None:
             raise ValueError(
-                f"module '{self.name}' is marked as shared by all samples, but the batch size is unknown: call the"
+                f"module '{self.name}' has an input that all samples share, but the batch size is unknown: call the"
                 " captured model itself, with the batch as its first tensor"
             )
         squeezed = inputs[0].ndim > self.sample_ndim and inputs[0].shape[0] == 1
@@ -324,7 +323,7 @@ def keep_changes(parameters: Mapping[str, nn.Parameter], copies: Mapping[str, Te
             parameters[name].copy_(copy_)
 
 
-def _merged(rule: BoundRule, sample_ndim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
+def merged(rule: BoundRule, sample_ndim: int, inputs: tuple[Tensor, ...], grad: Tensor) -> dict[str, Tensor | Factor]:
     """What all rows of `inputs` contribute, or `inputs` itself if it is one row, as that of one sample."""
     if inputs[0].ndim <= sample_ndim:
         inputs, grad = tuple(x[None] for x in inputs), grad[None]

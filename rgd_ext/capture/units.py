@@ -95,7 +95,7 @@ class Unit(Tap):
     ) -> object:
         """The output, tensors with the samples in front."""
         size = len(next(iter(copies.values())))
-        use = partial(self._use, size)
+        use = partial(self._make_record, size)
         leaves = {name: leaf_of(each, parameters[name], use) for name, each in copies.items()}
         with each_of(size, "different") as samples:
             mode = OnceForAll(samples)

@@ -1,7 +1,7 @@
-"""Values that all samples share: parameters, and what a forward computes from parameters alone, once for the batch.
+"""Values: tensors that all samples share, which are parameters or computed from parameters alone, once for all.
 
-Their gradients are wanted per sample, so every value has a copy per sample for what it meets the samples in. Gradients
-of a copy are taken back through the graph of the value to the copies of the parameters that it was computed from.
+Their gradients are wanted per sample. So where a value is used together with the samples, every sample has a copy of
+it; the gradients of the copies are taken back through the graph of the value to the copies of its parameters.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch._C import _functorch
 
 from .nodes import BoundRule, Record
 
-# (parameters, rule, kind) -> a use of the parameters by the module that runs.
-Use: TypeAlias = Callable[[dict[str, nn.Parameter], BoundRule, str | None], Record]
+# (parameters, rule, kind) -> the record of a layer that uses the parameters in the module that runs.
+RecordMaker: TypeAlias = Callable[[dict[str, nn.Parameter], BoundRule, str | None], Record]
 Number: TypeAlias = int | float | Tensor
 
 
@@ -29,20 +29,21 @@ class Leaf:
     Attributes:
         copies: (B, *shape), whose gradients are wanted.
         parameter: if it is one.
-        use: makes the record of a layer that uses the parameter.
+        make_record: of a layer that uses the parameter.
         is_followed: whether gradients are being taken back to it.
     """
 
-    __slots__ = ("copies", "is_followed", "parameter", "use")
+    __slots__ = ("copies", "is_followed", "make_record", "parameter")
 
-    def __init__(self, copies: Tensor, parameter: nn.Parameter | None, use: Use | None) -> None:
-        self.copies, self.parameter, self.use, self.is_followed = copies, parameter, use, False
+    def __init__(self, copies: Tensor, parameter: nn.Parameter | None, make_record: RecordMaker | None) -> None:
+        self.copies, self.parameter, self.make_record = copies, parameter, make_record
+        self.is_followed = False
 
 
-def leaf_of(copies: Tensor, parameter: nn.Parameter | None = None, use: Use | None = None) -> Tensor:
+def leaf_of(copies: Tensor, parameter: nn.Parameter | None = None, make_record: RecordMaker | None = None) -> Tensor:
     """A leaf that stands for a value with these copies, and for a parameter if they are copies of one."""
     leaf = copies.detach()[0].requires_grad_(copies.requires_grad)
-    leaf.stands_for = Leaf(copies, parameter, use)
+    leaf.stands_for = Leaf(copies, parameter, make_record)
     return leaf
 
 
@@ -52,7 +53,7 @@ class Value:
     Args:
         tensor: the value. Its graph ends in leaves from `leaf_of`.
         batch_size: B.
-        root: the leaf that it equals but for `scale`, element by element as they lie in memory; None without one.
+        root: the leaf whose elements, times `scale`, it holds in the same order in memory; None without one.
         scale: a number, or None for 1.
     """
 
@@ -72,7 +73,8 @@ class Value:
 
     @property
     def root(self) -> Tensor | None:
-        """The leaf of the same elements, unless multiples of it were changed in place."""
+        """The leaf whose elements it holds, times `scale`."""
+        # A view of the leaf shares its memory and what is changed there; a multiple has memory of its own.
         return self._root if self.scale is None or not self._is_changed() else None
 
     @property
@@ -99,7 +101,7 @@ class Value:
             return self.tensor.expand(self.batch_size, *self.tensor.shape)
         leaves = _leaves(self.tensor)
         copies = [leaf.stands_for.copies for leaf in leaves]
-        return _Copied.apply((self.tensor, leaves), self.batch_size, *copies)
+        return _CopiesOfValue.apply((self.tensor, leaves), self.batch_size, *copies)
 
     def computed(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
         """`tensor`, which `function` made of this value alone, and of constants among its arguments."""
@@ -136,20 +138,20 @@ def _factor(name: str, args: tuple) -> Number | None:
     return 1 / numbers[0] if is_quotient else None
 
 
-class _Copied(torch.autograd.Function):
+class _CopiesOfValue(torch.autograd.Function):
     """Copies of a value that was computed from leaves, given theirs."""
 
     @staticmethod
     def forward(ctx, graph: tuple[Tensor, list[Tensor]], batch_size: int, *copies: Tensor) -> Tensor:
-        ctx.tensor, ctx.leaves = graph  # in a tuple: that graph is no part of this one
+        ctx.tensor, ctx.leaves = graph  # in a tuple, or autograd would take the tensor for an input
         return ctx.tensor.detach().expand(batch_size, *ctx.tensor.shape)
 
     @staticmethod
     def backward(ctx, grads: Tensor):
-        return None, None, *_taken_back(ctx.tensor, ctx.leaves, grads)
+        return None, None, *_gradients_per_sample(ctx.tensor, ctx.leaves, grads)
 
 
-def _taken_back(tensor: Tensor, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
+def _gradients_per_sample(tensor: Tensor, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
     """The gradients of `leaves` for each of `grads`, gradients of `tensor`, (B, *shape)."""
     for leaf in leaves:
         leaf.stands_for.is_followed = True
@@ -168,7 +170,7 @@ def _taken_back(tensor: Tensor, leaves: list[Tensor], grads: Tensor) -> Sequence
 
 @contextmanager
 def _no_warning() -> Iterator[None]:
-    """Of derivatives without a batching rule, which torch takes one after the other."""
+    """Of torch, about derivatives without a batching rule, which it takes row by row. Its default is on again then."""
     _functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
