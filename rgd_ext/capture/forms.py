@@ -57,6 +57,11 @@ class Contraction:
         summed, free = self._sides(value)
         return self._order(value) in (free + summed, summed + free)
 
+    def row_length(self, value: Tensor) -> int:
+        """How many elements the rows have of the matrix that v is in memory."""
+        summed, free = self._sides(value)
+        return _sizes(value, self.v, summed if self._order(value) == free + summed else free)
+
     def adds_bias(self, value: Tensor) -> bool:
         return self._sides(value)[1] == self.out[-1:]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .batch import storage
 from .product_calls import product_of
 from .products import Product
 from .samples import Samples, differs, outside_vmap
@@ -36,7 +39,7 @@ class OnceForAll(TorchFunctionMode):
 
     def parameter(self, leaf: Tensor) -> Tensor:
         """What the function has for the parameter that a leaf stands for."""
-        self._storages.add(leaf.untyped_storage().data_ptr())
+        self._storages.add(storage(leaf))
         return self.shared(Value.of_leaf(leaf))
 
     def shared(self, value: Value) -> Tensor:
@@ -47,7 +50,7 @@ class OnceForAll(TorchFunctionMode):
 
     def _is_of_a_parameter(self, tensor: Tensor) -> bool:
         """Whether it is one, or a view of it."""
-        return tensor.untyped_storage().data_ptr() in self._storages
+        return storage(tensor) in self._storages
 
     def _value_of(self, x: object) -> Value | None:
         found = self._values.get(id(x))
@@ -61,6 +64,9 @@ class OnceForAll(TorchFunctionMode):
         values = [x for x in leaves if id(x) in self._values]
         if not values or not self._samples.is_innermost_transform():
             return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _opened(func)(*args, **kwargs)
         others = [x for x in leaves if isinstance(x, Tensor) and id(x) not in self._values]
         if not any(differs(x) or x.requires_grad for x in others):
             return self._computed(func, args, kwargs)
@@ -113,6 +119,15 @@ class OnceForAll(TorchFunctionMode):
         with outside_vmap():
             rest = self.shared(product.rest)
         return output + rest
+
+
+@cache
+def _opened(func: FunctionType) -> FunctionType:
+    """A function of torch.nn.functional that is not handed to this mode as a whole, but calls what it consists of."""
+    names = {**func.__globals__, "has_torch_function": lambda _: False}
+    opened = FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+    opened.__kwdefaults__ = func.__kwdefaults__
+    return opened
 
 
 def _changes_first(func: Callable) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .factors import Outer
 from .forms import Contraction, Convolution, Form
-from .nodes import Contributions, watch
+from .nodes import BoundRule, Contributions, watch
 from .values import Number, Value
 
 
@@ -32,7 +34,7 @@ class Product:
         self, form: Form, x: Tensor, value: Value, bias: Value | None, run: Callable[[Tensor, Tensor | None], Tensor]
     ) -> None:
         self.form, self.x, self.value, self.bias, self.run = form, x, value, bias, run
-        self.is_layer = self._is_of_a_parameter() and form.is_layer(value.tensor)
+        self.is_layer = self._is_of_a_parameter() and form.is_layer(value.tensor) and self._has_whole_rows()
         is_vector = bias is not None and bias.parameter is not None and bias.tensor.ndim == 1
         self._has_layers_bias = is_vector and self.is_layer and form.adds_bias(value.tensor)
         self.rest = None if bias is None or self._has_layers_bias else self._in_dimensions_of_output(bias)
@@ -42,6 +44,15 @@ class Product:
         if root is None or not root.is_contiguous() or (is_scaled and not self.x.is_floating_point()):
             return False
         return root.stands_for.parameter is not None
+
+    def _has_whole_rows(self) -> bool:
+        """Whether the value is all of the parameter, or some rows of the matrix that it is in the product."""
+        if not any(self.value.margins):
+            return True
+        if not isinstance(self.form, Contraction):
+            return False
+        length = self.form.row_length(self.value.tensor)
+        return all(margin % length == 0 for margin in self.value.margins)
 
     def _in_dimensions_of_output(self, bias: Value) -> Value:
         if not isinstance(self.form, Convolution):
@@ -70,6 +81,8 @@ class Product:
             parameters["bias"] = self.bias.parameter
         is_linear = value.scale is None and isinstance(form, Contraction) and form.is_linear(value.tensor)
         rule = partial(_layer, form, value.tensor, value.scale, value.root.shape)
+        if any(value.margins):
+            is_linear, rule = False, partial(_of_rows, rule, value.margins)
         return watch(leaf.make_record(parameters, rule, "linear" if is_linear else None), output, (x,))
 
 
@@ -77,6 +90,15 @@ def _layer(
     form: Form, value: Tensor, scale: Number | None, shape: torch.Size, inputs: tuple[Tensor, ...], grad: Tensor
 ) -> Contributions:
     return form.layer(value, inputs[0] if scale is None else inputs[0] * scale, grad, shape)
+
+
+def _of_rows(rule: BoundRule, margins: tuple[int, int], inputs: tuple[Tensor, ...], grad: Tensor) -> Contributions:
+    """What `rule` gives, of a weight that is some rows of the parameter: the others get nothing."""
+    found = rule(inputs, grad)
+    rows = found["weight"]
+    length = rows.inputs.shape[2]
+    padded = F.pad(rows.output_grads, [margin // length for margin in margins])
+    return found | {"weight": Outer(rows.inputs, padded, rows.shape)}
 
 
 class _WatchedProduct(torch.autograd.Function):

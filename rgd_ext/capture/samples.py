@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class Samples:
         """Those of a sample, given nests in which a `Mapped` stands for its samples."""
         if len(args) == 1 and isinstance(args[0], Mapped) and not kwargs:  # nearly always
             return (self.split(args[0].samples),), kwargs
-        return pytree.tree_map_only(Mapped, lambda x: self.split(x.samples), (args, kwargs))
+        # One tensor for one `Mapped`: torch compares some arguments by identity.
+        return pytree.tree_map_only(Mapped, cache(lambda x: self.split(x.samples)), (args, kwargs))
 
     def results(self, result: object) -> object:
         """Those of all samples, with the samples in front of the tensors in a nest."""

@@ -271,9 +271,13 @@ class Attention(Unit):
         dim = 0 if self.module.batch_first else 1
         arguments = self._signature.bind(self.module, *args, **kwargs).arguments
         del arguments["self"]
+        same: dict[int, Tensor | Mapped] = {}  # of query, key and value, which torch compares by identity
         for name, value in arguments.items():
             if isinstance(value, Tensor):
-                arguments[name] = self._argument(batch, name, value, dim)
+                key = id(value) if name in ("query", "key", "value") else id(name)
+                if key not in same:
+                    same[key] = self._argument(batch, name, value, dim)
+                arguments[name] = same[key]
         return (), dict(arguments), lambda number: [dim, 0][:number]
 
     def _argument(self, batch: Batch, name: str, value: Tensor, dim: int) -> Tensor | Mapped:
@@ -282,6 +286,11 @@ class Attention(Unit):
         if name == "attn_mask" and value.ndim == 2:
             return value
         if name == "attn_mask":
+            if value.ndim != 3 or len(value) != batch.size * self.module.num_heads:
+                raise ValueError(
+                    f"module '{self.name}' got an attn_mask of shape {tuple(value.shape)} in a batch of {batch.size}"
+                    f" samples: expected (L, S), or (B h, L, S) for {self.module.num_heads} heads"
+                )
             return Mapped(value.view(batch.size, -1, *value.shape[1:]))
         if name in ("query", "key", "value") and value.ndim == 2:
             raise ValueError(

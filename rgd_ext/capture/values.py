@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import _functorch
 
+from .batch import storage
 from .nodes import BoundRule, Record
 
 # (parameters, rule, kind) -> the record of a layer that uses the parameters in the module that runs.
@@ -53,7 +54,8 @@ class Value:
     Args:
         tensor: the value. Its graph ends in leaves from `leaf_of`.
         batch_size: B.
-        root: the leaf whose elements, times `scale`, it holds in the same order in memory; None without one.
+        root: the leaf whose elements, times `scale`, it holds in the same order in memory; without a scale it may be a
+            view of a part of them that has no gaps. None without one.
         scale: a number, or None for 1.
     """
 
@@ -76,6 +78,12 @@ class Value:
         """The leaf whose elements it holds, times `scale`."""
         # A view of the leaf shares its memory and what is changed there; a multiple has memory of its own.
         return self._root if self.scale is None or not self._is_changed() else None
+
+    @property
+    def margins(self) -> tuple[int, int]:
+        """How many elements of the root are before its own and behind them."""
+        before = self.tensor.storage_offset() - self.root.storage_offset() if self.scale is None else 0
+        return before, self.root.numel() - before - self.tensor.numel()
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -105,11 +113,14 @@ class Value:
 
     def computed(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
         """`tensor`, which `function` made of this value alone, and of constants among its arguments."""
-        if self.root is None or tensor.numel() != self.tensor.numel() or memory_order(tensor) is None:
+        root = self.root
+        if root is None or memory_order(tensor) is None:
             return Value(tensor, self.batch_size)
-        if tensor.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr():  # a view of the whole
-            return Value(tensor, self.batch_size, self.root, self.scale)
-        factor = None if kwargs else _factor(function.__name__, args)
+        is_view = storage(tensor) == storage(self.tensor)
+        is_whole = tensor.numel() == root.numel()
+        if is_view and (is_whole or self.scale is None):
+            return Value(tensor, self.batch_size, root, self.scale)
+        factor = None if kwargs or is_view or not is_whole else _factor(function.__name__, args)
         if factor is None or tensor.stride() != self.tensor.stride():  # not every device keeps the layout
             return Value(tensor, self.batch_size)
         return Value(tensor, self.batch_size, self.root, factor if self.scale is None else self.scale * factor)
