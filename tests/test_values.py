@@ -10,6 +10,7 @@ from capturing import captured_grad, double, loss_of
 from models import Net
 from oracle import assert_close, per_sample_gradients, weak_field
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
 
@@ -47,6 +48,22 @@ def changed_in_place(m, x):
     v, u = m.w * 2, m.a * 2
     u.T.add_(1)
     return x @ v.mul_(3) @ u + x @ v @ u
+
+
+def written_into_zeros(m, x):
+    w, v = torch.zeros(N, N, dtype=x.dtype), torch.zeros_like(m.s)
+    w[tuple(torch.tril_indices(N, N))] = m.t
+    w.diagonal().add_(m.a)
+    v[:2] = m.s[1:3]
+    return x @ w @ w.T + F.pad(x.maximum(v), (1, 0))[..., 1:]
+
+
+def changed_after_it_met_the_samples(m, x):
+    u, v = m.a * 2, m.w * 2
+    y = x + u - v[0]
+    u.mul_(3)
+    v[0] = 1
+    return y * (x + u + v[0] + v[1])
 
 
 def in_a_transform(m, x):
@@ -140,6 +157,21 @@ COMPUTED = {
     "flipped": (lambda m, x: x @ m.w.flip(0), {"w": (N, M)}, (N,)),
     "rows of a scaled table": (lambda m, x: x[..., None] * F.embedding(indices(x), m.w * 2), {"w": (9, M)}, (T, N)),
     "viewed": (lambda m, x: x @ m.w.view(N, M), {"w": (2, 2 * M)}, (T, N)),
+    "viewed, without places": (lambda m, x: F.linear(x, m.w[:, :, 0, 0], m.b), {"w": (M, N, 1, 1), "b": (M,)}, (N,)),
+    "viewed as kernels": (lambda m, x: F.conv2d(x, m.w.view(M, N, 3, 3)), {"w": (M, 9 * N)}, (N, 5, 5)),
+    "kernels of one place": (lambda m, x: F.conv1d(x, m.w[..., None]), {"w": (M, N)}, (N, 7)),
+    "kernels and a matrix": (
+        lambda m, x: F.conv1d(x, m.w[..., None]) + F.linear(x.mT, m.w).mT,
+        {"w": (M, N)},
+        (N, 7),
+    ),
+    "rows of a viewed table": (lambda m, x: x[..., None] * m.w.view(9, M)[indices(x)], {"w": (9, 2, 3)}, (T, N)),
+    "bias of one number": (lambda m, x: F.linear(x, m.w, m.b), {"w": (M, N), "b": (1,)}, (N,)),
+    "bias that is a weight too": (
+        lambda m, x: F.linear(x, m.b[None], m.b[:1]) + F.linear(x, m.w, m.b),
+        {"w": (N, N), "b": (N,)},
+        (N,),
+    ),
     "viewed, of one vector": (lambda m, x: x @ m.w.view(N, M), {"w": (2, 2 * M)}, (N,)),
     "viewed the other way": (lambda m, x: F.linear(x, m.w.view(M, N)), {"w": (2, 3, N)}, (T, N)),
     "permuted": (lambda m, x: x @ m.w.permute(1, 0, 2).reshape(N, -1), {"w": (2, N, 3)}, (T, N)),
@@ -155,6 +187,8 @@ COMPUTED = {
         (N, 5, 5),
     ),
     "scaled by its magnitude": (lambda m, x: x @ m.w / mean_of_magnitudes(m.w), {"w": (N, M)}, (T, N)),
+    "written into zeros": (written_into_zeros, {"t": (10,), "a": (N,), "s": (N,)}, (T, N)),
+    "changed after it met the samples": (changed_after_it_met_the_samples, {"w": (2, N), "a": (N,)}, (T, N)),
     "constants": (constants, {"w": (N, M), "a": (N,)}, (T, N)),
     "in a transform": (in_a_transform, {"w": (N, M), "b": (M,)}, (T, N)),
     "number over by name": (lambda m, x: x @ torch.div(1, m.w), {"w": (N, M)}, (N,)),
@@ -185,7 +219,7 @@ def check(model, x, policy="Spectral"):
 
 # A container looks at all samples together: it refuses what merges them, and numbers that may not be samples.
 REFUSED = {"addmm of merged samples", "embedding of one row", "addmm, the value first", "conv1d of frames"}
-REFUSED |= {"einsum to another order", "in a transform"}
+REFUSED |= {"einsum to another order", "in a transform", "written into zeros"}
 
 
 @pytest.mark.parametrize("is_container", [False, True], ids=["unit", "container"])
@@ -321,3 +355,50 @@ def test_gradients_of_what_is_no_parameter_of_the_model_are_ordinary():
     with rgd_ext.precondition(model):
         loss_of(model(x)).backward()
     assert_close(other.grad, expected)
+
+
+def test_embeddings_that_count_over_the_batch_are_refused():
+    model = Net(lambda m, x: F.embedding(x, m.w, scale_grad_by_freq=True), w=parameter(9, N))
+    with rgd_ext.precondition(model, verify=False), pytest.raises(ValueError, match=r"use nn\.Embedding"):
+        model(torch.randint(9, (B, T)))
+
+
+@pytest.mark.parametrize("others", [{}, {"body": nn.Linear(N, N)}], ids=["unit", "container"])
+def test_an_empty_batch_is_refused(others):
+    model = Net(lambda m, x: x @ m.w, w=nn.Parameter(torch.randn(N, M)), **others)
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match="empty batch"):
+        model(torch.randn(0, N))
+
+
+def test_buffers_computed_from_parameters_are_ordinary():
+    def forward(m, x):
+        m.mean = m.mean * 0.9 + m.w.detach().mean() * 0.1
+        return m.body(x) @ m.w
+
+    model, x = Net(forward, body=nn.Linear(N, N), w=parameter(N, M), mean=torch.zeros(1)).double(), double(B, N)
+    with rgd_ext.precondition(model):
+        model(x)
+    assert type(model.mean) is torch.Tensor
+    model(x)
+
+
+def test_a_checkpoint_that_ends_with_a_unit():
+    def forward(m, x):
+        return m.c(checkpoint(lambda x: m.b(m.a(x)), x, use_reentrant=False) if m.is_checkpointed else m.b(m.a(x)))
+
+    unit = Net(lambda m, x: x * m.w, w=parameter(N))
+    model = Net(forward, a=nn.Linear(N, N), b=unit, c=nn.Linear(N, M)).double()
+    x, model.is_checkpointed = double(B, N), False
+    expected = captured_grad(copy.deepcopy(model), x)
+    model.is_checkpointed = True
+    assert_close(captured_grad(model, x), expected)
+
+
+def test_a_detached_parameter_that_is_turned_on_again_is_another_leaf():
+    model, x = Net(lambda m, x: m.a(x) @ m.w.detach().requires_grad_() + m.a(x) @ m.w, a=nn.Linear(N, N)), double(B, N)
+    model.w = parameter(N, M)
+    model = model.double()
+    expected = torch.autograd.grad(loss_of(model(x)), model.w)[0]
+    with rgd_ext.precondition(model, epsilon=0.0):
+        loss_of(model(x)).backward()
+    assert_close(model.w.grad, expected)

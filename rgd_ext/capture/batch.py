@@ -128,6 +128,12 @@ def batch_size(arrays: Sequence[Tensor], dim: int | None) -> int | None:
     return arrays[0].shape[dim]
 
 
+def check_not_empty(size: int, name: str) -> None:
+    """Raise ValueError if module `name` was called with no samples."""
+    if size == 0:
+        raise ValueError(f"empty batch: '{name}' ran with no samples; RGD needs at least one")
+
+
 @dataclass(frozen=True)
 class Batch:
     """One call of a captured model.

@@ -16,7 +16,7 @@ from .batch import storage
 from .product_calls import product_of
 from .products import Product
 from .samples import Samples, differs, outside_vmap
-from .values import Value
+from .values import Value, leaves_of
 
 
 class OnceForAll(TorchFunctionMode):
@@ -52,6 +52,21 @@ class OnceForAll(TorchFunctionMode):
         """Whether it is one, or a view of it."""
         return storage(tensor) in self._storages
 
+    def _notice(self, x: object) -> None:
+        """An ordinary tensor that parameters were written into, as into parts of zeros, has become a value."""
+        if type(x) is not Tensor or id(x) in self._values or not x.requires_grad or differs(x):
+            return
+        if leaves_of(x):
+            self._values[id(x)] = x, Value(x, self._samples.number)
+
+    def _with_copies(self, x: Tensor) -> Tensor:
+        """What stands for `x` under vmap."""
+        value = self._value_of(x)
+        if value is None or (differs(x) and not value.is_changed()):
+            return x
+        with outside_vmap():
+            return self.shared(value)
+
     def _value_of(self, x: object) -> Value | None:
         found = self._values.get(id(x))
         return None if found is None else found[1]
@@ -61,6 +76,8 @@ class OnceForAll(TorchFunctionMode):
         # Nearly always they are flat, and searching nests would cost more than the call.
         is_flat = not kwargs and all(type(x) is not tuple and type(x) is not list for x in args)
         leaves = args if is_flat else pytree.tree_leaves((args, kwargs))
+        for x in leaves:
+            self._notice(x)
         values = [x for x in leaves if id(x) in self._values]
         if not values or not self._samples.is_innermost_transform():
             return func(*args, **kwargs)
@@ -72,7 +89,10 @@ class OnceForAll(TorchFunctionMode):
             return self._computed(func, args, kwargs)
         product = product_of(func, args, kwargs, self._value_of)
         output = None if product is None else self._met(product)
-        return func(*args, **kwargs) if output is None else output
+        if output is not None:
+            return output
+        args, kwargs = pytree.tree_map_only(Tensor, self._with_copies, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _computed(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """What a function makes of values alone."""

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .._binary import _C
 from ..metric import Fixed, Inverse, LargestEigenvalue, Policy, Spectral, Stats, checked_policy, needs_gram, solve
 from .aside import Aside
-from .batch import AS_UNIT, Batch, is_list, modules_in, tensors_in
+from .batch import AS_UNIT, Batch, check_not_empty, is_list, modules_in, tensors_in
 from .calls import Calls
 from .captured import CapturedGradients
 from .dry_run import dry_run
@@ -484,8 +484,7 @@ class Preconditioner:
     def _check_start(self, record: Record, task: int) -> None:
         if task in self._unfinished:
             raise RuntimeError(NESTED)
-        if record.batch_size == 0:
-            raise ValueError(f"empty batch: '{record.name}' ran with no samples; RGD needs at least one")
+        check_not_empty(record.batch_size, record.name)
         if self._pauses or self._removed:
             raise RuntimeError(
                 f"the forward of '{record.name}' was recorded, but its backward runs"

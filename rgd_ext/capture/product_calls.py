@@ -13,6 +13,7 @@ from torch.nn.modules.utils import _ntuple
 from .forms import SAMPLES, Contraction, Convolution, Elementwise, Lookup
 from .products import Product
 from .rules import convolution, transposed_convolution
+from .samples import Unequal
 from .values import Value
 
 
@@ -28,6 +29,7 @@ def product_of(
 
     Raises:
         RuntimeError: if the function changes a value.
+        Unequal: if its gradient is not a sum over the samples.
     """
     parse = _PARSERS.get(function.__name__)
     if parse is None:
@@ -167,8 +169,10 @@ def _embedding(
     sparse=False,
 ) -> Product | None:
     value = value_of(weight)
-    if value is None or scale_grad_by_freq:
+    if value is None:
         return None
+    if scale_grad_by_freq:
+        raise Unequal("F.embedding with scale_grad_by_freq counts indices over the whole batch: use nn.Embedding")
     if max_norm is not None:
         raise RuntimeError("max_norm changes a parameter in place")
     return Product(Lookup(padding_idx, sparse), input, value, None, lambda v, _: function(input, v))

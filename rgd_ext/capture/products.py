@@ -35,7 +35,8 @@ class Product:
     ) -> None:
         self.form, self.x, self.value, self.bias, self.run = form, x, value, bias, run
         self.is_layer = self._is_of_a_parameter() and form.is_layer(value.tensor) and self._has_whole_rows()
-        is_vector = bias is not None and bias.parameter is not None and bias.tensor.ndim == 1
+        # One number may be broadcast.
+        is_vector = bias is not None and bias.parameter is not None and bias.tensor.ndim == 1 and len(bias.tensor) > 1
         self._has_layers_bias = is_vector and self.is_layer and form.adds_bias(value.tensor)
         self.rest = None if bias is None or self._has_layers_bias else self._in_dimensions_of_output(bias)
 
@@ -46,11 +47,11 @@ class Product:
         return root.stands_for.parameter is not None
 
     def _has_whole_rows(self) -> bool:
-        """Whether the value is all of the parameter, or some rows of the matrix that it is in the product."""
+        """Whether the value is the parameter as it is, or the matrix of all of its elements, or some rows of that."""
+        if not isinstance(self.form, Contraction):
+            return self.value.tensor.shape == self.value.root.shape
         if not any(self.value.margins):
             return True
-        if not isinstance(self.form, Contraction):
-            return False
         length = self.form.row_length(self.value.tensor)
         return all(margin % length == 0 for margin in self.value.margins)
 
@@ -81,8 +82,9 @@ class Product:
             parameters["bias"] = self.bias.parameter
         is_linear = value.scale is None and isinstance(form, Contraction) and form.is_linear(value.tensor)
         rule = partial(_layer, form, value.tensor, value.scale, value.root.shape)
+        is_linear &= value.tensor.shape == value.root.shape
         if any(value.margins):
-            is_linear, rule = False, partial(_of_rows, rule, value.margins)
+            rule = partial(_of_rows, rule, value.margins)
         return watch(leaf.make_record(parameters, rule, "linear" if is_linear else None), output, (x,))
 
 

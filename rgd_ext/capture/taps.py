@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .._binary import _C
 from ..batch_norm import batch_norms, check_frozen
-from .batch import NESTED, Batch, arrays_in, mark_of, tensors_in
+from .batch import NESTED, Batch, arrays_in, check_not_empty, mark_of, tensors_in
 from .factors import Factor
 from .nodes import BoundRule, Record, spread, watch
 from .rules import KINDS, Registered
@@ -198,13 +198,27 @@ class Container(Tap):
                 f"module '{self.name}' uses its own parameters but was called without a tensor, so the batch size is"
                 " unknown; call the captured model itself, with the batch as its first tensor"
             )
+        check_not_empty(batch.size, self.name)
         spread = self._spread(parameters, batch.size)
         use = partial(self._make_record, batch.size)
         shared = {
             name: share(copies, f"{self.name}.{name}", batch, parameters[name], use) for name, copies in spread.items()
         }
         with self._replaced(shared):
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
+        self._keep_buffers()
+        return output
+
+    def _keep_buffers(self) -> None:
+        """Buffers that were computed from parameters are ordinary tensors again."""
+        for name, buffer in self.module._buffers.items():
+            if isinstance(buffer, Shared):
+                if buffer.value.tensor.requires_grad:
+                    raise ValueError(
+                        f"module '{self.name}' ({type(self.module).__name__}) gives '{name}', a buffer, a value that"
+                        " depends on parameters and has a gradient: detach it"
+                    )
+                self.module._buffers[name] = buffer.value.tensor
 
 
 class Layer(Tap):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ..batch_norm import REMEDIES_IN_UNIT, batch_norms, check_frozen
-from .batch import AS_UNIT, ELSEWHERE, ONE_AT_A_TIME, Batch, modules_in
+from .batch import AS_UNIT, ELSEWHERE, ONE_AT_A_TIME, Batch, check_not_empty, modules_in
 from .copies import leaves_in
 from .dry_run import unchanged_buffers
 from .equal_draws import unknown_draws
@@ -49,6 +50,7 @@ class Unit(Tap):
         batch = self.sized(batch, args, kwargs)
         if batch.at is None:
             return self._for_one(parameters, self.original, args, kwargs)
+        check_not_empty(batch.size, self.name)
         plain = self._plain_output(args, kwargs) if batch.size != 1 and self.capture.verifier.is_proving else None
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
         with nothing_cached(), self._iterated():
@@ -68,7 +70,7 @@ class Unit(Tap):
             try:
                 with self._checked_buffers(), self._unrolled():
                     return self._of_all_samples(parameters, copies, args, kwargs)
-            except Unequal:
+            except (Unequal, _StopRecomputationError):
                 raise
             except Exception as error:  # whatever the module does that vmap cannot
                 obstacle = str(error)
@@ -156,7 +158,7 @@ class Unit(Tap):
 
     @contextmanager
     def _checked_buffers(self) -> Iterator[None]:
-        """Raise `Unequal` if a buffer was given a value per sample. After an error all buffers are as they were."""
+        """Raise `Unequal` if a buffer was given a value per sample. After an error the buffers before are back."""
         before = [(module, dict(module._buffers)) for module in modules_in(self.module)]
         versions = [(x, x._version) for _, buffers in before for x in buffers.values() if x is not None]
         try:
@@ -173,7 +175,8 @@ class Unit(Tap):
         except BaseException as error:
             for module, buffers in before:
                 module._buffers |= buffers
-            if any(x._version != version for x, version in versions):
+            has_failed = not isinstance(error, _StopRecomputationError)
+            if has_failed and any(x._version != version for x, version in versions):
                 raise Unequal(
                     f"module '{self.name}' ({type(self.module).__name__}) changes a buffer in place, and then cannot be"
                     f" run sample by sample under torch.func.vmap ({error}): {ONE_AT_A_TIME}"

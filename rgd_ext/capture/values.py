@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .batch import storage
 from .nodes import BoundRule, Record
@@ -77,7 +78,7 @@ class Value:
     def root(self) -> Tensor | None:
         """The leaf whose elements it holds, times `scale`."""
         # A view of the leaf shares its memory and what is changed there; a multiple has memory of its own.
-        return self._root if self.scale is None or not self._is_changed() else None
+        return self._root if self.scale is None or not self.is_changed() else None
 
     @property
     def margins(self) -> tuple[int, int]:
@@ -93,11 +94,11 @@ class Value:
     @property
     def copies(self) -> Tensor:
         """One per sample, (B, *shape)."""
-        if self._copies is None or self._is_changed():
+        if self._copies is None or self.is_changed():
             self._copies = self._copied()
         return self._copies
 
-    def _is_changed(self) -> bool:
+    def is_changed(self) -> bool:
         """Whether the value was changed in place."""
         return self.tensor._version != self._version
 
@@ -107,14 +108,18 @@ class Value:
             return self.tensor.stands_for.copies
         if not self.tensor.requires_grad:
             return self.tensor.expand(self.batch_size, *self.tensor.shape)
-        leaves = _leaves(self.tensor)
+        leaves = leaves_of(self.tensor)
+        if not leaves:
+            return self.tensor.expand(self.batch_size, *self.tensor.shape)
         copies = [leaf.stands_for.copies for leaf in leaves]
-        return _CopiesOfValue.apply((self.tensor, leaves), self.batch_size, *copies)
+        # An edge, since the tensor may be changed in place later, and its graph with it.
+        graph = get_gradient_edge(self.tensor), leaves
+        return _CopiesOfValue.apply(graph, self.tensor.detach(), self.batch_size, *copies)
 
     def computed(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
         """`tensor`, which `function` made of this value alone, and of constants among its arguments."""
         root = self.root
-        if root is None or memory_order(tensor) is None:
+        if root is None or not tensor.requires_grad or memory_order(tensor) is None:
             return Value(tensor, self.batch_size)
         is_view = storage(tensor) == storage(self.tensor)
         is_whole = tensor.numel() == root.numel()
@@ -153,27 +158,29 @@ class _CopiesOfValue(torch.autograd.Function):
     """Copies of a value that was computed from leaves, given theirs."""
 
     @staticmethod
-    def forward(ctx, graph: tuple[Tensor, list[Tensor]], batch_size: int, *copies: Tensor) -> Tensor:
-        ctx.tensor, ctx.leaves = graph  # in a tuple, or autograd would take the tensor for an input
-        return ctx.tensor.detach().expand(batch_size, *ctx.tensor.shape)
+    def forward(
+        ctx, graph: tuple[GradientEdge, list[Tensor]], tensor: Tensor, batch_size: int, *copies: Tensor
+    ) -> Tensor:
+        ctx.edge, ctx.leaves = graph
+        return tensor.expand(batch_size, *tensor.shape)
 
     @staticmethod
     def backward(ctx, grads: Tensor):
-        return None, None, *_gradients_per_sample(ctx.tensor, ctx.leaves, grads)
+        return None, None, None, *_gradients_per_sample(ctx.edge, ctx.leaves, grads)
 
 
-def _gradients_per_sample(tensor: Tensor, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
-    """The gradients of `leaves` for each of `grads`, gradients of `tensor`, (B, *shape)."""
+def _gradients_per_sample(edge: GradientEdge, leaves: list[Tensor], grads: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of `leaves` for each of `grads`, (B, *shape), gradients of the tensor at the edge."""
     for leaf in leaves:
         leaf.stands_for.is_followed = True
-    grad = partial(torch.autograd.grad, tensor, leaves, retain_graph=True, allow_unused=True)
+    grad = partial(torch.autograd.grad, [edge], leaves, retain_graph=True, allow_unused=True)
     try:
         # What a function of the user's saved may be `Shared`, but stands for itself here.
         with torch._C.DisableTorchFunctionSubclass(), _no_warning():
             try:
-                return grad(grads, is_grads_batched=True)
+                return grad([grads], is_grads_batched=True)
             except RuntimeError:  # there is no batching rule
-                return [_stacked(rows) for rows in zip(*map(grad, grads), strict=True)]
+                return [_stacked(rows) for rows in zip(*(grad([each]) for each in grads), strict=True)]
     finally:
         for leaf in leaves:
             leaf.stands_for.is_followed = False
@@ -193,8 +200,10 @@ def _stacked(rows: tuple[Tensor | None, ...]) -> Tensor | None:
     return None if rows[0] is None else torch.stack(rows)
 
 
-def _leaves(tensor: Tensor) -> list[Tensor]:
+def leaves_of(tensor: Tensor) -> list[Tensor]:
     """The leaves from `leaf_of` that the graph of `tensor` ends in."""
+    if tensor.grad_fn is None:
+        return []
     found, seen, pending = [], {tensor.grad_fn}, [tensor.grad_fn]
     while pending:
         node = pending.pop()

@@ -43,7 +43,7 @@ def verify(model: nn.Module, *args, batch_dim: int | None = 0, **kwargs) -> Veri
         >>> verification.parameters, verification.samples
         (4, (0, 15))
     """
-    existing = handle_of(model)
+    existing = handle_of(model) if isinstance(model, nn.Module) else None
     if existing is not None:
         if batch_dim not in (0, existing.batch_dim):
             raise ValueError(
