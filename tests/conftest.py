@@ -1,5 +1,8 @@
 import pytest
 import torch
+from models import mlp
+
+import rgd_ext
 
 # Convolutions on a GPU: exact enough for the tests, and the same bits run to run.
 torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
@@ -24,3 +27,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def model():
+    return mlp().double()
+
+
+@pytest.fixture
+def handle(model):
+    with rgd_ext.precondition(model) as handle:
+        yield handle

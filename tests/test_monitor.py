@@ -33,17 +33,6 @@ def path(tmp_path):
     return tmp_path / "run.csv"
 
 
-@pytest.fixture
-def model():
-    return mlp().double()
-
-
-@pytest.fixture
-def handle(model):
-    with rgd_ext.precondition(model) as handle:
-        yield handle
-
-
 def backward(model, batch=8):
     model.zero_grad()
     loss = model(torch.randn(batch, 6, dtype=torch.float64)).square().mean()

@@ -51,17 +51,6 @@ def assert_same(now, before):
     torch.testing.assert_close(now, before, rtol=0, atol=0, allow_subclasses=False)
 
 
-@pytest.fixture
-def model():
-    return mlp().double()
-
-
-@pytest.fixture
-def handle(model):
-    with rgd_ext.precondition(model) as handle:
-        yield handle
-
-
 @pytest.fixture(params=["block", "deferred"])
 def united(request):
     """Runs a function, and writes the direction of its backwards in either of the two ways."""
