@@ -23,6 +23,7 @@ from .copies import detached_copy, with_tensors
 from .equal_draws import EqualDraws
 from .factors import Factor
 from .findings import BackwardFailed, NotRepeatable, Unprovable
+from .loops import loops_of
 from .precision import is_autocast
 from .ragged import ragged_readings
 from .random_numbers import RandomNumbers, is_generator
@@ -139,6 +140,9 @@ class Runs:
                     setattr(module, name, OrderedDict())
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")  # the user's own forward repeats them
+            loops = loops_of(self.model)
+            loops.is_silent = True
+            stack.callback(setattr, loops, "is_silent", False)
             if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
                 # As inside a checkpoint, which counts what is saved.
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))

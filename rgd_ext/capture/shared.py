@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .batch import ONE_AT_A_TIME, Batch
+from .loops import loops_of
 from .product_calls import product_of
 from .samples import Mapped, map_samples
 from .values import Leaf, RecordMaker, Value, leaf_of
@@ -170,7 +171,8 @@ def _of_copies(
         return leaf if found is None else Mapped.batches_of_one(leaf, found)
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
-    results = map_samples(func, args, kwargs, "different")
+    with loops_of(first.batch.model).noted(f"'{first.owner}', which goes through {func.__name__},"):
+        results = map_samples(func, args, kwargs, "different")
     return pytree.tree_map_only(Tensor, partial(_joined, func, first, dim), results)
 
 

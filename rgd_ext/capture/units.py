@@ -21,6 +21,7 @@ from .copies import leaves_in
 from .dry_run import unchanged_buffers
 from .equal_draws import unknown_draws
 from .findings import WrongGradients
+from .loops import loops_of
 from .once import OnceForAll
 from .one_by_one import OneByOne
 from .recurrent import FORWARDS, Recurrent
@@ -66,9 +67,10 @@ class Unit(Tap):
     def _of_samples(self, size: int, parameters: dict[str, nn.Parameter], args: tuple, kwargs: dict) -> object:
         """The output for all samples at once, or for one after the other where that is not possible."""
         copies, obstacle = self._spread(parameters, size), self._obstacle
+        noted = loops_of(self.capture.model).noted(f"module '{self.name}' ({type(self.module).__name__})")
         if obstacle is None:
             try:
-                with self._checked_buffers(), self._unrolled():
+                with self._checked_buffers(), self._unrolled(), noted:
                     return self._of_all_samples(parameters, copies, args, kwargs)
             except (Unequal, _StopRecomputationError):
                 raise

@@ -1,0 +1,71 @@
+"""What torch.func.vmap runs for one sample after the other: torch names an operator, we name who is slow."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch._C import _functorch
+
+_MESSAGE = "There is a performance drop because we have not yet implemented the batching rule for"
+_of_models: weakref.WeakKeyDictionary[nn.Module, Loops] = weakref.WeakKeyDictionary()
+
+
+def loops_of(model: nn.Module | None) -> Loops:
+    """What is known of `model`, which is captured."""
+    return Loops() if model is None else _of_models.setdefault(model, Loops())
+
+
+class Loops:
+    """The operators that run for one sample after the other in a captured model.
+
+    Attributes:
+        is_silent: whether warnings wait, in calls that the user did not make.
+    """
+
+    def __init__(self) -> None:
+        self.is_silent = False
+        # By who runs them; and who was named.
+        self._operators: dict[str, list[str]] = {}
+        self._named: set[str] = set()
+
+    @contextmanager
+    def noted(self, who: str) -> Iterator[None]:
+        """Name `who` in a warning, once, if torch.func.vmap loops inside; torch's own warning is left out."""
+        if who in self._operators:
+            _functorch._set_vmap_fallback_warning_enabled(not self._operators[who])
+            try:
+                yield
+            finally:
+                _functorch._set_vmap_fallback_warning_enabled(True)
+        else:
+            operators: list[str] = []
+            with _noting(operators):
+                yield
+            self._operators[who] = operators
+        if self._operators[who] and not self.is_silent and who not in self._named:
+            self._named.add(who)
+            warnings.warn(
+                f"{who} is slow: torch.func.vmap runs {', '.join(self._operators[who])} for one sample after the"
+                " other. Leave it to a module that has a rule, compute it by other operators, or teach the capture the"
+                " gradient of the module with rgd_ext.register_rule",
+                stacklevel=2,
+            )
+
+
+@contextmanager
+def _noting(operators: list[str]) -> Iterator[None]:
+    """Add the operators to the list that torch warns of inside; other warnings are given afterwards."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _MESSAGE)
+        yield
+    for warning in caught:
+        found = re.match(rf"{_MESSAGE} (\w+::\w+)", str(warning.message))
+        if found is None:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif found[1] not in operators:
+            operators.append(found[1])
