@@ -180,13 +180,10 @@ class Batch:
         modules = [] if self.model is None else modules_in(self.model)
         return {storage(b) for module in modules for b in module._buffers.values() if b is not None}
 
-    @cached_property
-    def _of_samples(self) -> set[int]:
-        return {address for address, sizes in self.inputs if self.size in (sizes[0], *sizes[self.at or 0 :])}
-
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is an input of the model with B samples, or a view of one."""
-        return storage(x) in self._of_samples
+        found, at = storage(x), self.at or 0
+        return any(address == found and self.size in (sizes[0], *sizes[at:]) for address, sizes in self.inputs)
 
     def is_given(self, x: Tensor) -> bool:
         """Whether `x` is any input of the model, or a view of one."""

@@ -59,13 +59,17 @@ class OnceForAll(TorchFunctionMode):
         if leaves_of(x):
             self._values[id(x)] = x, Value(x, self._samples.number)
 
+    def _lacks_copies(self, x: Tensor) -> bool:
+        """Whether `x` is a value whose copies, as they are now, it does not stand for."""
+        value = self._value_of(x)
+        return value is not None and (not differs(x) or value.is_changed())
+
     def _with_copies(self, x: Tensor) -> Tensor:
         """What stands for `x` under vmap."""
-        value = self._value_of(x)
-        if value is None or (differs(x) and not value.is_changed()):
+        if not self._lacks_copies(x):
             return x
         with outside_vmap():
-            return self.shared(value)
+            return self.shared(self._value_of(x))
 
     def _value_of(self, x: object) -> Value | None:
         found = self._values.get(id(x))
@@ -91,7 +95,8 @@ class OnceForAll(TorchFunctionMode):
         output = None if product is None else self._met(product)
         if output is not None:
             return output
-        args, kwargs = pytree.tree_map_only(Tensor, self._with_copies, (args, kwargs))
+        if any(self._lacks_copies(x) for x in values):
+            args, kwargs = pytree.tree_map_only(Tensor, self._with_copies, (args, kwargs))
         return func(*args, **kwargs)
 
     def _computed(self, func: Callable, args: tuple, kwargs: dict) -> object:

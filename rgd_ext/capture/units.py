@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -54,10 +54,12 @@ class Unit(Tap):
         check_not_empty(batch.size, self.name)
         plain = self._plain_output(args, kwargs) if batch.size != 1 and self.capture.verifier.is_proving else None
         args, kwargs, output_dims = self._mapped(batch, args, kwargs)
-        with nothing_cached(), self._iterated():
+        is_parametrized = parametrize.is_parametrized(self.module)
+        with nothing_cached(), self._iterated() if is_parametrized else nullcontext():
             results = self._of_samples(batch.size, parameters, args, kwargs)
         results, spec = ([results], None) if isinstance(results, Tensor) else pytree.tree_flatten(results)
-        self._check_objects((args, kwargs), results)
+        if spec is not None or kwargs or len(args) != 1:
+            self._check_objects((args, kwargs), results)
         tensors = iter(output_dims(sum(isinstance(r, Tensor) for r in results)))
         joined = [self._joined(batch, r, next(tensors)) if isinstance(r, Tensor) else r for r in results]
         if plain is not None:
@@ -70,7 +72,7 @@ class Unit(Tap):
         noted = loops_of(self.capture.model).noted(f"module '{self.name}' ({type(self.module).__name__})")
         if obstacle is None:
             try:
-                with self._checked_buffers(), self._unrolled(), noted:
+                with self._checked_buffers(), self._unrolled() if self._recurrent else nullcontext(), noted:
                     return self._of_all_samples(parameters, copies, args, kwargs)
             except (Unequal, _StopRecomputationError):
                 raise
@@ -144,7 +146,7 @@ class Unit(Tap):
     @contextmanager
     def _iterated(self) -> Iterator[None]:
         """The power iterations of spectral norms are done: they depend on weights alone, and vmap cannot run them."""
-        places = getattr(self.module, "parametrizations", {}) if parametrize.is_parametrized(self.module) else {}
+        places = self.module.parametrizations
         norms = [norm for each in places.values() for norm in each if isinstance(norm, _SpectralNorm) and norm.training]
         if norms:
             with torch.no_grad():
