@@ -53,6 +53,11 @@ class Contraction:
         is_last = self.x[:-1] == self.out[:-1] and self.v == self.out[-1:] + self.x[-1:]
         return is_last and value.is_contiguous()
 
+    def is_transposed(self, value: Tensor) -> bool:
+        """Whether it is x v with the matrix v, (n, m)."""
+        is_last = self.x[:-1] == self.out[:-1] and self.v == self.x[-1:] + self.out[-1:]
+        return is_last and value.is_contiguous()
+
     def is_layer(self, value: Tensor) -> bool:
         summed, free = self._sides(value)
         return self._order(value) in (free + summed, summed + free)

@@ -32,7 +32,7 @@ Wanted: TypeAlias = Sequence[bool] | None
 class Record:
     """One use of some parameters in a forward that runs now: what the backward needs besides tensors."""
 
-    __slots__ = ("batch_size", "call", "capture", "inside", "kind", "name", "parameters", "rule")
+    __slots__ = ("as_linear", "batch_size", "call", "capture", "inside", "kind", "name", "parameters", "rule")
 
     def __init__(
         self,
@@ -47,6 +47,8 @@ class Record:
         self.call = capture.calls_begun  # the one that runs now
         # Of a layer with samples along dimension 0 whose rule is in `rules.KINDS`.
         self.rule, self.kind = rule, kind
+        # (x, output gradient) -> those of the nn.Linear that the product is, for products that are not as they are.
+        self.as_linear: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         # The backward this forward runs in, if any: re-entrant checkpointing runs forwards inside backwards.
         self.inside = _current_graph_task_id()
 
@@ -59,8 +61,10 @@ class Record:
             # What outlives the backward must not change with a buffer that the next batch is copied to, nor hold a
             # graph.
             inputs, kept = [x.clone() if x.grad_fn is None else x.detach() for x in inputs], grad.clone()
-        if self.kind == "linear" and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
-            capture.aside.layers.append((self.parameters, inputs[0], kept))
+        is_linear = self.kind == "linear" or self.as_linear is not None
+        if is_linear and len(names) == len(self.parameters) and self._is_one_vector(inputs[0], kept):
+            x, e = (inputs[0], kept) if self.as_linear is None else self.as_linear(inputs[0], kept)
+            capture.aside.layers.append((self.parameters, x, e))
         elif names:
             capture.keep(self, names, inputs, kept)
         if torch.is_grad_enabled():

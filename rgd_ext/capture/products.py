@@ -80,12 +80,26 @@ class Product:
         parameters = {"weight": leaf.parameter}
         if self._has_layers_bias:
             parameters["bias"] = self.bias.parameter
-        is_linear = value.scale is None and isinstance(form, Contraction) and form.is_linear(value.tensor)
         rule = partial(_layer, form, value.tensor, value.scale, value.root.shape)
-        is_linear &= value.tensor.shape == value.root.shape
         if any(value.margins):
             rule = partial(_of_rows, rule, value.margins)
-        return watch(leaf.make_record(parameters, rule, "linear" if is_linear else None), output, (x,))
+        is_matrix = isinstance(form, Contraction) and value.tensor.shape == value.root.shape
+        is_linear = is_matrix and form.is_linear(value.tensor)
+        record = leaf.make_record(parameters, rule, "linear" if is_linear and value.scale is None else None)
+        if is_linear and value.scale is not None:
+            record.as_linear = partial(_scaled, value.scale)
+        elif is_matrix and form.is_transposed(value.tensor) and not self._has_layers_bias:
+            record.as_linear = partial(_swapped, value.scale)
+        return watch(record, output, (x,))
+
+
+def _scaled(scale: Number | None, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return x if scale is None else x * scale, grad
+
+
+def _swapped(scale: Number | None, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """x^T grad is the gradient of the weight of a layer with these in each other's places."""
+    return grad, x if scale is None else x * scale
 
 
 def _layer(
