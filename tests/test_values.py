@@ -138,6 +138,7 @@ PRODUCTS = {
 }
 COMPUTED = {
     "times a number": (lambda m, x: F.linear(x, m.w * 2, m.b), {"w": (M, N), "b": (M,)}, (T, N)),
+    "times a number, of one vector": (lambda m, x: F.linear(x, m.w * 2, m.b), {"w": (M, N), "b": (M,)}, (N,)),
     "a number times": (lambda m, x: x @ (0.5 * -m.w.T / 3), {"w": (M, N)}, (N,)),
     "number over": (lambda m, x: x @ (1 / (m.w + 3)), {"w": (N, M)}, (N,)),
     "times a number from a buffer": (lambda m, x: x @ (m.w * m.c[0]), {"w": (N, M), "c": None}, (N,)),
