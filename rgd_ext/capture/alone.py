@@ -85,6 +85,8 @@ def _place(sample: int, count: int, batch_size: int) -> int:
 _MOST = 32
 # Arguments and keywords of a call -> those of some samples, given their indices.
 Reading: TypeAlias = Callable[[Tensor], tuple[tuple, dict]]
+# A tensor of a batch, and the numbers of some samples -> the tensor of these.
+Cut: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def readings(args: tuple, kwargs: dict, batch_size: int, at: int = 0) -> Iterator[Reading]:
@@ -99,7 +101,9 @@ def readings(args: tuple, kwargs: dict, batch_size: int, at: int = 0) -> Iterato
         first = next((n for n, found in enumerate(places) if found), None)
         if first is not None:
             choices = [found[:1] if n == first else [*found, None] for n, found in enumerate(places)]
-            yield from [partial(_taken, (args, kwargs), chosen) for chosen in islice(_by_rank(choices), _MOST)]
+            for chosen in islice(_by_rank(choices), _MOST):
+                cuts = [None if dim is None else partial(_selected, dim) for dim in chosen]
+                yield partial(taken, (args, kwargs), cuts)
 
 
 def _by_rank(choices: Sequence[Sequence[int | None]]) -> Iterator[list[int | None]]:
@@ -111,19 +115,19 @@ def _by_rank(choices: Sequence[Sequence[int | None]]) -> Iterator[list[int | Non
                 yield list(chosen)
 
 
-def _taken(tree: tuple[tuple, dict], dims: Sequence[int | None], samples: Tensor) -> tuple[tuple, dict]:
-    found = iter(dims)
+def taken(tree: tuple[tuple, dict], cuts: Sequence[Cut | None], samples: Tensor) -> tuple[tuple, dict]:
+    """Some samples of the arguments of a call, given the cut for each of the tensors in it; None where all share it."""
+    found = iter(cuts)
 
     def of_tensor(x: Tensor) -> Tensor:
-        dim = next(found)
-        if dim is None:
-            return detached_copy(x)
-        return _selected(x.detach(), dim, samples.to(x.device)).requires_grad_(x.requires_grad)
+        cut = next(found)
+        return detached_copy(x) if cut is None else cut(x.detach(), samples).requires_grad_(x.requires_grad)
 
     return with_tensors(of_tensor, tree)
 
 
-def _selected(x: Tensor, dim: int, samples: Tensor) -> Tensor:
+def _selected(dim: int, x: Tensor, samples: Tensor) -> Tensor:
+    samples = samples.to(x.device)
     if x.layout in (torch.strided, torch.sparse_coo):
         return x.index_select(dim, samples)
     if x.is_nested:

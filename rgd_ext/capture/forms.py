@@ -50,13 +50,15 @@ class Contraction:
 
     def is_linear(self, value: Tensor) -> bool:
         """Whether it is x v^T with the matrix v, (m, n)."""
-        is_last = self.x[:-1] == self.out[:-1] and self.v == self.out[-1:] + self.x[-1:]
-        return is_last and value.is_contiguous()
+        return self._is_matrix(value, self.out[-1:] + self.x[-1:])
 
     def is_transposed(self, value: Tensor) -> bool:
         """Whether it is x v with the matrix v, (n, m)."""
-        is_last = self.x[:-1] == self.out[:-1] and self.v == self.x[-1:] + self.out[-1:]
-        return is_last and value.is_contiguous()
+        return self._is_matrix(value, self.x[-1:] + self.out[-1:])
+
+    def _is_matrix(self, value: Tensor, letters: str) -> bool:
+        """Whether v is a matrix with these letters between the last dimensions of x and of the product."""
+        return self.x[:-1] == self.out[:-1] and self.v == letters and value.is_contiguous()
 
     def is_layer(self, value: Tensor) -> bool:
         summed, free = self._sides(value)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch._C import _functorch
+
+from .samples import fallback_warnings
 
 _MESSAGE = "There is a performance drop because we have not yet implemented the batching rule for"
 _of_models: weakref.WeakKeyDictionary[nn.Module, Loops] = weakref.WeakKeyDictionary()
@@ -37,11 +38,8 @@ class Loops:
     def noted(self, who: str) -> Iterator[None]:
         """Name `who` in a warning, once, if torch.func.vmap loops inside; torch's own warning is left out."""
         if who in self._operators:
-            _functorch._set_vmap_fallback_warning_enabled(not self._operators[who])
-            try:
+            with fallback_warnings(not self._operators[who]):
                 yield
-            finally:
-                _functorch._set_vmap_fallback_warning_enabled(True)
         else:
             operators: list[str] = []
             with _noting(operators):

@@ -122,10 +122,8 @@ class OnceForAll(TorchFunctionMode):
         """What the function has for `tensor`, which `func` computed from `used`."""
         if (not torch.is_grad_enabled() or not tensor.requires_grad) and not self._is_of_a_parameter(tensor):
             return tensor.detach()  # a constant; a view of a parameter may be changed in place, and stays a value
-        is_only_one = len(used) == 1
-        value = used[0].computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, self._samples.number)
         with outside_vmap():
-            return self.shared(value)
+            return self.shared(Value.computed(used, func, args, kwargs, tensor))
 
     def _met(self, product: Product) -> Tensor | None:
         """The product of the samples with a value; None where only copies of the value will do."""

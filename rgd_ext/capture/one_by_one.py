@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .batch import ONE_AT_A_TIME, modules_in
 from .samples import Unequal, loop_samples
+from .taps import keep_changes
 
 
 class OneByOne:
@@ -54,9 +55,7 @@ class OneByOne:
                 " a smaller module as the unit"
             ) from error
         self._restore(self._after or ())
-        with torch.no_grad():
-            for name, value in self._changed.items():
-                parameters[name].copy_(value)
+        keep_changes(parameters, self._changed)
         return found
 
     def _lend(self) -> None:

@@ -735,8 +735,7 @@ def precondition(
         raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
     policy = checked_policy(epsilon, inverse)
     budget = _checked_budget(memory_budget)
-    earlier = live_handle(model)
-    earlier = earlier if earlier is not None and earlier.owner is not None else None
+    earlier = next((handle for handle in _live if handle.model is model and handle.owner is not None), None)
     _check_free(model, earlier)
     check_model(model, batch_norm)
     if not isinstance(verify, bool):

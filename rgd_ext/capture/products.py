@@ -58,7 +58,7 @@ class Product:
     def _in_dimensions_of_output(self, bias: Value) -> Value:
         if not isinstance(self.form, Convolution):
             return bias
-        return bias.computed(Tensor.reshape, (), {}, bias.tensor.reshape(-1, *[1] * self.form.space))
+        return Value.computed([bias], Tensor.reshape, (), {}, bias.tensor.reshape(-1, *[1] * self.form.space))
 
     def output(self) -> Tensor:
         """What the function gives, without `rest`, constant in the values."""
@@ -87,25 +87,29 @@ class Product:
         is_linear = is_matrix and form.is_linear(value.tensor)
         record = leaf.make_record(parameters, rule, "linear" if is_linear and value.scale is None else None)
         if is_linear and value.scale is not None:
-            record.as_linear = partial(_scaled, value.scale)
+            record.as_linear = partial(_scaled_rows, value.scale)
         elif is_matrix and form.is_transposed(value.tensor) and not self._has_layers_bias:
-            record.as_linear = partial(_swapped, value.scale)
+            record.as_linear = partial(_swapped_rows, value.scale)
         return watch(record, output, (x,))
 
 
-def _scaled(scale: Number | None, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return x if scale is None else x * scale, grad
+def _scaled(scale: Number | None, x: Tensor) -> Tensor:
+    return x if scale is None else x * scale
 
 
-def _swapped(scale: Number | None, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_rows(scale: Number, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _scaled(scale, x), grad
+
+
+def _swapped_rows(scale: Number | None, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """x^T grad is the gradient of the weight of a layer with these in each other's places."""
-    return grad, x if scale is None else x * scale
+    return grad, _scaled(scale, x)
 
 
 def _layer(
     form: Form, value: Tensor, scale: Number | None, shape: torch.Size, inputs: tuple[Tensor, ...], grad: Tensor
 ) -> Contributions:
-    return form.layer(value, inputs[0] if scale is None else inputs[0] * scale, grad, shape)
+    return form.layer(value, _scaled(scale, inputs[0]), grad, shape)
 
 
 def _of_rows(rule: BoundRule, margins: tuple[int, int], inputs: tuple[Tensor, ...], grad: Tensor) -> Contributions:

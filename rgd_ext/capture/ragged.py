@@ -9,12 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .alone import Reading
+from .alone import Cut, Reading, taken
 from .batch import tensors_in
-from .copies import detached_copy, with_tensors
 
-# A tensor of a batch, and the numbers of some samples -> the tensor of these.
-_Cut: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # A vector of whole numbers, the length of a flat one, and B -> where the samples start and the last one ends, (B + 1,).
 _Read: TypeAlias = Callable[[Tensor, int, int], Tensor | None]
 
@@ -23,23 +20,13 @@ def ragged_readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Read
     """Ways to take samples out of the arguments, where flat vectors are among them."""
     tensors = tensors_in((args, kwargs))
     for read, cut in ((_bounds_of_offsets, _offsets), (_bounds_of_lengths, _lengths)):
-        cuts: dict[int, _Cut] = {n: _rows for n, x in enumerate(tensors) if x.ndim and x.shape[0] == batch_size}
+        cuts: list[Cut | None] = [_rows if x.ndim and x.shape[0] == batch_size else None for x in tensors]
         pairs = _pairs(tensors, batch_size, read)
         for flat, owner in pairs:
             bounds = read(tensors[owner], len(tensors[flat]), batch_size)
             cuts[flat], cuts[owner] = partial(_entries, bounds), partial(cut, bounds)
         if pairs:
-            yield partial(_taken, (args, kwargs), cuts)
-
-
-def _taken(tree: tuple[tuple, dict], cuts: dict[int, _Cut], samples: Tensor) -> tuple[tuple, dict]:
-    numbers = iter(range(len(tensors_in(tree))))
-
-    def of_tensor(x: Tensor) -> Tensor:
-        cut = cuts.get(next(numbers))
-        return detached_copy(x) if cut is None else cut(x.detach(), samples).requires_grad_(x.requires_grad)
-
-    return with_tensors(of_tensor, tree)
+            yield partial(taken, (args, kwargs), cuts)
 
 
 def _pairs(tensors: Sequence[Tensor], batch_size: int, read: _Read) -> list[tuple[int, int]]:

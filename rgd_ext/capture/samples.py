@@ -81,32 +81,36 @@ outside_vmap = temporarily_pop_interpreter_stack
 
 
 @contextmanager
-def each_of(number: int, randomness: str) -> Iterator[Samples]:
-    """What runs inside runs on each of `number` samples.
-
-    Args:
-        number: B.
-        randomness: "same" or "different" random numbers in all samples.
-    """
+def each_of(number: int) -> Iterator[Samples]:
+    """What runs inside runs on each of `number` samples, with random numbers of its own."""
     lazy_load_decompositions()
     # The fused attention kernels have no batching rule; vmap would loop over the samples.
-    with sdpa_kernel(SDPBackend.MATH), vmap_increment_nesting(number, randomness) as level:
+    with sdpa_kernel(SDPBackend.MATH), vmap_increment_nesting(number, "different") as level:
         yield Samples(number, level)
 
 
-def map_samples(function: Callable, args: tuple, kwargs: dict, randomness: str) -> object:
-    """`function(*args, **kwargs)` for each sample.
+@contextmanager
+def fallback_warnings(are_on: bool) -> Iterator[None]:
+    """Torch's warnings where vmap takes one sample after the other; its default, on, is restored."""
+    _functorch._set_vmap_fallback_warning_enabled(are_on)
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def map_samples(function: Callable, args: tuple, kwargs: dict) -> object:
+    """`function(*args, **kwargs)` for each sample, with random numbers of its own.
 
     Args:
         function: from one sample to any nest of tensors and other values.
         args, kwargs: nests in which a `Mapped` stands for its samples; all else goes to every sample as it is.
-        randomness: "same" or "different" random numbers in all samples.
 
     Returns:
         The nest, with the samples in front of its tensors.
     """
     mapped = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Mapped))
-    with each_of(len(mapped.samples), randomness) as samples:
+    with each_of(len(mapped.samples)) as samples:
         args, kwargs = samples.arguments(args, kwargs)
         return samples.results(function(*args, **kwargs))
 

@@ -131,9 +131,7 @@ def _once(first: Shared, func: Callable, args: tuple, kwargs: dict) -> object:
     def shared(tensor: Tensor) -> Shared:
         if not torch.is_grad_enabled():
             tensor = tensor.detach()
-        is_only_one = len(values) == 1
-        value = values[0].computed(func, args, kwargs, tensor) if is_only_one else Value(tensor, first.batch.size)
-        return Shared(value, first.owner, first.batch)
+        return Shared(Value.computed(values, func, args, kwargs, tensor), first.owner, first.batch)
 
     return pytree.tree_map_only(Tensor, shared, func(*args, **kwargs))
 
@@ -172,7 +170,7 @@ def _of_copies(
 
     args, kwargs = pytree.tree_map(mapped, (args, kwargs))
     with loops_of(first.batch.model).noted(f"'{first.owner}', which goes through {func.__name__},"):
-        results = map_samples(func, args, kwargs, "different")
+        results = map_samples(func, args, kwargs)
     return pytree.tree_map_only(Tensor, partial(_joined, func, first, dim), results)
 
 

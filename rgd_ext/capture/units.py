@@ -103,7 +103,7 @@ class Unit(Tap):
         size = len(next(iter(copies.values())))
         use = partial(self._make_record, size)
         leaves = {name: leaf_of(each, parameters[name], use) for name, each in copies.items()}
-        with each_of(size, "different") as samples:
+        with each_of(size) as samples:
             mode = OnceForAll(samples)
             shared = {name: mode.parameter(leaf) for name, leaf in leaves.items()}
             args, kwargs = samples.arguments(args, kwargs)

@@ -6,19 +6,18 @@ it; the gradients of the copies are taken back through the graph of the value to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .batch import storage
 from .nodes import BoundRule, Record
+from .samples import fallback_warnings
 
 # (parameters, rule, kind) -> the record of a layer that uses the parameters in the module that runs.
 RecordMaker: TypeAlias = Callable[[dict[str, nn.Parameter], BoundRule, str | None], Record]
@@ -106,18 +105,21 @@ class Value:
     def _copied(self) -> Tensor:
         if self.tensor is self.root:
             return self.tensor.stands_for.copies
-        if not self.tensor.requires_grad:
-            return self.tensor.expand(self.batch_size, *self.tensor.shape)
         leaves = leaves_of(self.tensor)
-        if not leaves:
+        if not leaves:  # a constant
             return self.tensor.expand(self.batch_size, *self.tensor.shape)
         copies = [leaf.stands_for.copies for leaf in leaves]
         # An edge, since the tensor may be changed in place later, and its graph with it.
         graph = get_gradient_edge(self.tensor), leaves
         return _CopiesOfValue.apply(graph, self.tensor.detach(), self.batch_size, *copies)
 
-    def computed(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
-        """`tensor`, which `function` made of this value alone, and of constants among its arguments."""
+    @staticmethod
+    def computed(used: Sequence[Value], function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
+        """`tensor`, which `function` made of the values `used` and of constants among its arguments."""
+        first = used[0]
+        return first._changed_by(function, args, kwargs, tensor) if len(used) == 1 else Value(tensor, first.batch_size)
+
+    def _changed_by(self, function: Callable, args: tuple, kwargs: dict, tensor: Tensor) -> Value:
         root = self.root
         if root is None or not tensor.requires_grad or memory_order(tensor) is None:
             return Value(tensor, self.batch_size)
@@ -176,7 +178,7 @@ def _gradients_per_sample(edge: GradientEdge, leaves: list[Tensor], grads: Tenso
     grad = partial(torch.autograd.grad, [edge], leaves, retain_graph=True, allow_unused=True)
     try:
         # What a function of the user's saved may be `Shared`, but stands for itself here.
-        with torch._C.DisableTorchFunctionSubclass(), _no_warning():
+        with torch._C.DisableTorchFunctionSubclass(), fallback_warnings(False):
             try:
                 return grad([grads], is_grads_batched=True)
             except RuntimeError:  # there is no batching rule
@@ -184,16 +186,6 @@ def _gradients_per_sample(edge: GradientEdge, leaves: list[Tensor], grads: Tenso
     finally:
         for leaf in leaves:
             leaf.stands_for.is_followed = False
-
-
-@contextmanager
-def _no_warning() -> Iterator[None]:
-    """Of torch, about derivatives without a batching rule, which it takes row by row. Its default is on again then."""
-    _functorch._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        _functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _stacked(rows: tuple[Tensor | None, ...]) -> Tensor | None:
