@@ -241,6 +241,19 @@ def test_spectral_norm_in_training(is_unit):
     assert norm.parametrizations.weight[0].training
 
 
+def test_spectral_norm_of_a_layer_that_vmap_cannot_run():
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 if x.sum() > -1000 else 2)
+
+    model, x = nn.Sequential(parametrizations.spectral_norm(Branching(4, 3))).double(), double(B, 4)
+    plain = copy.deepcopy(model)
+    plain(x)
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match="one sample after the other"):
+        loss_of(model(x)).backward()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 class Cache:
     def __init__(self):
         self.keys = []

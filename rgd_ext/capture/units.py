@@ -145,7 +145,7 @@ class Unit(Tap):
 
     @contextmanager
     def _iterated(self) -> Iterator[None]:
-        """The power iterations of spectral norms are done: they depend on weights alone, and vmap cannot run them."""
+        """The power iterations of spectral norms are done: where vmap fails, another attempt would repeat them."""
         places = self.module.parametrizations
         norms = [norm for each in places.values() for norm in each if isinstance(norm, _SpectralNorm) and norm.training]
         if norms:
