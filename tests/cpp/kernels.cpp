@@ -1,6 +1,6 @@
 // The bodies of the CUDA kernels, run by emulation.h, against double precision: every dtype, odd sizes and unaligned
 // rows, many matrices, few and many blocks, random schedules. And the test of that test: without any one of its
-// barriers, every kernel is caught.
+// barriers, every kernel is caught. `kernel_tests NAME` runs the kernels whose name contains NAME.
 
 #include <cmath>
 #include <string>
@@ -517,6 +517,9 @@ std::vector<Kernel> kernels_of(const std::string& dtype) {
   return kernels;
 }
 
+// What the command line asks for: kernels whose name contains it.
+std::string chosen;
+
 std::vector<Kernel> all_kernels() {
   std::vector<Kernel> kernels = {{"weights", check_weights},
                                  {"gram moments", check_gram_moments},
@@ -525,6 +528,7 @@ std::vector<Kernel> all_kernels() {
   for (auto& more : {kernels_of<float>("float"), kernels_of<double>("double"), kernels_of<BFloat16>("bfloat16"),
                      kernels_of<Half>("half")})
     kernels.insert(kernels.end(), more.begin(), more.end());
+  std::erase_if(kernels, [](const Kernel& kernel) { return kernel.name.find(chosen) == std::string::npos; });
   return kernels;
 }
 
@@ -604,6 +608,7 @@ int main(int count, char** arguments) {
     read_past_the_end();
     return 0;
   }
+  if (count > 1) chosen = arguments[1];
   test_against_double();
   test_long_sums();
   test_equal_weights_give_the_mean_bitwise<float>({19, {300, 77}, 16, 2, 0});
