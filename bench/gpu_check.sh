@@ -72,7 +72,7 @@ step info 30 "$PYTHON" -c 'import sys, rgd_ext; i = rgd_ext.build_info(); print(
 
 if has pytest; then
     # The files that have GPU tests: others import what may not be there.
-    files=(tests/test_cuda.py tests/test_ops.py)
+    files=(tests/test_cuda.py tests/test_ops.py tests/test_unfolding.py)
     ! has matplotlib || files+=(tests/test_monitor.py)
     step test 200 "$PYTHON" -m pytest -m gpu "${files[@]}"
     step test-cpu 120 "$PYTHON" -m pytest -m "not gpu" tests/test_ops.py

@@ -36,6 +36,7 @@ def run(device: str) -> None:
             epsilon = torch.tensor(0.1).to(device)
             results = {
                 "moments": ops.moments(grads),
+                "scalar_moments": ops.scalar_moments(grads),
                 "combine": ops.combine(grads, weights),
                 "diffusion_mv": ops.diffusion_mv(grads, vectors),
                 "gram": ops.gram(grads),

@@ -23,6 +23,15 @@ Tensors: TypeAlias = Tensor | Sequence[Tensor]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _library = torch.library.Library("rgd_ext", "DEF")
 
+# The devices for which an operator has a compiled kernel. docs/kernels.md says why some have none for CUDA.
+KERNELS = {
+    **dict.fromkeys(("moments", "scalar_moments", "squared_norm", "combine", "precondition"), ("CPU", "CUDA")),
+    **dict.fromkeys(("gram", "ghost_gram", "ghost_combine", "diffusion_mv"), ("CPU", "CUDA")),
+    **dict.fromkeys(("gram_moments", "sample_weights", "largest_eigenvalue"), ("CPU", "CUDA")),
+    **dict.fromkeys(("group_norm_grads", "layer_norm_grads"), ("CPU", "CUDA")),
+    **dict.fromkeys(("layer_grads", "conv_weight_grads", "conv_gram", "conv_scalar_moments"), ("CPU",)),
+}
+
 
 def as_list(tensors: Tensors) -> list[Tensor]:
     """A list of tensors from one tensor or a sequence of them."""

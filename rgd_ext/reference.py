@@ -152,10 +152,25 @@ class Geometry(NamedTuple):
     dilation: Sequence[int]
     groups: int
 
-    def unused(self, output_grad: Tensor, x: Tensor) -> list[int]:
-        """How many places of the output, by dimension, have no gradient, as a transposed convolution may leave."""
-        sizes = zip(x.shape[2:], output_grad.shape[2:], *self[:4], strict=True)
-        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 - places for size, places, k, s, p, d in sizes]
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each place of the output is made of one place of the input, the same."""
+        return all(numbers == (1, 1, 0) for numbers in zip(self.kernel, self.stride, self.padding, strict=True))
+
+    def unused(self, places: Sequence[int], space: Sequence[int]) -> list[int]:
+        """How many more places, by dimension, the convolution of `space` has, as a transposed one may leave some.
+
+        Raises:
+            ValueError: if it has fewer.
+        """
+        sizes = zip(space, places, *self[:4], strict=True)
+        unused = [(size + 2 * p - d * (k - 1) - 1) // s + 1 - number for size, number, k, s, p, d in sizes]
+        if min(unused) < 0:
+            raise ValueError(
+                f"output_grad has {tuple(places)} places: those are more places than a convolution of {tuple(space)}"
+                f" with {self} gives"
+            )
+        return unused
 
 
 def conv_weight_grads(
@@ -182,12 +197,7 @@ def conv_weight_grads_as_groups(output_grad: Tensor, x: Tensor, geometry: Geomet
 def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     """(m, n / groups, *kernel): the weight gradient of a convolution."""
     kernel, stride, padding, dilation, groups = geometry
-    unused = geometry.unused(output_grad, x)
-    if min(unused) < 0:
-        raise ValueError(
-            f"output_grad of shape {tuple(output_grad.shape)} has more places than a convolution of {tuple(x.shape)}"
-            f" with {geometry} gives"
-        )
+    unused = geometry.unused(output_grad.shape[2:], x.shape[2:])
     if any(unused):
         output_grad = F.pad(output_grad, [y for number in reversed(unused) for y in (0, number)])
     weight, none = x.new_empty(1).expand(output_grad.shape[1], x.shape[1] // groups, *kernel), [0] * len(kernel)
@@ -195,18 +205,61 @@ def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tens
     return torch.ops.aten.convolution_backward(output_grad, x, weight, None, *options)[1]
 
 
-# Elements of gradients that are formed at a time, to stay in the caches; and the fewest output channels. Measured: with
-# 8 channels of 256 that takes three times as long.
-BLOCK, _CHANNELS = 1 << 20, 32
+# Bytes of unfolded inputs at a time. On a GPU a copy of so many takes some 40 us, many times a launch, and the product
+# that reads them has enough samples to fill the multiprocessors.
+COLUMNS = 64 << 20
 
 
-def _conv_blocks(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Iterator[list[Tensor]]:
+def unfolded(x: Tensor, places: Sequence[int], geometry: Geometry) -> Tensor:
+    """(B, n * kernel, T): what the weights of an output channel meet at each of T = `places` of the output.
+
+    A view of the padded input, which one operator copies: `F.unfold` launches a kernel for every sample on CUDA, and
+    takes longer on the CPU.
+    """
+    geometry.unused(places, x.shape[2:])
+    kernel, stride, padding, dilation, _ = geometry
+    if any(padding):
+        x = F.pad(x, [number for number in reversed(padding) for _ in range(2)])
+    per_sample, per_channel, *steps = x.stride()
+    to_weight, to_place = ([a * b for a, b in zip(numbers, steps, strict=True)] for numbers in (dilation, stride))
+    columns = x.as_strided((*x.shape[:2], *kernel, *places), (per_sample, per_channel, *to_weight, *to_place))
+    return columns.reshape(len(x), -1, math.prod(places))
+
+
+def conv_weight_grads_by_unfolding(output_grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> None:
+    """Each sample's own weight gradient, into `out`, (B, m, n / groups, *kernel): products with unfolded inputs."""
+    places, groups = output_grad.shape[2:], geometry.groups
+    grads, images = output_grad.flatten(2).unflatten(1, (groups, -1)), x.unflatten(1, (groups, -1))
+    weights = out.view(len(x), groups, grads.shape[2], images.shape[2], -1)
+    each = groups * weights.shape[4] * math.prod(places) * x.itemsize  # bytes of a sample and channel
+    channels = min(images.shape[2], max(1, COLUMNS // each))
+    samples = max(1, COLUMNS // (each * channels))
+    for e, some, gradients in zip(grads.split(samples), images.split(samples), weights.split(samples), strict=True):
+        e = e.flatten(0, 1)
+        for image, gradient in zip(some.split(channels, 2), gradients.split(channels, 3), strict=True):
+            columns = unfolded(image.flatten(0, 1), places, geometry)
+            torch.bmm(e, columns.mT, out=gradient.view(*e.shape[:2], columns.shape[1]))
+
+
+def block_elements(device: torch.device) -> int:
+    """Elements of gradients that are formed at a time.
+
+    On the CPU they stay in the caches. A GPU needs some 30 MB to be past the time of a launch at 3 TB/s.
+    """
+    return 1 << 20 if device.type == "cpu" else 1 << 24
+
+
+# The fewest output channels of a block. Measured: with 8 channels of 256 it takes three times as long.
+_CHANNELS = 32
+
+
+def conv_blocks(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     """Per-sample weight gradients of some output channels after the other, in the accumulation dtype."""
     dtype = accumulate_dtype(x.dtype)
     output_grad, x = output_grad.to(dtype), x.to(dtype)
     each = x.shape[0] * x.shape[1] * math.prod(geometry.kernel)
-    for some in output_grad.split(max(_CHANNELS, BLOCK // each), 1):
-        yield [conv_weight_grads_as_groups(some, x, geometry)]
+    for some in output_grad.split(max(_CHANNELS, block_elements(x.device) // each), 1):
+        yield conv_weight_grads_as_groups(some, x, geometry)
 
 
 def conv_gram(
@@ -214,7 +267,7 @@ def conv_gram(
 ) -> Tensor:
     """The Gramian of each sample's own weight gradient, (B, B), of which some are formed at a time."""
     geometry = Geometry(kernel, stride, padding, dilation, 1)
-    return sum(torch.ops.rgd_ext.gram(block) for block in _conv_blocks(output_grad, x, geometry))
+    return sum(torch.ops.rgd_ext.gram([block]) for block in conv_blocks(output_grad, x, geometry))
 
 
 def conv_scalar_moments(
@@ -222,7 +275,7 @@ def conv_scalar_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`scalar_moments` of each sample's own weight gradient, of which some are formed at a time."""
     geometry = Geometry(kernel, stride, padding, dilation, 1)
-    parts = [torch.ops.rgd_ext.scalar_moments(block) for block in _conv_blocks(output_grad, x, geometry)]
+    parts = [torch.ops.rgd_ext.scalar_moments([block]) for block in conv_blocks(output_grad, x, geometry)]
     return tuple(map(sum, zip(*parts, strict=True)))
 
 

@@ -39,6 +39,7 @@ def device_calls(grads):
         "sample_weights": lambda g: ops.sample_weights(*ops.gram_moments(ops.gram(g))[:3], epsilon.double(), 1e-7),
         "moments": lambda g: ops.moments(g),
         "scalar_moments": lambda g: ops.scalar_moments(g),
+        "squared_norm": lambda g: torch.ops.rgd_ext.squared_norm(g),
         "combine": lambda g: ops.combine(g, weights),
         "diffusion_mv": lambda g: ops.diffusion_mv(g, [v[0] for v in vectors]),
         "diffusion_mv of three": lambda g: ops.diffusion_mv(g, vectors),

@@ -310,7 +310,7 @@ def test_conv_statistics_are_the_same_bits_for_any_threads(name):
 
 
 def test_reference_of_conv_statistics_in_blocks(monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", 1)
+    monkeypatch.setattr(reference, "block_elements", lambda device: 1)
     *arguments, _ = sample_convolution("2-d, several panels", torch.float64)
     results = [reference.conv_gram(*arguments), *reference.conv_scalar_moments(*arguments)]
     for result, wanted in zip(results, conv_statistics_by_autograd(*arguments), strict=True):

@@ -11,9 +11,11 @@ from capturing import loss_of
 from models import MODELS, Net
 from oracle import assert_close, direction, flat_grad, per_sample_gradients, weak_field
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgd_ext
+from rgd_ext import reference
 from rgd_ext.__main__ import main
 from rgd_ext.capture import rates as of_device
 from rgd_ext.capture.cost import Cost, Rates
@@ -402,7 +404,7 @@ def test_an_embedding_of_128k_words_makes_nothing_larger_than_its_table():
     model, x = nn.Embedding(128_000, 8), torch.randint(128_000, (64, 512))
     with rgd_ext.precondition(model), Largest() as largest:
         model(x).square().mean().backward()
-    assert largest.elements <= max(model.weight.numel(), rgd_ext.capture.factors.Blockwise._BLOCK)
+    assert largest.elements <= max(model.weight.numel(), reference.block_elements(x.device))
 
 
 @pytest.mark.parametrize("products", [1, 50, 1 << 20])
@@ -416,7 +418,7 @@ def test_gramian_of_an_embedding_whose_rows_are_shared_by_few_or_all(products, m
 
 
 def test_a_tied_table_is_formed_in_blocks(only, monkeypatch):
-    monkeypatch.setattr(rgd_ext.capture.factors.Blockwise, "_BLOCK", 500)
+    monkeypatch.setattr("rgd_ext.capture.factors.block_elements", lambda device: 500)
     model, (x,) = model_and_inputs("tied")
     only("recompute")
     with rgd_ext.precondition(model), Largest() as largest:
@@ -503,6 +505,81 @@ def test_rates_are_measured_for_a_user_without_a_home(cache, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(of_device.Path, "home", homeless)
     assert rates() == Rates(1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("change", ["version", "kernels"])
+def test_rates_that_were_measured_otherwise_are_measured_again(change, cache, monkeypatch):
+    _, measured = cache
+    rates()
+    if change == "version":
+        monkeypatch.setattr(of_device, "_VERSION", of_device._VERSION + 1)
+    else:
+        compiled = not rgd_ext.build_info()["compiled"]
+        monkeypatch.setattr(of_device, "build_info", lambda: {"compiled": compiled})
+    rates()
+    assert len(measured) == 2
+
+
+class FakeDevice(TorchDispatchMode):
+    """A device that computes nothing, in a time: calls take the host `LAUNCH` seconds, and return at once."""
+
+    LAUNCH, WAIT = 5e-6, 1e-5
+
+    def __init__(self, rates):
+        super().__init__()
+        self.rates, self.host, self.ready = rates, 0.0, 0.0
+
+    def now(self, devices):
+        self.host = max(self.host, self.ready) + self.WAIT
+        return self.host
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result, name = func(*args, **(kwargs or {})), func.name().partition("::")[2]
+        self.host += self.LAUNCH
+        self.ready = max(self.ready, self.host) + self.work(name, args).seconds(self.rates)
+        return result
+
+    def work(self, name, args):
+        if name == "mm.out":
+            return Cost(product=2 * args[0].numel() * args[1].shape[1])
+        if name == "conv_weight_grads":
+            return Cost(convolution=2 * args[0].numel() * args[1].shape[1] * math.prod(args[2]))
+        if name not in ("combine", "gram"):
+            return Cost()
+        (grads,) = args[0]
+        return Cost(stream=grads.nbytes, gram=len(grads) * grads.numel() * (name == "gram"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rates"),
+    [
+        (torch.float32, Rates(5e13, 2e12, 1.5e13, 3e12, 1 / FakeDevice.LAUNCH)),
+        (torch.bfloat16, Rates(7e14, 5e12, 1e14, 4.3e12, 1 / FakeDevice.LAUNCH)),
+    ],
+    ids=str,
+)
+def test_measured_rates_are_those_of_a_device_that_works_while_the_host_goes_on(dtype, rates):
+    with FakeDevice(rates) as device, Largest() as largest:
+        found = of_device._measured(torch.device("meta"), dtype, device.now)
+    assert vars(found) == pytest.approx(vars(rates), rel=0.1)
+    assert device.now([]) < 0.3
+    assert dtype.itemsize * largest.elements <= 256 << 20
+
+
+@pytest.mark.usefixtures("cache")
+def test_rates_asked_for_among_fake_tensors_are_of_real_ones(monkeypatch):
+    seen = []
+    monkeypatch.setattr(of_device, "_measured", lambda *_: seen.append(type(torch.ones(1))) or Rates(1, 2, 3, 4, 5))
+    with FakeTensorMode():
+        rates()
+    assert seen == [torch.Tensor]
+
+
+def test_rates_of_meta_tensors_are_not_those_of_the_cpu(cache):
+    _, measured = cache
+    rates()
+    of_device.rates(torch.device("meta"), torch.float32)
+    assert len(measured) == 2
 
 
 def test_measured_rates_are_positive_numbers():

@@ -109,6 +109,18 @@ at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
   return results;
 }
 
+namespace {
+
+// |g|^2 instead of g. The mean is written and read all the same: that is 2 / B of what reading G takes.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> scalar_moments_operator(at::TensorList grads) {
+  auto [means, alignments, squared_norms] = moments_operator(grads);
+  return {read_squared_norm(means), std::move(alignments), std::move(squared_norms)};
+}
+
+}  // namespace
 }  // namespace rgd_ext::cuda
 
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("moments", rgd_ext::cuda::moments_operator); }
+TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) {
+  m.impl("moments", rgd_ext::cuda::moments_operator);
+  m.impl("scalar_moments", rgd_ext::cuda::scalar_moments_operator);
+}

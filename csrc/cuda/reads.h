@@ -21,6 +21,9 @@ void read_combination(at::TensorList matrices, const at::Tensor& weights, int64_
 // The sums of the rows of `partials`, in `dtype`.
 at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype);
 
+// |v|^2, a scalar in accumulate_dtype, of tensors of any shape.
+at::Tensor read_squared_norm(at::TensorList vector);
+
 // Packets of each row in the tiles of both reads, the same so that equal weights give the bits of the mean; 0 where no
 // tile of all samples fits on chip.
 int lanes_on_chip(at::TensorList matrices);

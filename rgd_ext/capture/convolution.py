@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..gradients import Moments
-from ..reference import Geometry, accumulate_dtype
-from .cost import Cost, of_ghost, of_gradients
-from .factors import Dense, Factor, Ghost
+from ..reference import Geometry, accumulate_dtype, block_elements
+from .cost import Cost, Rates, of_ghost, of_gradients
+from .factors import Blockwise, Dense, Factor, Ghost
+from .rates import rates
 from .workspace import Empty, fresh
 
 
-class Convolution:
+class Convolution(Blockwise):
     """h_i is the weight gradient of sample i's own convolution. In a transposed one E and X change places.
 
     Args:
@@ -36,67 +40,108 @@ class Convolution:
         return self.output_grads.shape[0]
 
     @property
-    def example(self) -> Tensor:
-        return self.output_grads
-
-    @property
     def signature(self) -> tuple:
         return self.output_grads.shape, self.inputs.shape
+
+    @property
+    def _is_native(self) -> bool:
+        """Whether the operators on convolutions serve: their compiled kernels are for the CPU."""
+        return self.output_grads.is_cpu
 
     @property
     def _places(self) -> int:
         return self.output_grads.shape[2:].numel()
 
+    @property
+    def _operations(self) -> int:
+        return 2 * self.batch_size * self._places * self.shape.numel()
+
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         shape, dtype = torch.Size((self.batch_size, *self.shape)), self.output_grads.dtype
-        product = self.plain().convolution
-        formed = Cost(convolution=product, stream=shape.numel() * dtype.itemsize, calls=1)
+        forming = Cost(convolution=self._operations)
+        if self._unfolds:
+            forming = _by_unfolding(self._operations, self._copied())
+        formed = forming + Cost(stream=shape.numel() * dtype.itemsize, calls=1)
         ways = {"materialise": formed + of_gradients(shape, dtype, needs_gram)}
         if self.geometry.groups > 1:
             return ways
         held = self.plain().held
-        combination = Cost(convolution=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
-        blocks = 1 if self.output_grads.is_cpu else 1 + shape.numel() // reference.BLOCK
-        statistics = Cost(convolution=product, gram=shape.numel() * self.batch_size * needs_gram, calls=3 * blocks)
-        ways["recompute"] = statistics + combination
-        if self._unfolds():
-            n, size = self.shape[1:].numel(), dtype.itemsize
-            unfolding = Cost(stream=2 * size * self.batch_size * self._places * n, calls=1)
-            ways["ghost"] = unfolding + of_ghost(self.batch_size, self._places, n, self.shape[0], size)
-        return ways
-
-    def _unfolds(self) -> bool:
-        """Whether `F.unfold` has a column for every place of E, and no more."""
-        return len(self.geometry.kernel) == 2 and not any(self.geometry.unused(self.output_grads, self.inputs))
+        combination = self._ordinary() + Cost(stream=2 * self.output_grads.nbytes, calls=2, held=held)
+        if self._is_native:
+            statistics = Cost(gram=self.batch_size * shape.numel() * needs_gram, calls=3)
+        else:
+            statistics = self._on_blocks(shape.numel(), needs_gram)
+        ghost = of_ghost(self.batch_size, self._places, self.shape[1:].numel(), self.shape[0], dtype.itemsize)
+        return ways | {
+            "recompute": forming + statistics + combination,
+            "ghost": Cost(stream=2 * self._copied(), calls=1) + ghost,
+        }
 
     def plain(self) -> Cost:
-        operations = 2 * self.batch_size * self._places * self.shape.numel()
         read = self.inputs.nbytes + self.output_grads.nbytes
-        return Cost(convolution=operations, stream=read, calls=1, held=read)
+        return self._ordinary() + Cost(stream=read, calls=1, held=read)
+
+    def _ordinary(self) -> Cost:
+        # The measured rate is that of samples' own gradients. cuDNN's sum over all samples has that of a product.
+        return Cost(convolution=self._operations) if self._is_native else Cost(product=self._operations)
+
+    def _copied(self) -> int:
+        """Bytes that unfolding the inputs writes."""
+        columns = self.batch_size * self._places * self.shape[1:].numel() * self.geometry.groups
+        return 0 if self.geometry.is_pointwise else columns * self.inputs.itemsize
+
+    @property
+    def _unfolds(self) -> bool:
+        """Whether products with unfolded inputs form gradients in less time than cuDNN, with every sample a group."""
+        if self._is_native:
+            return False
+        return _unfolding_is_faster(
+            self._operations, self._copied(), rates(self.output_grads.device, self.output_grads.dtype)
+        )
 
     def settled(self, way: str, empty: Empty) -> Factor:
         if way == "recompute":
             return self
         if way == "ghost":
-            kernel, stride, padding, dilation, _ = self.geometry
-            columns = F.unfold(self.inputs, kernel, dilation, padding, stride)
+            columns = reference.unfolded(self.inputs, self.output_grads.shape[2:], self.geometry)
             return Ghost(columns.mT, self.output_grads.flatten(2).mT, self.shape)
-        return Dense(self._formed(self.output_grads, self.inputs, empty), is_own=True)
+        return Dense(self._formed(empty), is_own=True)
 
-    def _formed(self, output_grads: Tensor, inputs: Tensor, empty: Empty) -> Tensor:
-        channels = output_grads.shape[1]
-        # The native kernel is for the CPU. Measured: with one output channel per group it fills no vector.
-        if not output_grads.is_cpu or channels == self.geometry.groups:
-            return reference.conv_weight_grads_as_groups(output_grads, inputs, self.geometry)
-        out = empty((self.batch_size, channels, *self.shape[1:]), output_grads)
-        torch.ops.rgd_ext.conv_weight_grads(output_grads, inputs, *self.geometry, out)
+    def _formed(self, empty: Empty) -> Tensor:
+        unfolds = self._unfolds
+        # Measured: with one output channel per group the native kernel fills no vector.
+        is_thin = self.output_grads.shape[1] == self.geometry.groups
+        if not unfolds and (is_thin or not self._is_native):
+            return reference.conv_weight_grads_as_groups(self.output_grads, self.inputs, self.geometry)
+        out = empty((self.batch_size, *self.shape), self.output_grads)
+        if unfolds:
+            reference.conv_weight_grads_by_unfolding(self.output_grads, self.inputs, self.geometry, out)
+        else:
+            torch.ops.rgd_ext.conv_weight_grads(self.output_grads, self.inputs, *self.geometry, out)
         return out
 
+    def blocks(self) -> Iterator[Tensor]:
+        if not self._unfolds:
+            yield from reference.conv_blocks(self.output_grads, self.inputs, self.geometry)
+            return
+        dtype = accumulate_dtype(self.output_grads.dtype)
+        output_grads, inputs = self.output_grads.to(dtype), self.inputs.to(dtype)
+        # Of some input channels each, so that every one of them is unfolded once.
+        each = self.batch_size * self.shape[0] * self.shape[2:].numel()
+        for some in inputs.split(max(1, block_elements(inputs.device) // each), 1):
+            out = inputs.new_empty(self.batch_size, self.shape[0], some.shape[1], *self.shape[2:])
+            reference.conv_weight_grads_by_unfolding(output_grads, some, self.geometry, out)
+            yield out
+
     def gram(self) -> Tensor:
-        return torch.ops.rgd_ext.conv_gram(self.output_grads, self.inputs, *self.geometry[:-1])
+        if self._is_native:
+            return torch.ops.rgd_ext.conv_gram(self.output_grads, self.inputs, *self.geometry[:-1])
+        return super().gram()
 
     def moments(self) -> Moments:
-        return torch.ops.rgd_ext.conv_scalar_moments(self.output_grads, self.inputs, *self.geometry[:-1])
+        if self._is_native:
+            return torch.ops.rgd_ext.conv_scalar_moments(self.output_grads, self.inputs, *self.geometry[:-1])
+        return super().moments()
 
     def align(self, vector: Tensor) -> Tensor:
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.geometry.kernel) - 1]
@@ -110,4 +155,13 @@ class Convolution:
         return reference.conv_weight_grad(weighted, self.inputs, self.geometry)
 
     def dense(self) -> Tensor:
-        return self._formed(self.output_grads, self.inputs, fresh)
+        return self._formed(fresh)
+
+
+def _by_unfolding(operations: int, copied: int) -> Cost:
+    return Cost(product=operations, stream=2 * copied, calls=4 * (1 + copied // reference.COLUMNS))
+
+
+@lru_cache
+def _unfolding_is_faster(operations: int, copied: int, measured: Rates) -> bool:
+    return _by_unfolding(operations, copied).seconds(measured) < Cost(convolution=operations).seconds(measured)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..gradients import Moments, aligned, moments_of
-from ..reference import BLOCK, accumulate_dtype
+from ..reference import accumulate_dtype, block_elements
 from .cost import Cost, of_ghost, of_gradients
 from .workspace import Empty, Workspace, fresh
 
@@ -127,8 +127,6 @@ class Dense:
 class Blockwise:
     """Statistics from gradients that are formed a block at a time, and dropped."""
 
-    _BLOCK = BLOCK
-
     batch_size: int
     output_grads: Tensor
 
@@ -159,8 +157,11 @@ class Blockwise:
 
     def _on_blocks(self, number: int, needs_gram: bool) -> Cost:
         """Statistics of gradients of `number` elements, and how often blocks are asked for."""
-        batch_size = self.batch_size
-        return Cost(gram=batch_size * number * needs_gram, calls=3 * (1 + number // self._BLOCK))
+        device = self.output_grads.device
+        # On a GPU blocks are past the caches: each is written and read.
+        stream = 0 if device.type == "cpu" else 2 * number * accumulate_dtype(self.output_grads.dtype).itemsize
+        blocks = 1 + number // block_elements(device)
+        return Cost(gram=self.batch_size * number * needs_gram, stream=stream, calls=3 * blocks)
 
 
 class Outer(Blockwise):
@@ -247,7 +248,7 @@ class Outer(Blockwise):
 
     def blocks(self) -> Iterator[Tensor]:
         inputs, output_grads = self._operands()
-        rows = max(1, self._BLOCK // (self.batch_size * inputs.shape[2]))
+        rows = max(1, block_elements(inputs.device) // (self.batch_size * inputs.shape[2]))
         workspace = Workspace()
         for some in output_grads.split(rows, 2):
             workspace.restart()

@@ -17,6 +17,7 @@
 #include "products.cuh"
 #include "reduce.cuh"
 #include "sample_weights.cuh"
+#include "squared_norm.cuh"
 
 namespace {
 
@@ -155,6 +156,17 @@ double check_moments(const Shape& shape, unsigned seed) {
   for (const Doubles& row : problem.rows) want.push_back(dot(minus(row, mean), minus(row, mean)));
   return std::max(error(problem.written(0), mean, 1) / precision<S>(),
                   error(reduced<Accumulate<S>>(partials, 2 * rows, slots, seed), want, scale) / sum_precision<S>());
+}
+
+template <typename S>
+double check_squared_norm(const Shape& shape, unsigned seed) {
+  const Problem<S> problem({1, shape.columns, kSquaredNormLanes, shape.blocks, shape.padding});
+  const int64_t slots = problem.blocks() + 2;
+  Doubles partials(slots, 0.0);
+  machine.run(problem.blocks(), 1, kSquaredNormSharedBytes, seed,
+              [&](char* shared) { squared_norm<S>(problem.table, partials.data(), 1, shared); });
+  const Doubles want{dot(problem.rows[0], problem.rows[0])};
+  return error(reduced<Accumulate<S>>(partials, 1, slots, seed), want, 0) / sum_precision<S>();
 }
 
 template <typename S, int kOutputs>
@@ -500,6 +512,7 @@ double check_ghost_gram_by_size(const Shape& shape, unsigned seed) {
 template <typename S>
 std::vector<Kernel> kernels_of(const std::string& dtype) {
   std::vector<Kernel> kernels = {{"moments", check_moments<S>},
+                                 {"squared norm", check_squared_norm<S>},
                                  {"combine", check_combine<S, 1>},
                                  {"combine of several", check_combine<S, 4>},
                                  {"centred products", check_products<S, true>},
