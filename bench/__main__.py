@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from . import kernels, modules, overhead, scaling, steps, table1, verification
+from . import kernels, modules, operators, overhead, scaling, steps, table1, verification
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (kernels, steps, scaling, overhead, modules, verification):
+    for module in (kernels, steps, operators, scaling, overhead, modules, verification):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,10 @@ def main() -> None:
         command.add_argument("--json", metavar="PATH", help="also write raw samples and environment")
         command.set_defaults(run=module.run)
         if module is not overhead:
-            command.add_argument("--only", metavar="TEXT", default="", help="only what has TEXT in its name")
+            about = "only what has a TEXT in its name, and in this order"
+            command.add_argument("--only", metavar="TEXT", nargs="+", default=[""], help=about)
+        if module is kernels:
+            command.add_argument("--no-compile", action="store_true", help="without the arms by torch.compile")
         if module in (kernels, scaling):
             command.add_argument("--plot", metavar="PATH.png", help="also draw it (needs matplotlib)")
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)

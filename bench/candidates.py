@@ -14,11 +14,13 @@ from .measure import host_clock, synchronize
 from .memory import extra_memory, limited_memory
 from .report import reason
 from .step_result import Result
-from .training_steps import FRACTION, OURS, PEERS, Arm, Training
+from .training_steps import FRACTION, OURS, PEERS, UNDER_AUTOCAST, Arm, Training
 
 # Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where
 # the samples nearly agree.
 TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
+# What bfloat16 rounds away in a model, of SGD's gradient as well; Rayleigh's quotient is lost where samples agree.
+HALF_TOLERANCE = {"Spectral": 5e-2}
 # Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
 PEER_TOLERANCE = 1e-2
 
@@ -29,12 +31,17 @@ def without_tf32() -> AbstractContextManager:
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
-def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result) -> None:
+def in_half_precision(model: nn.Module, arms: dict[str, Arm]) -> bool:
+    return arms is UNDER_AUTOCAST or next(model.parameters()).dtype == torch.bfloat16
+
+
+def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result, arms: dict[str, Arm] = OURS) -> None:
     """The directions of ours against those from explicit gradients; AssertionError where one is not exact."""
     grads = None
-    for policy, tolerance in TOLERANCE[x.device.type].items():
+    tolerances = HALF_TOLERANCE if in_half_precision(model, arms) else TOLERANCE[x.device.type]
+    for policy, tolerance in tolerances.items():
         name = f"RGD {policy}"
-        training = Training(OURS[name], model, x, y)
+        training = Training(arms[name], model, x, y)
         training.model(x)  # verified
         with without_tf32(), oracle.Sides() as sides:
             training()
@@ -46,11 +53,15 @@ def compare_with_float64(model: nn.Module, x: Tensor, y: Tensor, result: Result)
 
 
 def candidates(
-    model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Result
+    model: nn.Module, x: Tensor, y: Tensor, quick: bool, result: Result, ours: dict[str, Arm] = OURS
 ) -> tuple[dict[str, Training], dict[str, float]]:
-    """Arms by name, and milliseconds of one step; records errors, memory, and why peers are left out."""
+    """Arms by name, and milliseconds of one step; records errors, memory, and why peers are left out.
+
+    Peers are compared in float32 only.
+    """
     found, price, directions = {}, {}, {}
-    for name, arm in (OURS if quick else OURS | PEERS).items():
+    peers = {} if quick or in_half_precision(model, ours) else PEERS
+    for name, arm in (ours | peers).items():
         try:
             with limited_memory(x.device.type):
                 training = Training(arm, model, x, y)

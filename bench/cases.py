@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BATCH_SIZES = (16, 32, 128, 512, 1024)
+BATCH_SIZES = (8, 16, 32, 128, 512, 1024)
 WEIGHTS = (10**4, 10**5, 10**6, 10**7, 3 * 10**7)
 DTYPES = (torch.float32, torch.bfloat16)
 ALIGNMENT = 512  # bytes, as torch's allocator aligns tensors

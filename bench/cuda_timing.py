@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-from .measure import Clock
+from .measure import Clock, call_each
 
 # About a millisecond, in which the host enqueues what is timed, so that no launch is in the measured time.
 HEAD_START_CYCLES = 2_000_000
@@ -41,11 +42,7 @@ class Graphs:
 
     def clock(self, call: Callable[[object], object], inputs: Sequence[object]) -> Clock:
         """Device time of one call: a replay makes one call on each of `inputs`."""
-
-        def run() -> None:
-            for item in inputs:
-                call(item)
-
+        run = partial(call_each, call, inputs)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             run()
@@ -54,6 +51,15 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             run()
         return device_clock(graph.replay, len(inputs))
+
+    def clock_or_calls(
+        self, call: Callable[[object], object], inputs: Sequence[object]
+    ) -> tuple[Clock, Exception | None]:
+        """The same, or that of calls from Python and why they cannot be captured."""
+        try:
+            return self.clock(call, inputs), None
+        except Exception as problem:
+            return device_clock(partial(call_each, call, inputs), len(inputs)), problem
 
 
 def copy_clock(size: int) -> Clock:

@@ -1,16 +1,34 @@
 #!/usr/bin/env bash
-# Everything there is to check on a machine with an NVIDIA GPU, in one call of less than 35 minutes, without a network:
+# The first run on a machine with an NVIDIA GPU: builds, checks and measures in one call of less than ten minutes,
+# without a network:
 #     bench/gpu_check.sh [FOLDER for results, default bench/results]
-# PYTHON names a python with a CUDA build of torch; STEPS the steps to run, of: build info test test-cpu memcheck
-# racecheck initcheck kernels steps. Only a failed build stops the others; the exit status is 1 if any failed.
+# leaves gpu_check.tar.gz, with all logs and records, and summary.txt there, whole after every step.
+#
+# PYTHON names a python with a CUDA build of torch, STEPS the steps to run. Each has until a mark, in seconds after the
+# start: what one leaves of its time is the next one's, and one that is late or fails does not stop the others. Only
+# without the CUDA kernels there is nothing to check. SCALE multiplies the marks, for a slower or a longer lent machine.
+# The exit status is 1 if anything failed.
 set -u
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-build info test test-cpu memcheck racecheck initcheck kernels steps}
+STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators ncu compile}
+SCALE=${SCALE:-1}
 OUT=$(realpath -m "${1:-$(dirname "$0")/results}")
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 if [[ $PYTHON == */* ]]; then PYTHON=$(realpath -s "$PYTHON"); fi
 cd "$(dirname "$0")/.." || exit 1
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+
+now() { # milliseconds
+    echo $((${EPOCHREALTIME/[.,]/} / 1000))
+}
+
+seconds() { # MILLISECONDS
+    printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
+}
+
+begin=$(now)
+unit=$(awk "BEGIN { print int(1000 * $SCALE) }") # milliseconds of a second of the marks
+grace=$((4 * unit))                              # from the interrupt, when a benchmark writes what it has, to the kill
 
 if ! there=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available())'); then
     echo "gpu_check: $PYTHON cannot import torch: set PYTHON to one that can" >&2
@@ -21,77 +39,165 @@ if [[ $there != True ]]; then
     exit 1
 fi
 
-summary=()
+mkdir -p "$OUT"
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+trap interrupted INT TERM HUP
 failed=0
+running=() # PID:NAME of each step that was started
 
-has() { # MODULE...: whether python has all of them
-    "$PYTHON" -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"
+missing() { # MODULE...: those that python lacks
+    "$PYTHON" -c 'import sys, importlib.util as u; print(*(m for m in sys.argv[1:] if not u.find_spec(m)))' "$@"
 }
 
-note() { # STEP OUTCOME SECONDS
-    summary+=("$(printf '%-12s %-18s %5s' "$1" "$2" "$3")")
+say() { # LINE: on the screen and in the summary
+    echo "$1" | tee -a "$WORK/summary.txt"
 }
 
-step() { # NAME SECONDS COMMAND...: run it with its output in NAME.log, and remember how it ended
-    local name=$1 limit=$2 begin=$SECONDS status outcome=ok
+pack() { # everything so far: the old archive, or the new one
+    cp "$WORK/summary.txt" "$OUT/summary.txt"
+    tar --warning=no-file-changed -czf "$OUT/partial.tar.gz" -C "$WORK" .
+    [[ $? -gt 1 ]] || mv "$OUT/partial.tar.gz" "$OUT/gpu_check.tar.gz" # 1: a step beside was writing
+}
+
+chosen() { # NAME[-PART]: whether the step is among those to run
+    [[ " $STEPS " == *" ${1%%-*} "* ]]
+}
+
+limited() { # NAME MILLISECONDS COMMAND...: the command with its output in NAME.log; how it ended in NAME.end
+    local name=$1 limit=$2 start child status told=
+    start=$(now)
     shift 2
-    [[ " $STEPS " == *" $name "* ]] || return 0
-    echo "== $name: $*"
-    # An interrupt lets the benchmark write what it has.
-    timeout --signal=INT --kill-after=20 "$limit" "$@" >"$OUT/gpu-$name.log" 2>&1
+    # What is in the background ignores interrupts, but timeout catches them, so that its command has the default again.
+    timeout --signal=INT --kill-after="$(seconds $grace)" "$(seconds "$limit")" "$@" >"$WORK/$name.log" 2>&1 &
+    child=$!
+    trap 'told=1; kill -INT $child' TERM # timeout passes it on to all that the command started
+    wait $child
     status=$?
-    tail -n 30 "$OUT/gpu-$name.log"
-    if [[ $status -ne 0 ]]; then
-        outcome="failed ($status)"
-        [[ $status -ne 124 ]] || outcome="over ${limit} s"
-        failed=1
-    fi
-    note "$name" "$outcome" "$((SECONDS - begin))"
+    [[ -z $told ]] || wait $child
+    echo "$status $(($(now) - start))" >"$WORK/$name.end"
 }
 
-absent() { # NAME TOOL: a step whose tool is missing
-    [[ " $STEPS " == *" $1 "* ]] || return 0
-    echo "== $1: $2 is not there"
-    note "$1" "not there" 0
+start() { # NAME UNTIL COMMAND...: begin a step, if it is chosen
+    local name=$1 limit=$(($2 * unit + begin - grace - $(now)))
+    shift 2
+    chosen "$name" || return 0
+    if ((limit <= 0)); then
+        outcome "$name" "no time left" 0
+        failed=1
+        return
+    fi
+    echo "== $name, $(seconds $limit) s: $*"
+    limited "$name" $limit "$@" &
+    running+=("$!:$name")
+}
+
+finish_started() { # wait for the steps that were started, and note how they ended
+    local name status duration
+    while ((${#running[@]})); do
+        name=${running[0]#*:}
+        wait "${running[0]%:*}"
+        running=("${running[@]:1}")
+        read -r status duration <"$WORK/$name.end"
+        rm "$WORK/$name.end"
+        tail -n 30 "$WORK/$name.log"
+        case $status in
+            0) status=ok ;;
+            124) status="over its mark" ;;
+            137) status=killed ;;
+            *) status="failed ($status)" ;;
+        esac
+        [[ $status == ok ]] || failed=1
+        outcome "$name" "$status" "$duration"
+        pack
+    done
+}
+
+step() { # NAME UNTIL COMMAND...
+    start "$@"
+    finish_started
+}
+
+outcome() { # NAME OUTCOME MILLISECONDS
+    say "$(printf '%-16s %-16s %8s s' "$1" "$2" "$(seconds "$3")")"
+}
+
+absent() { # NAME WHAT: a step that cannot run
+    ! chosen "$1" || outcome "$1" "no $2" 0
 }
 
 finish() {
-    printf '\n%-12s %-18s %5s\n' step outcome s
-    printf '%s\n' "${summary[@]}"
+    pack
+    echo
+    cat "$WORK/summary.txt"
     exit "$failed"
 }
 
-mkdir -p "$OUT"
-"$PYTHON" -m bench.environment "$OUT/gpu-environment.json" && cat "$OUT/gpu-environment.json"
+interrupted() {
+    trap '' INT TERM HUP
+    [[ ${#running[@]} -eq 0 ]] || kill -TERM "${running[@]%:*}"
+    wait
+    say "interrupted in: ${running[*]#*:}"
+    failed=1
+    finish
+}
+
+say "$(printf '%-16s %-16s %8s s' step outcome "")"
 
 # setup.py rather than pip: it writes nothing outside this folder, and asks no network.
-step build 360 env RGD_EXT_BUILD=cuda "$PYTHON" setup.py egg_info build_ext --inplace
-step info 30 "$PYTHON" -c 'import sys, rgd_ext; i = rgd_ext.build_info(); print(i); sys.exit(not i["cuda"])'
-
+step build 110 env -u TORCH_CUDA_ARCH_LIST RGD_EXT_BUILD=cuda MAX_JOBS="$(nproc)" \
+    "$PYTHON" setup.py egg_info build_ext --inplace
+step info 130 "$PYTHON" -c 'import sys, rgd_ext; i = rgd_ext.build_info(); print(i); sys.exit(not i["cuda"])'
 [[ $failed -eq 0 ]] || finish
 
-if has pytest; then
-    # The files that have GPU tests: others import what may not be there.
-    files=(tests/test_cuda.py tests/test_ops.py tests/test_unfolding.py)
-    ! has matplotlib || files+=(tests/test_monitor.py)
-    step test 200 "$PYTHON" -m pytest -m gpu "${files[@]}"
-    step test-cpu 120 "$PYTHON" -m pytest -m "not gpu" tests/test_ops.py
-else
-    absent test pytest
-    absent test-cpu pytest
-fi
+start environment 130 "$PYTHON" -m bench.environment "$WORK/environment.json"
+step smoke 130 env OMP_NUM_THREADS=1 "$PYTHON" -m bench.smoke
 
-for tool in memcheck racecheck initcheck; do
-    if command -v compute-sanitizer >/dev/null; then
-        # Without the allocator's cache, or an access past a tensor would land in its neighbour unseen.
-        step "$tool" 180 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-            --target-processes all --error-exitcode 1 --print-limit 20 "$PYTHON" -m bench.sanitized_run
-    else
-        absent "$tool" compute-sanitizer
+# Nothing of this is timed, so it runs side by side.
+if [[ -n $(missing pytest) ]]; then
+    absent tests pytest
+elif chosen tests; then
+    files=()
+    for file in $(grep -l 'mark\.gpu' tests/test_*.py); do
+        # shellcheck disable=SC2046
+        without=$(PYTHONPATH=$PYTHONPATH:$PWD/tests missing $(sed -nE 's/^(import|from) ([A-Za-z_]+).*/\2/p' "$file"))
+        if [[ -z $without ]]; then files+=("$file"); else say "tests: without $file: no $without"; fi
+    done
+    # A worker whose device has failed ends itself (tests/conftest.py), and gets a successor.
+    workers=(-n 5 --max-worker-restart 40)
+    if [[ -n $(missing xdist) ]]; then
+        workers=()
+        say "tests: in one process, which a failure of the device ends: no xdist"
     fi
+    start tests 260 env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m gpu -rfEs --durations=10 "${workers[@]}" "${files[@]}"
+fi
+for tool in memcheck racecheck initcheck; do
+    if ! command -v compute-sanitizer >/dev/null; then
+        absent "$tool" compute-sanitizer
+        continue
+    fi
+    for dtypes in "float32 float64" "bfloat16 float16"; do
+        # Without the allocator's cache, or an access past a tensor would land in its neighbour unseen.
+        # shellcheck disable=SC2086
+        start "$tool-${dtypes%% *}" 260 env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 1 --print-limit 20 \
+            "$PYTHON" -m bench.sanitized_run cuda $dtypes
+    done
 done
+finish_started
 
-step kernels 470 "$PYTHON" -m bench kernels --device cuda --json "$OUT/gpu-kernels.json" --plot "$OUT/gpu-kernels.png"
-step steps 300 "$PYTHON" -m bench steps --device cuda --json "$OUT/gpu-steps.json"
+step kernels 360 "$PYTHON" -m bench kernels --device cuda --no-compile --json "$WORK/kernels.json" --only \
+    "d = 1e+06, B = 128," "d = 1e+07, B = 128," "d = 1e+07, B = 8," "d = 1e+07, B = 16," "d = 1e+06, B = 512," ResNet-50
+step steps 450 "$PYTHON" -m bench steps --device cuda --json "$WORK/steps.json" --only \
+    "MLP 784-2048" "ResNet-GN 0.3M" "GPT-2 small's shape, autocast" "GPT 4 x 256" "GPT-2 small's shape, bfloat16"
+step operators 490 "$PYTHON" -m bench operators --device cuda --json "$WORK/operators.json"
+if command -v ncu >/dev/null; then
+    step ncu 530 ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
+        --section Occupancy --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
+        --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.profiled
+else
+    absent ncu ncu
+fi
+step compile 580 "$PYTHON" -m bench kernels --device cuda --json "$WORK/compile.json" --only "d = 1e+06, B = 128,"
 
 finish

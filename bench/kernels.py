@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -20,10 +22,11 @@ from .agreement import error, exact
 from .arms import TWO_READS, Arm, arms, why_no_compile
 from .cases import Buffer, Case, cases, fill
 from .environment import clocks
-from .measure import Clock, fastest, host_clock, interleave
+from .measure import Clock, call_each, fastest, host_clock, interleave
 from .memory import extra_memory
 from .report import reason, show, write_json
 from .result import HEADER, Result, progress, section
+from .selection import chosen
 
 LAUNCHED = "precondition, launched from Python"
 CPU_BYTES = 2**31
@@ -64,25 +67,19 @@ def clocks_of(ways: dict[str, Arm], buffers: list[Buffer], on_cuda: bool, result
     found, graphs = {}, cuda_timing.Graphs() if on_cuda else None
     for name, arm in ways.items():
         inputs = [grads_of(arm, buffer) for buffer in buffers]
-
-        def run(arm=arm, inputs=inputs) -> None:
-            for grads in inputs:
-                arm.call(grads)
-
+        run = partial(call_each, arm.call, inputs)
         if graphs is None:
             found[name] = host_clock(run, len(inputs))
             continue
-        try:
-            found[name] = graphs.clock(arm.call, inputs)
-        except Exception as problem:
+        found[name], problem = graphs.clock_or_calls(arm.call, inputs)
+        if problem is not None:
             result.leave_out(f"{name} as a graph", reason(problem), arm.ours)
-            found[name] = cuda_timing.device_clock(run, len(inputs))
         if name == "precondition":
             found[LAUNCHED] = host_clock(run, len(inputs), torch.cuda.synchronize)
     return found
 
 
-def bench(case: Case, device: str, rounds: int, quick: bool) -> Result:
+def bench(case: Case, device: str, rounds: int, no_compile: str | None) -> Result:
     """Agreement and times of all arms on one case."""
     copies = cuda_timing.number_of_buffers(case.bytes) if device == "cuda" else 1
     dtype = str(case.dtype).removeprefix("torch.")
@@ -90,7 +87,6 @@ def bench(case: Case, device: str, rounds: int, quick: bool) -> Result:
     buffers = [fill(case, device) for _ in range(copies)]
     # So that the direction differs from the mean by about as much as it is large.
     epsilon = torch.full((), 3 / case.weights**0.5, device=device)
-    no_compile = why_no_compile(case, device, quick)
     if no_compile:
         result.leave_out("compile", no_compile)
     torch._dynamo.reset()  # or the recompile limit is reached after a few cases
@@ -131,13 +127,16 @@ def ceilings(size: int, device: str, rounds: int) -> dict[str, object]:
     return found | {"milliseconds": samples}
 
 
-def run(device: str, quick: bool, json: str | None, plot: str | None, only: str) -> list[str]:
-    """Run the cases whose name contains `only`, print a table, write raw samples and a plot; returns what failed."""
+def run(
+    device: str, quick: bool, json: str | None, plot: str | None, only: Sequence[str], no_compile: bool
+) -> list[str]:
+    """Run the cases that `only` chooses, print a table, write raw samples and a plot; returns what failed."""
     on_cuda, before = device == "cuda", clocks()
     rounds = 5 if quick else 30 if on_cuda else 15
     max_bytes = torch.cuda.get_device_properties().total_memory // 4 if on_cuda else CPU_BYTES
     max_bytes = QUICK_BYTES if quick else max_bytes
     torch.manual_seed(0)
+    wanted = chosen({case.name: case for case in cases(max_bytes, quick)}, only)
     found = ceilings(min(max_bytes // 2, CEILING_BYTES), device, rounds)
     results: list[Result] = []
     failures = []
@@ -150,9 +149,10 @@ def run(device: str, quick: bool, json: str | None, plot: str | None, only: str)
             write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
 
     try:
-        for case in (case for case in cases(max_bytes, quick) if only in case.name):
+        for case in wanted.values():
+            why = "left out by --no-compile" if no_compile else why_no_compile(case, device, quick)
             try:
-                results.append(bench(case, device, rounds, quick))
+                results.append(bench(case, device, rounds, why))
             except Exception as problem:
                 failures.append(f"{case.name}: {reason(problem)}")
                 continue

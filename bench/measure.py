@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,11 @@ Clock = Callable[[], float]
 def synchronize(device: str) -> Callable[[], object]:
     """What waits until `device` is done."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def call_each(call: Callable[[object], object], inputs: Sequence[object]) -> None:
+    for item in inputs:
+        call(item)
 
 
 def host_clock(

@@ -93,15 +93,31 @@ def gpt() -> Example:
     return GPT(), torch.randint(2048, (16, 128)), torch.randint(2048, (16, 128))
 
 
+def gpt2_small(dtype: torch.dtype) -> Example:
+    """GPT-2 small but for its tied head: 163 million weights."""
+    model = GPT(50257, width=768, layers=12, heads=12, length=1024).to(dtype)
+    return model, torch.randint(50257, (8, 1024)), torch.randint(50257, (8, 1024))
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model with a batch, and how many samples of it the comparison with float64 takes."""
+    """A model with a batch, how many samples of it the comparison with float64 takes, and bfloat16 by autocast."""
 
     build: Callable[[], Example]
     samples: int = 8
+    autocast: bool = False
 
 
-def cases(quick: bool) -> dict[str, Case]:
+def large_cases() -> dict[str, Case]:
+    """Models that keep a GPU busy, by name."""
+    return {
+        "MLP 784-2048-2048-10, B = 256": Case(partial(mlp, 256, width=2048)),
+        "GPT-2 small's shape, autocast, B = 8": Case(partial(gpt2_small, torch.float32), 2, autocast=True),
+        "GPT-2 small's shape, bfloat16, B = 8": Case(partial(gpt2_small, torch.bfloat16), 2),
+    }
+
+
+def cases(quick: bool, device: str = "cpu") -> dict[str, Case]:
     """All models by name."""
     found = {"MLP 784-1024-1024-10, B = 128": Case(mlp)}
     if quick:
@@ -109,6 +125,7 @@ def cases(quick: bool) -> dict[str, Case]:
     found["ResNet-GN 0.3M, B = 64"] = Case(resnet)
     found["GPT 4 x 256, T = 128, B = 16"] = Case(gpt)
     found["WRN-16-4, GN, B = 64"] = Case(lambda: on_images(wide_resnet(16, 4, norm=group_norm), 64), 4)
+    found |= large_cases() if device == "cuda" else {}
     for name, architecture in ARCHITECTURES.items():
         samples = 4 if architecture.weights < 2e7 else 2
         for kind, norm in {"GN": group_norm, "BN": nn.BatchNorm2d}.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ import rgd_ext
 from .environment import clocks
 from .measure import Samples, host_clock, interleave, ratio, ratio_text, synchronize
 from .report import reason, show, write_json
+from .selection import chosen
 
 HEADER = ("module", "SGD ms", "RGD ms", "RGD / SGD (quartiles)", "remark")
 # From here on a warning has to say so.
@@ -173,8 +174,8 @@ def row(name: str, samples: Samples, remark: str) -> list[str]:
     return [name, *times, ratio_text(samples, "RGD", "SGD"), remark]
 
 
-def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
-    """Time the modules whose name contains `only`, print a table and write the raw samples.
+def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
+    """Time the modules that `only` chooses, print a table and write the raw samples.
 
     Returns what failed: a class of torch.nn without a case, a module that is refused, or one that is slow without a
     warning.
@@ -184,9 +185,7 @@ def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
     known = {name.partition(",")[0] for name in cases()}
     failures = [f"torch.nn.{name} has no case" for name in sorted(with_parameters() - known - EXCEPTIONS)]
     rows = []
-    for name, case in cases().items():
-        if only not in name:
-            continue
+    for name, case in chosen(cases(), only).items():
         try:
             samples, remark = bench(case, device, rounds=3 if quick else 20)
         except Exception as problem:

@@ -1,6 +1,6 @@
-"""Every operator once on small odd shapes in all dtypes, for compute-sanitizer.
+"""Every operator with a kernel of its own, once on small odd shapes in all dtypes, for compute-sanitizer.
 
-`python -m bench.sanitized_run [DEVICE]`, cuda by default.
+`python -m bench.sanitized_run [DEVICE [DTYPE...]]`, cuda and all dtypes by default.
 Inputs are made on the CPU and results copied back, so that almost all kernels seen are ours and every output is read.
 """
 
@@ -11,9 +11,8 @@ import sys
 import torch
 from torch.utils._pytree import tree_leaves
 
-from rgd_ext import ops
+from .examples import DTYPES, EXAMPLES, call, compiled
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {
     "one": [(5, 1031)],
     "many samples": [(130, 67)],
@@ -23,37 +22,23 @@ SHAPES = {
 }
 
 
-def run(device: str) -> None:
-    for what, shapes in SHAPES.items():
-        for dtype in DTYPES:
+def run(device: str, dtypes: list[torch.dtype]) -> None:
+    names = compiled(device)
+    if not names:
+        sys.exit(f"no operator has a kernel for {device}: build rgd_ext with them")
+    for dtype in dtypes:
+        for what, shapes in SHAPES.items():
             grads = [torch.randn(shape).to(dtype).to(device) for shape in shapes]
             if what == "row slices":
                 grads = [g[:, :-3] for g in grads]
-            weights = torch.randn(len(grads[0])).to(device)
-            vectors = [torch.randn(3, *g.shape[1:]).to(dtype).to(device) for g in grads]
-            rows = [g.flatten(1) for g in grads]
-            statistics = ops.gram_moments(ops.gram(grads))
-            epsilon = torch.tensor(0.1).to(device)
-            results = {
-                "moments": ops.moments(grads),
-                "scalar_moments": ops.scalar_moments(grads),
-                "combine": ops.combine(grads, weights),
-                "diffusion_mv": ops.diffusion_mv(grads, vectors),
-                "gram": ops.gram(grads),
-                "largest_eigenvalue": ops.largest_eigenvalue(ops.gram(grads)),
-                "precondition": ops.precondition(grads, epsilon),
-                "ghost_gram": ops.ghost_gram(rows, rows[::-1], [True] * len(rows)),
-                "gram_moments": statistics,
-                "sample_weights": ops.sample_weights(*statistics[:3], epsilon.double(), 1e-7),
-                "group_norm_grads": ops.group_norm_grads(grads[0], grads[0], 1, 1e-5),
-                "layer_norm_grads": ops.layer_norm_grads(grads[0], grads[0], 1e-5),
-            }
-            for name, result in results.items():
+            for name in names:
+                result = call(name, EXAMPLES[name](grads))
                 if not all(leaf.cpu().isfinite().all() for leaf in tree_leaves(result)):
                     sys.exit(f"{name} of {what}, {dtype}: not finite")
+            print(f"{dtype}, {what}: every operator ran", flush=True)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    run(sys.argv[1] if len(sys.argv) > 1 else "cuda")
-    print("every operator ran")
+    device, *names = sys.argv[1:] or ["cuda"]
+    run(device, [getattr(torch, name) for name in names] or list(DTYPES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +15,7 @@ from .architectures import group_norm, resnet
 from .environment import clocks
 from .measure import Samples, host_clock, interleave, ratio_text, synchronize
 from .report import Section, show, write_json
+from .selection import chosen
 from .training_steps import OURS, Training
 
 HEADER = ("cost against", "", "SGD ms", "RGD ms", "RGD / SGD (quartiles)")
@@ -77,13 +78,11 @@ def section(row: Series) -> Section:
     return [*rows, ["", "grows as", *(f"{row.grows}^{row.exponent(arm):.2f}" for arm in ARMS), ""]]
 
 
-def run(device: str, quick: bool, json: str | None, plot: str | None, only: str) -> list[str]:
-    """Run the series whose name contains `only`, print tables, write raw samples and a plot; returns what failed."""
+def run(device: str, quick: bool, json: str | None, plot: str | None, only: Sequence[str]) -> list[str]:
+    """Run the series that `only` chooses, print tables, write raw samples and a plot; returns what failed."""
     before = clocks()
     torch.manual_seed(0)
-    rows = [row for row in series() if only in row.name]
-    if not rows:
-        return [f"no series has {only!r} in its name: {', '.join(row.name for row in series())}"]
+    rows = list(chosen({row.name: row for row in series()}, only).values())
     for row in rows:
         row.sizes = row.sizes[:2] if quick else row.sizes
         for size in row.sizes:

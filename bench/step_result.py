@@ -9,7 +9,17 @@ from textwrap import shorten
 from .measure import Samples, ratio_text
 from .report import Section
 
-HEADER = ("model", "step", "median ms", "min ms", "time / SGD (quartiles)", "peak MiB", "peak / SGD", "error")
+HEADER = (
+    "model",
+    "step",
+    "median ms",
+    "min ms",
+    "time / SGD (quartiles)",
+    "peak MiB",
+    "peak / SGD",
+    "launches",
+    "error",
+)
 REASON_WIDTH = 60  # in the table; whole in the JSON
 
 
@@ -20,6 +30,8 @@ class Result:
     model: str
     milliseconds: Samples = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    profiles: dict[str, str] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -31,6 +43,7 @@ def section(result: Result) -> Section:
         peak, wrong = result.peak_bytes[name], result.error.get(name)
         time = f"{statistics.median(times):.2f}", f"{min(times):.2f}", ratio_text(result.milliseconds, name, "SGD")
         memory = f"{peak / 2**20:.1f}", f"{peak / result.peak_bytes['SGD']:.2f}"
-        rows.append(["" if rows else result.model, name, *time, *memory, "" if wrong is None else f"{wrong:.0e}"])
+        numbers = *time, *memory, str(result.launches.get(name, "")), "" if wrong is None else f"{wrong:.0e}"
+        rows.append(["" if rows else result.model, name, *numbers])
     left_out = result.left_out.items()
-    return rows + [["", name, "left out", "", shorten(why, REASON_WIDTH), "", "", ""] for name, why in left_out]
+    return rows + [["", name, "left out", "", shorten(why, REASON_WIDTH), "", "", "", ""] for name, why in left_out]

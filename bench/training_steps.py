@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,13 @@ from .peers import FRACTION, Backward
 LR = 1e-6
 
 
-def ordinary(model: nn.Module, x: Tensor, y: Tensor) -> Backward:
-    return lambda: loss(model(x), y).backward()
+def ordinary(model: nn.Module, x: Tensor, y: Tensor, autocast: bool = False) -> Backward:
+    def backward() -> None:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            value = loss(model(x), y)
+        value.backward()
+
+    return backward
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -45,6 +51,7 @@ class Arm:
 
 
 OURS = {"SGD": Arm(sgd), "RGD Spectral": Arm(spectral), "RGD Rayleigh": Arm(rayleigh)}
+UNDER_AUTOCAST = {name: replace(arm, backward=partial(ordinary, autocast=True)) for name, arm in OURS.items()}
 PEERS = {
     "Opacus, Rayleigh": Arm(sgd, peers.opacus, "RGD Rayleigh"),
     "vmap(grad), Rayleigh": Arm(sgd, peers.torch_func, "RGD Rayleigh"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from .measure import Samples, host_clock, interleave, synchronize
 from .memory import extra_memory
 from .models import Case, Example, cases, loss
 from .report import Section, show, write_json
+from .selection import chosen
 from .training_steps import LR
 
 HEADER = ("model", "first step, verified, ms", "not verified, ms", "difference, in steps", "later steps", "peak memory")
@@ -82,13 +84,13 @@ def section(name: str, samples: Samples, memory: dict[str, int]) -> Section:
     return [[name, *times, f"{steps:.2f}", f"{ratio:.3f}", f"{memory['verified'] / memory['not verified']:.2f}"]]
 
 
-def run(device: str, quick: bool, json: str | None, only: str) -> list[str]:
-    """Run all models, print a table and write the raw samples."""
+def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
+    """Run the models that `only` chooses, print a table and write the raw samples."""
     before = clocks()
     torch.manual_seed(0)
-    chosen = dict(list(cases(quick).items())[:3])
-    chosen |= {f"{name}, dropout": with_dropout(case) for name, case in chosen.items()}
-    found = {name: bench(case, device, 3 if quick else 30) for name, case in chosen.items() if only in name}
+    models = dict(list(cases(quick).items())[:3])
+    models |= {f"{name}, dropout": with_dropout(case) for name, case in models.items()}
+    found = {name: bench(case, device, 3 if quick else 30) for name, case in chosen(models, only).items()}
     show(HEADER, [section(name, *result) for name, result in found.items()], f"verification, {device}")
     if json:
         results = {name: {"milliseconds": samples, "bytes": memory} for name, (samples, memory) in found.items()}

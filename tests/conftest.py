@@ -1,3 +1,7 @@
+import importlib.util
+import os
+import sys
+
 import pytest
 import torch
 from models import mlp
@@ -6,6 +10,10 @@ import rgd_ext
 
 # Convolutions on a GPU: exact enough for the tests, and the same bits run to run.
 torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+
+
+if importlib.util.find_spec("expecttest") is None:
+    torch.library.opcheck = lambda *_, **__: pytest.skip("torch.library.opcheck needs expecttest")
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +35,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logfinish(nodeid):
+    """End a worker whose device no call will ever work on again, after its last report: xdist starts another."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as problem:
+        print(f"{nodeid}: the device failed: {problem}", file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture

@@ -2,17 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import assert_close, direction
 
+import rgd_ext
+
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "bench" / "gpu_check.sh"
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +64,140 @@ def test_steps(bench, tmp_path, capsys):
     assert model["model"] in printed
 
 
-@pytest.mark.parametrize("command", ["steps", "scaling"])
+@pytest.mark.parametrize("command", ["kernels", "steps", "operators", "scaling", "modules", "verification"])
 def test_name_that_nothing_has_is_refused(bench, command):
-    with pytest.raises(SystemExit, match="has 'no such' in its name: MLP 784-1024-1024-10"):
+    with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
         bench(command, "--only", "no such")
+
+
+def test_only_chooses_in_its_order():
+    from bench.selection import chosen
+
+    cases = {"a 1": 1, "b 1": 2, "b 2": 3}
+    assert list(chosen(cases, ["b 2", "1"])) == ["b 2", "a 1", "b 1"]
+    assert chosen(cases, [""]) == cases
+
+
+def test_operators(bench, tmp_path, capsys):
+    path = tmp_path / "operators.json"
+    bench("operators", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    kinds = {case["case"].partition(",")[0].partition(" (")[0] for case in record["cases"]}
+    assert kinds == {
+        "lambda_max",
+        "moments of a Gramian",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+        "Gramian",
+        "Conv2d 3 x 3",
+    }
+    for case in record["cases"]:
+        assert len(case["milliseconds"]) > 1
+        assert case["milliseconds"].keys() == case["error"].keys()
+        assert case["case"] in printed
+
+
+def test_an_operator_that_is_wrong_fails_and_another_way_is_left_out():
+    from bench.operators import Case, bench, failures_of
+
+    def inputs():
+        return (torch.ones(3),)
+
+    ways = {"operator": lambda x: 2 * x, "other": lambda x: 3 * x, "right": lambda x: x + 0}
+    result = bench("case", Case(inputs, lambda x: x, ways), "cpu", quick=True)
+    assert set(result.milliseconds) == {"right"}
+    assert failures_of(result) == ["case: operator: differs from float64 by 1.0e+00 of its largest value"]
+
+
+def test_every_operator_has_an_example():
+    from bench.examples import EXAMPLES
+
+    names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
+    assert set(EXAMPLES) == {name for namespace, _, name in names if namespace == "rgd_ext"}
+
+
+def test_smoke_prints_a_line_for_each_result_and_finds_what_is_wrong(monkeypatch, capsys):
+    from bench import smoke
+
+    assert smoke.check("precondition", "cpu") == []
+    assert len(capsys.readouterr().out.splitlines()) == 12
+    monkeypatch.setattr(smoke, "call", lambda name, arguments: [1.01 * g.mean(0) for g in arguments[0]])
+    assert all("WRONG" in line for line in smoke.check("precondition", "cpu"))
+
+
+def test_smoke_names_an_operator_whose_process_dies(monkeypatch):
+    from bench import smoke
+
+    monkeypatch.setattr(smoke, "EXAMPLES", {"gram": None, "none": None})
+    monkeypatch.setattr(smoke.sys, "executable", "false")
+    assert smoke.check_all("cpu") == ["gram: exit status 1", "none: exit status 1"]
+
+
+@pytest.mark.skipif(not rgd_ext.build_info()["compiled"], reason="needs kernels")
+def test_sanitized_run_takes_all_kernels_and_the_named_dtypes(monkeypatch, capsys):
+    from bench import sanitized_run
+    from bench.examples import compiled
+
+    ran = []
+    monkeypatch.setattr(sanitized_run, "call", lambda name, arguments: ran.append(name) or torch.zeros(1))
+    sanitized_run.run("cpu", [torch.float32])
+    assert set(ran) == set(compiled("cpu")) > {"moments", "gram", "layer_norm_grads"}
+    assert len(capsys.readouterr().out.splitlines()) == len(sanitized_run.SHAPES)
+
+
+def test_what_ncu_looks_at_runs(monkeypatch, capsys):
+    from bench import profiled
+
+    small = [(name, (8, 64) if len(shape) == 2 else (2, 3, 8), dtype) for name, shape, dtype in profiled.RUNS]
+    monkeypatch.setattr(profiled, "RUNS", small)
+    profiled.run("cpu")
+    assert len(capsys.readouterr().out.splitlines()) == len(small)
+
+
+def test_profile_of_a_step_names_what_takes_time():
+    from bench.profiles import profiled
+
+    x = torch.randn(100, 100)
+    launches, table = profiled(lambda: x @ x, "cpu")
+    assert launches == 0
+    assert "aten::mm" in table
+
+
+@pytest.mark.parametrize("half", ["autocast", "bfloat16"])
+def test_directions_in_half_precision_are_as_exact_as_that_is(half):
+    from bench.candidates import candidates, compare_with_float64
+    from bench.step_result import Result
+    from bench.training_steps import OURS, UNDER_AUTOCAST
+
+    model, x, y = small_example("GPT")
+    model, ours = (model, UNDER_AUTOCAST) if half == "autocast" else (model.bfloat16(), OURS)
+    result = Result("small")
+    compare_with_float64(model, x, y, result, ours)
+    assert 1e-4 < result.error["RGD Spectral"] < 5e-2
+    assert set(candidates(model, x, y, quick=False, result=result, ours=ours)[0]) == set(OURS)
+
+
+def test_large_models_are_for_cuda():
+    from bench.models import cases, large_cases
+
+    assert set(large_cases()) < set(cases(quick=False, device="cuda"))
+    assert not set(large_cases()) & set(cases(quick=False, device="cpu"))
+    with torch.device("meta"):
+        model, x, _ = large_cases()["GPT-2 small's shape, bfloat16, B = 8"].build()
+        assert model(x).shape == (8, 1024, 50257)
+    assert sum(p.numel() for p in model.parameters()) == 163_037_184
+
+
+def test_record_that_was_written_before_stays_whole(tmp_path):
+    from bench.report import write_json
+
+    path = tmp_path / "record.json"
+    write_json(str(path), {"number": 1}, None)
+    with pytest.raises(TypeError):
+        write_json(str(path), {"number": torch.nn}, None)
+    assert json.loads(path.read_text())["number"] == 1
 
 
 def test_scaling(bench, tmp_path, capsys):
@@ -277,7 +405,7 @@ def test_every_module_with_parameters_has_a_case(monkeypatch):
     assert modules.with_parameters() <= known
     assert {"Linear", "Transformer", "GRUCell", "AdaptiveLogSoftmaxWithLoss", "PReLU"} <= modules.with_parameters()
     monkeypatch.setattr(modules, "EXCEPTIONS", modules.EXCEPTIONS - {"SyncBatchNorm"})
-    assert modules.run("cpu", True, None, "no such module") == ["torch.nn.SyncBatchNorm has no case"]
+    assert modules.run("cpu", True, None, ["PReLU"]) == ["torch.nn.SyncBatchNorm has no case"]
 
 
 def test_overhead_is_the_slope_between_the_depths(monkeypatch):
@@ -327,15 +455,3 @@ def test_tensors_and_one_tensor_lie_in_the_same_memory():
     assert all((t.data_ptr() - buffer.tensors[0].data_ptr()) % ALIGNMENT == 0 for t in buffer.tensors)
     buffer.flat[0].zero_()
     assert not buffer.tensors[0].any()
-
-
-def test_gpu_check_needs_a_gpu(tmp_path):
-    assert subprocess.run(["bash", "-n", SCRIPT], check=False).returncode == 0
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    variables = os.environ | {"PYTHON": sys.executable}
-    command = ["bash", SCRIPT, tmp_path / "out"]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "no CUDA device" in result.stderr
-    assert not (tmp_path / "out").exists()

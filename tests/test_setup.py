@@ -32,6 +32,24 @@ def test_cuda_that_cannot_be_built_is_refused(variables, tmp_path):
     assert "nvcc was not found" in error if torch.version.cuda else "built without CUDA" in error
 
 
-@pytest.mark.skipif(torch.version.cuda is None or shutil.which("nvcc") is None, reason="needs nvcc and torch with CUDA")
+needs_cuda = pytest.mark.skipif(
+    torch.version.cuda is None or shutil.which("nvcc") is None, reason="needs nvcc and torch with CUDA"
+)
+
+
+@needs_cuda
+def test_cuda_sources_are_compiled_first(tmp_path):
+    ninja = tmp_path / "ninja"
+    ninja.write_text('#!/bin/sh\n[ "$1" = --version ] || cat build.ninja\nexit 0\n')
+    ninja.chmod(0o755)
+    command = [sys.executable, str(SETUP), "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    variables = {"RGD_EXT_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(command, env=os.environ | variables, cwd=SETUP.parent, capture_output=True, text=True)
+    rules = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("build ")]
+    assert set(rules) == {"cuda_compile", "compile"}, result.stderr
+    assert rules == sorted(rules, key=lambda rule: rule != "cuda_compile")
+
+
+@needs_cuda
 def test_architectures_that_are_too_old_are_refused():
     assert "TORCH_CUDA_ARCH_LIST names 7.5" in refusal(RGD_EXT_BUILD="cuda", TORCH_CUDA_ARCH_LIST="7.5;9.0")

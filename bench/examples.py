@@ -1,0 +1,101 @@
+"""Arguments for every operator: the one list behind the smoke test, compute-sanitizer's run and ncu's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rgd_ext import reference
+from rgd_ext.reference import accumulate_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Grads = list[Tensor]
+
+
+def random(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Random numbers on the device of `like`, made on the CPU: on the device only the operator is to run."""
+    return torch.randn(shape).add_(0.2).to(like.device, dtype or like.dtype)
+
+
+def per_sample(grads: Grads) -> Tensor:
+    return random(grads[0], len(grads[0]), dtype=accumulate_dtype(grads[0].dtype))
+
+
+def gramian(grads: Grads) -> Tensor:
+    """G G^T in the accumulation dtype."""
+    return reference.gram([g.double().cpu() for g in grads]).to(grads[0].device, accumulate_dtype(grads[0].dtype))
+
+
+def statistics(grads: Grads) -> tuple[Tensor, ...]:
+    """What `sample_weights` takes, with epsilon and ulp."""
+    found = [part.to(grads[0].device) for part in reference.gram_moments(gramian(grads).cpu())[:3]]
+    return *found, torch.tensor(0.1, dtype=torch.float64).to(grads[0].device), 1e-7
+
+
+def layers(grads: Grads) -> tuple[Grads, Grads, list[bool]]:
+    """Linear layers, whose inputs are as wide as the tensors of `grads`, and their outputs as those in reverse."""
+    inputs = [g.flatten(1) for g in grads]
+    return inputs, [random(x, *x.shape) for x in reversed(inputs)], [index % 2 == 0 for index in range(len(grads))]
+
+
+def convolution(grads: Grads) -> tuple:
+    """3 x 3 from 5 to 4 channels of 7 x 6 places."""
+    x, e = (random(grads[0], len(grads[0]), channels, 7, 6) for channels in (5, 4))
+    return e, x, [3, 3], [1, 1], [1, 1], [1, 1]
+
+
+def norm(grads: Grads) -> tuple[Tensor, Tensor]:
+    return grads[0], random(grads[0], *grads[0].shape)
+
+
+def small_layers(grads: Grads) -> tuple:
+    """One of each kind that `layer_grads` knows."""
+    kinds = ["linear", "layer_norm", "rms_norm", "group_norm"]
+    e, x = ([random(grads[0], len(grads[0]), 6, n) for n in widths] for widths in ((3, 8, 8, 8), (5, 8, 8, 8)))
+    return kinds, e, x, [0, 0, 0, 2], [0.0, 1e-5, 1e-5, 1e-5], [True, True, False, True]
+
+
+# By operator of torch.ops.rgd_ext.
+EXAMPLES: dict[str, Callable[[Grads], tuple]] = {
+    "moments": lambda g: (g,),
+    "scalar_moments": lambda g: (g,),
+    "squared_norm": lambda g: ([one[0] for one in g],),
+    "combine": lambda g: (g, per_sample(g)),
+    "diffusion_mv": lambda g: (g, [random(one, 3, *one.shape[1:]) for one in g]),
+    "gram": lambda g: (g,),
+    "precondition": lambda g: (g, per_sample(g).new_full((), 0.1)),
+    "ghost_gram": layers,
+    "ghost_combine": lambda g: (*layers(g), per_sample(g)),
+    "gram_moments": lambda g: (gramian(g),),
+    "sample_weights": statistics,
+    "largest_eigenvalue": lambda g: (gramian(g),),
+    "conv_weight_grads": lambda g: (*convolution(g), 1, random(g[0], len(g[0]), 4, 5, 3, 3)),
+    "conv_gram": convolution,
+    "conv_scalar_moments": convolution,
+    "group_norm_grads": lambda g: (*norm(g), 1, 1e-5),
+    "layer_norm_grads": lambda g: (*norm(g), 1e-5, True),
+    "layer_grads": small_layers,
+}
+
+
+def compiled(device: str) -> list[str]:
+    """The operators that have a kernel of their own for `device`."""
+    key = device.upper()
+    return [name for name in EXAMPLES if torch._C._dispatch_has_kernel_for_dispatch_key(f"rgd_ext::{name}", key)]
+
+
+def call(name: str, arguments: tuple) -> object:
+    """The operator's result, or the argument it writes into, its last."""
+    result = getattr(torch.ops.rgd_ext, name)(*arguments)
+    return arguments[-1] if result is None else result
+
+
+def exact(name: str, arguments: tuple) -> object:
+    """The same by the operator's definition, in float64 on the CPU."""
+    wide = tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), arguments)
+    result = getattr(reference, name)(*wide)
+    return wide[-1] if result is None else result

@@ -1,0 +1,213 @@
+"""Operators at the sizes of layers and Gramians, each against other ways to compute the same.
+
+Every way is first compared with float64; one that does not agree is left out, and is a failure if it is the operator.
+On CUDA a time is that of a graph replay on cold buffers, or of calls from Python where a way cannot be captured; as
+torch does by default, convolutions use TF32 there.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from rgd_ext import ops, reference
+
+from . import cuda_timing
+from .agreement import error
+from .candidates import without_tf32
+from .environment import clocks
+from .measure import Clock, Samples, call_each, host_clock, interleave, ratio_text
+from .report import Section, reason, show, write_json
+from .selection import chosen
+
+HEADER = ("case", "way", "median us", "GB/s of inputs", "time / operator (quartiles)", "error")
+OPERATOR = "operator"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
+MILLISECONDS = 1_000  # per case
+MOST_BUFFERS = 16  # small inputs, as a Gramian is, come from the kernel before: they need not be cold
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ways to compute something of `inputs()`, the operator's first; `exact` is right where it is given float64."""
+
+    inputs: Callable[[], tuple[Tensor, ...]]
+    exact: Callable[..., object]
+    ways: dict[str, Callable[..., object]]
+
+
+@dataclass
+class Result:
+    """What was measured of one case, by way."""
+
+    case: str
+    bytes: int
+    milliseconds: Samples = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def random(number: int, shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape, device=device).add_(0.1).to(dtype) for _ in range(number))
+
+
+def gramian(batch_size: int, device: str) -> tuple[Tensor]:
+    (rows,) = random(1, (batch_size, 4 * batch_size), torch.float32, device)
+    return (rows @ rows.T,)
+
+
+def gramians(batch_sizes: Sequence[int], device: str) -> Iterator[tuple[str, Case]]:
+    for size in batch_sizes:
+        ways = {OPERATOR: ops.largest_eigenvalue, "eigvalsh": lambda k: torch.linalg.eigvalsh(k)[-1]}
+        yield (
+            f"lambda_max, B = {size}",
+            Case(partial(gramian, size, device), reference.largest_eigenvalue, ways),
+        )
+    ways = {OPERATOR: ops.gram_moments, "PyTorch": reference.gram_moments}
+    yield f"moments of a Gramian, B = {size}", Case(partial(gramian, size, device), reference.gram_moments, ways)
+
+
+def products(sizes: dict[int, int], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Case]]:
+    for batch_size, columns in sizes.items():
+        inputs = partial(random, 1, (batch_size, columns), dtype, device)
+        ways = {OPERATOR: ops.gram, "G @ G.T": lambda g: g @ g.T}
+        yield f"Gramian, B = {batch_size}, n = {columns:.0e}", Case(inputs, lambda g: g @ g.T, ways)
+
+
+def norms(images: Sequence[int], tokens: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Case]]:
+    def case(shape: Sequence[int], name: str, *options: object) -> Case:
+        ways = {OPERATOR: getattr(ops, name), "PyTorch": getattr(reference, name)}
+        with_options = {way: lambda e, x, f=function: f(e, x, *options) for way, function in ways.items()}
+        return Case(partial(random, 2, shape, dtype, device), with_options["PyTorch"], with_options)
+
+    yield f"GroupNorm, 8 groups, {tuple(images)}", case(images, "group_norm_grads", 8, 1e-5)
+    yield f"LayerNorm, {tuple(tokens)}", case(tokens, "layer_norm_grads", 1e-5, True)
+    yield f"RMSNorm, {tuple(tokens)}", case(tokens, "layer_norm_grads", 1e-5, False)
+
+
+def unfolded(e: Tensor, x: Tensor) -> Tensor:
+    """Weight gradients of a 3 x 3 convolution by a matrix product per sample, of the patches of its input."""
+    grads = e.flatten(2) @ F.unfold(x, 3, padding=1).mT
+    return grads.view(len(e), e.shape[1], x.shape[1], 3, 3)
+
+
+def convolutions(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Case]]:
+    geometry = [3, 3], [1, 1], [1, 1], [1, 1]
+
+    def by_unfolding(e: Tensor, x: Tensor) -> Tensor:
+        grads = e.new_empty(len(e), e.shape[1], x.shape[1], 3, 3)
+        reference.conv_weight_grads_by_unfolding(e, x, reference.Geometry(*geometry, 1), grads)
+        return grads
+
+    # On CUDA the operator is cuDNN's convolution with every sample a group.
+    ways = {
+        OPERATOR: lambda e, x: ops.conv_weight_grads(e, x, *geometry, 1),
+        "by unfolding": by_unfolding,
+        "F.unfold": unfolded,
+    }
+    for shape in shapes:
+        yield f"Conv2d 3 x 3, {tuple(shape)}", Case(partial(random, 2, shape, dtype, device), unfolded, ways)
+
+
+def cases(device: str, quick: bool) -> dict[str, Case]:
+    """All cases by name."""
+    found = dict(gramians((16,) if quick else (64, 128, 256, 512), device))
+    images, tokens = ((4, 16, 8, 8), (4, 16, 32)) if quick else ((64, 128, 32, 32), (8, 1024, 768))
+    shapes = [(4, 8, 6, 6)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]
+    sizes = {8: 1000} if quick else {8: 10**7, 128: 10**6}
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in (norms(images, tokens, dtype, device), products(sizes, dtype, device)):
+            found |= {f"{name}, {str(dtype).removeprefix('torch.')}": case for name, case in kind}
+        of_convolutions = convolutions(shapes, dtype, device)
+        found |= {f"{name}, {str(dtype).removeprefix('torch.')}": case for name, case in of_convolutions}
+    return found
+
+
+def agreeing(case: Case, inputs: tuple[Tensor, ...], result: Result) -> dict[str, Callable[[tuple], object]]:
+    """The ways that run and agree with float64, as functions of the tuple of inputs."""
+    want, kept = case.exact(*tree_map_only(Tensor, Tensor.double, inputs)), {}
+    for name, way in case.ways.items():
+        try:
+            with without_tf32():
+                wrong = result.error[name] = error(way(*inputs), want)
+            if not wrong < TOLERANCE[inputs[0].dtype]:
+                result.left_out[name] = f"differs from float64 by {wrong:.1e} of its largest value"
+                continue
+        except Exception as problem:
+            result.left_out[name] = reason(problem)
+            continue
+        kept[name] = lambda arguments, way=way: way(*arguments)
+    return kept
+
+
+def clocks_of(ways: dict[str, Callable], buffers: list[tuple], device: str, result: Result) -> dict[str, Clock]:
+    if device == "cpu":
+        return {name: host_clock(lambda w=way: call_each(w, buffers), len(buffers)) for name, way in ways.items()}
+    found, graphs = {}, cuda_timing.Graphs()
+    for name, way in ways.items():
+        found[name], problem = graphs.clock_or_calls(way, buffers)
+        if problem is not None:
+            result.left_out[f"{name} as a graph"] = reason(problem)
+    return found
+
+
+def bench(name: str, case: Case, device: str, quick: bool) -> Result:
+    """Agreement and times of all ways on one case."""
+    inputs = case.inputs()
+    size = sum(part.nbytes for part in tree_leaves(inputs))
+    copies = cuda_timing.number_of_buffers(size) if device == "cuda" else 1
+    buffers = [inputs, *(case.inputs() for _ in range(min(copies, MOST_BUFFERS) - 1))]
+    result = Result(name, size)
+    timed = clocks_of(agreeing(case, inputs, result), buffers, device, result)
+    first = interleave(timed, rounds=1, warm_up=1)
+    one_round = len(buffers) * sum(times[0] for times in first.values())
+    rounds = 3 if quick else max(5, min(30, int(MILLISECONDS / one_round))) if timed else 0
+    result.milliseconds = interleave(timed, rounds)
+    return result
+
+
+def section(result: Result) -> Section:
+    """Rows of a table."""
+    rows = []
+    for name, times in result.milliseconds.items():
+        median = statistics.median(times)
+        spread = ratio_text(result.milliseconds, name, OPERATOR) if OPERATOR in result.milliseconds else ""
+        numbers = f"{1e3 * median:.4g}", f"{result.bytes / median / 1e6:.0f}", spread, f"{result.error[name]:.0e}"
+        rows.append(["" if rows else result.case, name, *numbers])
+    return rows
+
+
+def failures_of(result: Result) -> list[str]:
+    return [f"{result.case}: {name}: {why}" for name, why in result.left_out.items() if name.startswith(OPERATOR)]
+
+
+def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
+    """Run the cases that `only` chooses, print a table and write the raw samples; returns what failed."""
+    before = clocks()
+    torch.manual_seed(0)
+    results: list[Result] = []
+    failures = []
+    try:
+        for name, case in chosen(cases(device, quick), only).items():
+            try:
+                results.append(bench(name, case, device, quick))
+            except Exception as problem:
+                failures.append(f"{name}: {reason(problem)}")
+                continue
+            failures += failures_of(results[-1])
+            times = {way: f"{1e3 * statistics.median(t):.4g} us" for way, t in results[-1].milliseconds.items()}
+            print(f"{name}: {times}; left out: {results[-1].left_out}", flush=True)
+            if json:
+                record = {"benchmark": "operators", "device": device, "failures": failures}
+                write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
+    except KeyboardInterrupt:
+        failures.append("interrupted: the cases that follow are missing")
+    show(HEADER, [section(result) for result in results], f"operators, {device}")
+    return failures

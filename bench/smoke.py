@@ -1,0 +1,67 @@
+"""Every operator against float64 in all dtypes, each in a process of its own: one that hangs or dies ends no other.
+
+`python -m bench.smoke [DEVICE [OPERATOR]]`, cuda and all by default: a line for each result as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from .agreement import error
+from .examples import DTYPES, EXAMPLES, call, exact
+
+BATCH_SIZES = (3, 8, 130)
+SHAPES = ((3, 5), (1,), (129,), (1031,))
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def check(name: str, device: str) -> list[str]:
+    """Run an operator, print a line for each dtype and batch size; returns those that do not agree."""
+    torch.backends.cudnn.allow_tf32 = False
+    wrong = []
+    for dtype in DTYPES:
+        for batch_size in BATCH_SIZES:
+            torch.manual_seed(0)
+            grads = [torch.randn(batch_size, *shape).add_(0.2).to(device, dtype) for shape in SHAPES]
+            arguments = EXAMPLES[name](grads)
+            want = exact(name, arguments)
+            found = error(_on_cpu(call(name, arguments)), want)
+            outcome = "ok" if found < TOLERANCE[dtype] else "WRONG"
+            line = f"{name}, {str(dtype).removeprefix('torch.')}, B = {batch_size}: {outcome}, error {found:.1e}"
+            print(line, flush=True)
+            wrong += [line] * (outcome != "ok")
+    return wrong
+
+
+def _on_cpu(result: object) -> object:
+    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, result)
+
+
+def in_own_process(name: str, device: str) -> str | None:
+    """What is wrong with an operator; None if nothing is."""
+    status = subprocess.run([sys.executable, "-m", "bench.smoke", device, name], check=False).returncode
+    return None if status == 0 else f"{name}: " + (f"exit status {status}" if status > 0 else f"signal {-status}")
+
+
+def check_all(device: str) -> list[str]:
+    """Check all operators side by side; returns what is wrong."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = {name: pool.submit(in_own_process, name, device) for name in EXAMPLES}
+        try:
+            return [wrong for future in found.values() if (wrong := future.result())]
+        except KeyboardInterrupt:
+            late = [name for name, future in found.items() if not future.done()]
+            pool.shutdown(cancel_futures=True)  # those that run were interrupted as well
+            return [f"not finished: {', '.join(late)}"]
+
+
+if __name__ == "__main__":
+    where, *names = sys.argv[1:] or ["cuda"]
+    failures = check(names[0], where) if names else check_all(where)
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
