@@ -21,6 +21,10 @@ def random(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
     return torch.randn(shape).add_(0.2).to(like.device, dtype or like.dtype)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulate_dtype(tensor.dtype))
+
+
 def per_sample(grads: Grads) -> Tensor:
     return random(grads[0], len(grads[0]), dtype=accumulate_dtype(grads[0].dtype))
 
@@ -73,6 +77,7 @@ EXAMPLES: dict[str, Callable[[Grads], tuple]] = {
     "gram_moments": lambda g: (gramian(g),),
     "sample_weights": statistics,
     "largest_eigenvalue": lambda g: (gramian(g),),
+    "embedding_gram": lambda g: (2 * torch.arange(len(g[0])).to(g[0].device), wide(g[0].flatten(1)), 2, len(g[0])),
     "conv_weight_grads": lambda g: (*convolution(g), 1, random(g[0], len(g[0]), 4, 5, 3, 3)),
     "conv_gram": convolution,
     "conv_scalar_moments": convolution,

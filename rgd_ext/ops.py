@@ -29,6 +29,7 @@ KERNELS = {
     **dict.fromkeys(("gram", "ghost_gram", "ghost_combine", "diffusion_mv"), ("CPU", "CUDA")),
     **dict.fromkeys(("gram_moments", "sample_weights", "largest_eigenvalue"), ("CPU", "CUDA")),
     **dict.fromkeys(("group_norm_grads", "layer_norm_grads"), ("CPU", "CUDA")),
+    "embedding_gram": ("CUDA",),
     **dict.fromkeys(("layer_grads", "conv_weight_grads", "conv_gram", "conv_scalar_moments"), ("CPU",)),
 }
 
@@ -573,6 +574,17 @@ def _(output_grad, x, kernel, stride, padding, dilation):
 
 torch.library.impl(_library, "conv_gram", "CompositeExplicitAutograd")(reference.conv_gram)
 torch.library.impl(_library, "conv_scalar_moments", "CompositeExplicitAutograd")(reference.conv_scalar_moments)
+
+
+_library.define("embedding_gram(Tensor keys, Tensor sums, int table_rows, int batch_size) -> Tensor")
+
+
+@torch.library.register_fake("rgd_ext::embedding_gram", lib=_library)
+def _(keys, sums, table_rows, batch_size):
+    return sums.new_empty(batch_size, batch_size)
+
+
+torch.library.impl(_library, "embedding_gram", "CompositeExplicitAutograd")(reference.embedding_gram)
 
 
 _library.define("group_norm_grads(Tensor output_grad, Tensor x, int groups, float eps) -> (Tensor, Tensor)")

@@ -279,6 +279,53 @@ def conv_scalar_moments(
     return tuple(map(sum, zip(*parts, strict=True)))
 
 
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right, of matrices or batches of them, in `dtype`: theirs, or on CUDA float32 for theirs of 16 bits.
+
+    The matrix units multiply 16 bits as they are. The products are exact in float32, in which they are summed.
+    """
+    multiply = torch.mm if left.ndim == 2 else torch.bmm
+    return multiply(left, right, out=out) if left.dtype == dtype else multiply(left, right, out_dtype=dtype, out=out)
+
+
+def product_with_wider(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, of matrices, in the dtype of `right`, to twice the digits of `left` where that is narrower."""
+    if left.dtype == right.dtype:
+        return torch.mm(left, right)
+    high = right.to(left.dtype)
+    low = (right - high).to(left.dtype)
+    return product(left, high, right.dtype).add_(product(left, low, right.dtype))
+
+
+def sum_rows(rows: Tensor, indices: Tensor, number: int) -> Tensor:
+    """(number, *shape), whose row r is the sum of those of `rows`, (N, *shape), that have index r.
+
+    In one order every time, and without a number that the host reads.
+    """
+    if rows.is_cpu:
+        return rows.new_zeros(number, *rows.shape[1:]).index_add_(0, indices, rows)
+    # index_add_ adds by atomics on CUDA. This is the kernel of SGD's own gradient of an embedding.
+    flat = rows.reshape(len(rows), rows.shape[1:].numel())
+    return torch.ops.aten.embedding_dense_backward(flat, indices, number, -1, False).view(number, *rows.shape[1:])
+
+
+def embedding_gram(keys: Tensor, sums: Tensor, table_rows: int, batch_size: int) -> Tensor:
+    """The Gramian of an embedding's gradients, (B, B), from the sums of the entries of each sample and row.
+
+    Args:
+        keys: sample * table_rows + row of each entry, (N,), ascending.
+        sums: (N, n); of entries with one key the first has their sum and the others have zeros.
+        table_rows: of the table.
+        batch_size: B.
+    """
+    samples, rows = keys // table_rows, keys % table_rows
+    gram, number = sums.new_zeros(batch_size, batch_size), max(1, block_elements(keys.device) // max(1, len(keys)))
+    for some in torch.arange(len(keys), device=keys.device).split(number):
+        products = (sums @ sums[some].T).masked_fill_(rows[:, None] != rows[some], 0)
+        gram += sum_rows(sum_rows(products, samples, batch_size).T.contiguous(), samples[some], batch_size)
+    return (gram + gram.T) / 2
+
+
 def group_norm_grads(output_grad: Tensor, x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     """sum_t e_t x^_t and sum_t e_t per sample and channel, both (B, n), with x^ the normalised input."""
     normalised = F.group_norm(x, groups, eps=eps)

@@ -39,6 +39,12 @@ RGD_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The value of one lane; all lanes of the warp call it, with the same lane.
+template <typename T>
+RGD_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Starts a copy of `bytes` (4, 8 or 16) from global to shared memory, both aligned to `bytes`, of which the first
 // `valid` are read and the rest is zeroed. It has arrived after wait_copies(), and a barrier() for other threads.
 template <int bytes>

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..reference import sum_rows
 from .batch import Batch, is_marked, modules_in, tensors_in
 from .embedding import Rows
 from .factors import Factor
@@ -56,17 +57,19 @@ def _entries(module: nn.EmbeddingBag, bags: _Flat) -> tuple[Tensor, Tensor, Tens
     bag = torch.searchsorted(bags.starts[: bags.number].long(), places, right=True) - 1
     counts = torch.ones_like(rows, dtype=torch.bool) if module.padding_idx is None else rows != module.padding_idx
     if module.mode == "max":
-        return _of_maxima(module, bags, rows[counts], bag[counts])
+        return _of_maxima(module, bags, rows, bag, counts)
     coefficients = counts.to(module.weight.dtype)
     if bags.weights is not None:
         coefficients = coefficients * bags.weights.detach()
     if module.mode == "mean":
-        lengths = coefficients.new_zeros(bags.number).index_add_(0, bag, coefficients)
+        lengths = sum_rows(coefficients, bag, bags.number)
         coefficients = coefficients / lengths.clamp(min=1)[bag]
     return rows, bag, coefficients[:, None]
 
 
-def _of_maxima(module: nn.EmbeddingBag, bags: _Flat, rows: Tensor, bag: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_maxima(
+    module: nn.EmbeddingBag, bags: _Flat, rows: Tensor, bag: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`_entries` of maxima: every feature has one row, chosen by torch among equals, and counts once in a bag."""
     arguments = module.weight.detach(), bags.indices, bags.starts[: bags.number]
     *_, largest = torch.embedding_bag(
@@ -78,9 +81,12 @@ def _of_maxima(module: nn.EmbeddingBag, bags: _Flat, rows: Tensor, bag: Tensor) 
         include_last_offset=False,
         padding_idx=module.padding_idx,
     )
-    pairs = (rows * bags.number + bag).unique()
+    # Sorted, a row that a bag holds twice is beside itself. How many there are is not for the host to know.
+    pairs, order = (rows * bags.number + bag).sort()
+    is_first = torch.ones_like(counts)
+    is_first[1:] = pairs[1:] != pairs[:-1]
     rows, bag = pairs // bags.number, pairs % bags.number
-    return rows, bag, largest[bag] == rows[:, None]
+    return rows, bag, (largest[bag] == rows[:, None]) & (is_first & counts[order])[:, None]
 
 
 def _rule(module: nn.EmbeddingBag, inputs: tuple[Tensor, ...], output_grad: Tensor) -> dict[str, Tensor | Factor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import Moments
-from ..reference import accumulate_dtype
+from ..reference import accumulate_dtype, sum_rows
 from .cost import Cost
 from .factors import Blockwise, Dense, Factor, Outer, of_gram
 from .workspace import Empty
@@ -72,7 +72,14 @@ class Rows:
         return self
 
     def gram(self) -> Tensor:
-        """K_ij = sum over rows r of <h_i, h_j> there, row by row for those that equally many samples use."""
+        """K_ij = sum over rows r of <h_i, h_j> there."""
+        if self.output_grads.is_cpu:
+            return self._gram_by_rows()
+        sums = _Sums(self)
+        return torch.ops.rgd_ext.embedding_gram(sums.keys, sums.values, self.shape[0], self.batch_size)
+
+    def _gram_by_rows(self) -> Tensor:
+        """`gram`, row by row for those that equally many samples use."""
         batch_size, width = self.batch_size, self.output_grads.shape[1]
         used, place = (self.indices * batch_size + self.samples).unique(return_inverse=True)
         _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
@@ -96,11 +103,10 @@ class Rows:
 
     def align(self, vector: Tensor) -> Tensor:
         products = (vector.to(accumulate_dtype(vector.dtype))[self.indices] * self.output_grads).sum(1)
-        return products.new_zeros(self.batch_size).index_add_(0, self.samples, products)
+        return sum_rows(products, self.samples, self.batch_size)
 
     def combine(self, weights: Tensor) -> Tensor:
-        weighted = self._weighted(weights)
-        return weighted.new_zeros(self.shape).index_add_(0, self.indices, weighted)
+        return sum_rows(self._weighted(weights), self.indices, self.shape[0])
 
     def combine_sparse(self, weights: Tensor) -> Tensor:
         """`combine` as torch leaves a sparse gradient: one entry for each of these."""
@@ -115,8 +121,68 @@ class Rows:
     def add_to(self, contributions: Tensor) -> Tensor:
         """`contributions`, (B, *shape), with these added in place."""
         rows = contributions.view(-1, *self.shape[1:])
-        rows.index_add_(0, self.indices + self.samples * self.shape[0], self.output_grads)
+        if rows.is_cpu:
+            rows.index_add_(0, self.keys(), self.output_grads)
+        else:
+            sums = _Sums(self)
+            rows[sums.keys] += sums.at(sums.keys).to(rows)  # entries with one key write the same
         return contributions
+
+    def keys(self) -> Tensor:
+        """The row of each entry in the contributions of all samples, one below the other, (N,)."""
+        return self.indices + self.samples * self.shape[0]
+
+
+class _Sorted:
+    """Entries in the order of their rows.
+
+    Args:
+        entries: on the CPU.
+    """
+
+    def __init__(self, entries: Rows) -> None:
+        order = entries.indices.argsort(stable=True)
+        self._row, self._sample = entries.indices[order], entries.samples[order]
+        self._grads = entries.output_grads[order]
+
+    def add_to(self, block: Tensor, start: int) -> None:
+        """Add those in the rows from `start` on to `block`, (B, number of rows, n)."""
+        batch_size, number, width = block.shape
+        first, last = torch.searchsorted(self._row, torch.tensor([start, start + number])).tolist()
+        places = self._sample[first:last] * number + self._row[first:last] - start
+        block.view(batch_size * number, width).index_add_(0, places, self._grads[first:last].to(block))
+
+
+class _Sums:
+    """The entries of each sample and row added up, without a number that the host reads: a CUDA graph can hold it.
+
+    How many sums there are depends on the indices, so there is a place for each entry.
+
+    Attributes:
+        keys: of the entries, ascending, (N,).
+        values: the sum of those with a key, where it is the first time, and zeros elsewhere, (N, n).
+    """
+
+    def __init__(self, entries: Rows) -> None:
+        keys, grads = entries.keys(), entries.output_grads
+        self._table_rows = entries.shape[0]
+        self.keys = keys.sort().values
+        places = torch.searchsorted(self.keys, keys)
+        self.values = sum_rows(grads.to(accumulate_dtype(grads.dtype)), places, len(keys))
+
+    def at(self, keys: Tensor) -> Tensor:
+        """The sums of the entries with these keys, (number of keys, n); zeros where there are none."""
+        if not len(self.keys):
+            return self.values.new_zeros(len(keys), self.values.shape[1])
+        places = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
+        return self.values[places].masked_fill_((self.keys[places] != keys)[:, None], 0)
+
+    def add_to(self, block: Tensor, start: int) -> None:
+        """As that of `_Sorted`."""
+        batch_size, number, width = block.shape
+        samples, rows = torch.arange(batch_size, device=block.device), torch.arange(number, device=block.device)
+        keys = samples[:, None] * self._table_rows + rows + start
+        block.view(-1, width).add_(self.at(keys.flatten()))
 
 
 class Tied(Blockwise):
@@ -129,7 +195,7 @@ class Tied(Blockwise):
 
     @property
     def example(self) -> Tensor:
-        return self.outer.output_grads
+        return self.outer.example
 
     @property
     def batch_size(self) -> int:
@@ -152,17 +218,12 @@ class Tied(Blockwise):
         return Dense(self.rows.add_to(self.outer.formed(empty)), is_own=True)
 
     def blocks(self) -> Iterator[Tensor]:
-        order = self.rows.indices.argsort(stable=True)
-        row, sample = self.rows.indices[order], self.rows.samples[order]
-        grads, start = self.rows.output_grads[order], 0
+        entries = (_Sorted if self.example.is_cpu else _Sums)(self.rows)
+        start = 0
         for block in self.outer.blocks():
-            batch_size, number, width = block.shape
-            limits = torch.tensor([start, start + number], device=row.device)
-            first, last = torch.searchsorted(row, limits).tolist()
-            places = sample[first:last] * number + row[first:last] - start
-            block.view(batch_size * number, width).index_add_(0, places, grads[first:last].to(block))
+            entries.add_to(block, start)
             yield block
-            start += number
+            start += block.shape[1]
 
     def align(self, vector: Tensor) -> Tensor:
         return self.outer.align(vector) + self.rows.align(vector)

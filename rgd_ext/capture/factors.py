@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..gradients import Moments, aligned, moments_of
-from ..reference import accumulate_dtype, block_elements
+from ..reference import accumulate_dtype, block_elements, product, product_with_wider
 from .cost import Cost, of_ghost, of_gradients
 from .workspace import Empty, Workspace, fresh
 
@@ -171,10 +171,14 @@ class Outer(Blockwise):
         inputs: A, (B, T, n), or (B, n) for T = 1.
         output_grads: E, (B, T, m), or (B, m).
         shape: of the parameter, m n elements.
+        dtype: of the h_i. A and E may be of 16 bits where they are float32, under autocast on CUDA, for T > 1.
     """
 
-    def __init__(self, inputs: Tensor, output_grads: Tensor, shape: torch.Size) -> None:
+    def __init__(
+        self, inputs: Tensor, output_grads: Tensor, shape: torch.Size, dtype: torch.dtype | None = None
+    ) -> None:
         self._inputs, self._output_grads, self.shape = inputs, output_grads, shape
+        self.dtype = dtype or output_grads.dtype
 
     @property
     def inputs(self) -> Tensor:
@@ -185,6 +189,11 @@ class Outer(Blockwise):
     def output_grads(self) -> Tensor:
         """E, (B, T, m)."""
         return self._output_grads if self._output_grads.ndim == 3 else self._output_grads[:, None]
+
+    @property
+    def example(self) -> Tensor:
+        grads = self._output_grads
+        return grads if grads.dtype == self.dtype else grads.new_empty(0, dtype=self.dtype)
 
     @property
     def why(self) -> str:
@@ -207,7 +216,7 @@ class Outer(Blockwise):
 
     @property
     def signature(self) -> tuple:
-        return self._inputs.shape, self._output_grads.shape
+        return self._inputs.shape, self._output_grads.shape, self._output_grads.dtype
 
     def ways(self, needs_gram: bool) -> dict[str, Cost]:
         ghost = of_ghost(*self.inputs.shape, self.output_grads.shape[2], self.output_grads.dtype.itemsize)
@@ -215,13 +224,13 @@ class Outer(Blockwise):
 
     def ways_to_form(self, needs_gram: bool) -> dict[str, Cost]:
         """Those of `ways` that form gradients, which serve any T."""
-        shape, dtype = torch.Size((self.batch_size, *self.shape)), self.output_grads.dtype
-        product, held = self.plain().product, self.plain().held
-        combination = Cost(product=product, stream=2 * self.output_grads.nbytes, calls=2, held=held)
-        formed = Cost(product=product, stream=shape.numel() * dtype.itemsize, calls=1)
+        shape, dtype = torch.Size((self.batch_size, *self.shape)), self.dtype
+        operations, held = self.plain().product, self.plain().held
+        combination = Cost(product=operations, stream=2 * self.output_grads.nbytes, calls=2, held=held)
+        formed = Cost(product=operations, stream=shape.numel() * dtype.itemsize, calls=1)
         return {
             "materialise": formed + of_gradients(shape, dtype, needs_gram),
-            "recompute": Cost(product=product) + self._on_blocks(shape.numel(), needs_gram) + combination,
+            "recompute": Cost(product=operations) + self._on_blocks(shape.numel(), needs_gram) + combination,
         }
 
     def plain(self) -> Cost:
@@ -232,19 +241,25 @@ class Outer(Blockwise):
         if self.is_single or way == "recompute":
             return self
         if way == "ghost":
-            return Ghost(self.inputs, self.output_grads, self.shape)
+            return Ghost(self.inputs, self.output_grads, self.shape, self.dtype)
         return Dense(self.formed(empty), is_own=True)
 
     def formed(self, empty: Empty) -> Tensor:
         """(B, *shape), in memory from `empty`."""
-        out = empty((self.batch_size, *self.shape), self.output_grads)
+        out = empty((self.batch_size, *self.shape), self.example)
         matrices = out.view(self.batch_size, self.output_grads.shape[2], self.inputs.shape[2])
-        torch.bmm(self.output_grads.mT, self.inputs, out=matrices)
+        product(self.output_grads.mT, self.inputs, self.dtype, out=matrices)
         return out
 
+    @property
+    def _accumulated(self) -> torch.dtype:
+        return accumulate_dtype(self.dtype)
+
     def _operands(self) -> tuple[Tensor, Tensor]:
-        dtype = accumulate_dtype(self.output_grads.dtype)
-        return self.inputs.to(dtype), self.output_grads.to(dtype)
+        """A and E for products in the accumulation dtype, for which CUDA needs no wider numbers."""
+        if self.output_grads.is_cuda:
+            return self.inputs, self.output_grads
+        return self.inputs.to(self._accumulated), self.output_grads.to(self._accumulated)
 
     def blocks(self) -> Iterator[Tensor]:
         inputs, output_grads = self._operands()
@@ -252,18 +267,28 @@ class Outer(Blockwise):
         workspace = Workspace()
         for some in output_grads.split(rows, 2):
             workspace.restart()
-            out = workspace.empty((self.batch_size, some.shape[2], inputs.shape[2]), inputs)
-            yield torch.bmm(some.mT, inputs, out=out)
+            shape = self.batch_size, some.shape[2], inputs.shape[2]
+            out = workspace.empty(shape, inputs) if inputs.is_cpu else None
+            yield product(some.mT, inputs, self._accumulated, out=out)
 
     def align(self, vector: Tensor) -> Tensor:
         inputs, output_grads = self._operands()
-        matrix = vector.reshape(output_grads.shape[-1], inputs.shape[-1]).to(inputs.dtype)
-        return (inputs @ matrix.T).mul_(output_grads).sum((1, 2))
+        matrix = vector.reshape(output_grads.shape[-1], inputs.shape[-1]).to(self._accumulated)
+        products = product_with_wider(inputs.flatten(0, 1), matrix.T).view_as(output_grads)
+        return products.mul_(output_grads).sum((1, 2))
 
     def combine(self, weights: Tensor) -> Tensor:
         # One plain weight-gradient product over all samples, as in the backward of SGD.
+        if self.dtype != self.output_grads.dtype:
+            return self._combine_mixed(weights)
         weighted = self.output_grads * weights.view(-1, 1, 1)
         return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
+
+    def _combine_mixed(self, weights: Tensor) -> Tensor:
+        # A weight is 1 and a small correction, which 16 bits would lose: two products instead of one. The inputs are
+        # weighted: in float16 small gradients have fewer bits, and of a head there are fewer.
+        weighted = (self.inputs * weights.view(-1, 1, 1)).flatten(0, 1)
+        return product_with_wider(self.output_grads.flatten(0, 1).T, weighted).view(self.shape)
 
     def dense(self) -> Tensor:
         return self.formed(fresh)
@@ -283,7 +308,7 @@ class Ghost(Outer):
         samples = max(1, self._CHUNK // (length * length * batch_size))
         rows = []
         for a, e in zip(inputs.split(samples * length), output_grads.split(samples * length), strict=True):
-            products = (a @ inputs.T).mul_(e @ output_grads.T)
+            products = product(a, inputs.T, self._accumulated).mul_(product(e, output_grads.T, self._accumulated))
             rows.append(products.view(-1, length, batch_size, length).sum((1, 3)))
         return torch.cat(rows)
 
@@ -305,7 +330,7 @@ class Bias:
 
     @property
     def example(self) -> Tensor:
-        return self.output_grads
+        return self.weight.example
 
     @property
     def batch_size(self) -> int:
@@ -320,7 +345,7 @@ class Bias:
         if length == 1:
             return {"ghost": Cost(stream=2 * self.output_grads.nbytes, calls=1)}
         summed = Cost(stream=self.output_grads.nbytes, calls=1)
-        return {"materialise": summed + of_gradients(torch.Size((batch_size, m)), self.output_grads.dtype, needs_gram)}
+        return {"materialise": summed + of_gradients(torch.Size((batch_size, m)), self.weight.dtype, needs_gram)}
 
     def plain(self) -> Cost:
         return Cost(stream=self.output_grads.nbytes, calls=1)
@@ -332,4 +357,11 @@ class Bias:
         return aligned(self.dense(), vector)
 
     def dense(self) -> Tensor:
-        return self.weight.rows()[1] if self.weight.is_single else self.output_grads.sum(1)
+        return self.weight.rows()[1] if self.weight.is_single else self.output_grads.sum(1, dtype=self.weight.dtype)
+
+
+def of_dtype(linear: dict[str, Outer | Bias], dtype: torch.dtype) -> dict[str, Outer | Bias]:
+    """The contributions of a linear layer in another dtype than that of its inputs and output gradients."""
+    for factor in linear.values():
+        (factor.weight if isinstance(factor, Bias) else factor).dtype = dtype
+    return linear

@@ -11,7 +11,8 @@ from torch._C import _current_graph_task_id, _will_engine_execute_node
 from torch.autograd import forward_ad
 
 from .._binary import _C
-from .factors import Factor
+from ..reference import accumulate_dtype
+from .factors import Factor, of_dtype
 
 if TYPE_CHECKING:
     from .preconditioner import Preconditioner
@@ -76,10 +77,18 @@ class Record:
         dtype = grad.dtype
         return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
+    def _multiplies_as_they_are(self, grad: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it is a linear layer of sequences under autocast, whose products CUDA's matrix units take."""
+        is_mixed = dtype == accumulate_dtype(grad.dtype) != grad.dtype
+        return is_mixed and grad.is_cuda and self.kind == "linear" and grad.shape[1:-1].numel() > 1
+
     def contributions(self, inputs: Sequence[Tensor], grad: Tensor) -> Contributions:
         """What the rule gives."""
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
+        if self._multiplies_as_they_are(grad, dtype):
+            # The inputs are rounded as for the forward's product.
+            return of_dtype(self.rule((inputs[0].to(grad.dtype),), grad), dtype)
         inputs = [x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x for x in inputs]
         return self.rule(tuple(inputs), grad if grad.dtype == dtype else grad.to(dtype))
 

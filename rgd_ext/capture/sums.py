@@ -20,7 +20,7 @@ def add(factors: list[Factor]) -> Factor:
         return _added(factors)
     if outers:
         inputs = torch.cat([f.inputs for f in outers], 1)
-        outer = Outer(inputs, torch.cat([f.output_grads for f in outers], 1), outers[0].shape)
+        outer = Outer(inputs, torch.cat([f.output_grads for f in outers], 1), outers[0].shape, outers[0].dtype)
     if rows:
         row = _gathered(rows, [f.samples for f in rows], rows[0].batch_size)
     return Tied(outer, row) if outers and rows else outer if outers else row
@@ -41,7 +41,7 @@ def join(factors: list[Factor]) -> Factor:
     """One parameter's contributions in several batches as those in their union."""
     if all(isinstance(f, Outer) for f in factors):
         inputs, output_grads = _stacked([f.inputs for f in factors]), _stacked([f.output_grads for f in factors])
-        return Outer(inputs, output_grads, factors[0].shape)
+        return Outer(inputs, output_grads, factors[0].shape, factors[0].dtype)
     if all(isinstance(f, Rows) for f in factors):
         *starts, batch_size = accumulate((f.batch_size for f in factors), initial=0)
         return _gathered(factors, [start + f.samples for start, f in zip(starts, factors, strict=True)], batch_size)
@@ -52,7 +52,9 @@ def merge(contributions: Tensor | Factor) -> Tensor | Factor:
     """The contributions of all samples as those of one."""
     if type(contributions) is Outer:
         inputs, output_grads = contributions.inputs, contributions.output_grads
-        return Outer(inputs.flatten(0, 1)[None], output_grads.flatten(0, 1)[None], contributions.shape)
+        return Outer(
+            inputs.flatten(0, 1)[None], output_grads.flatten(0, 1)[None], contributions.shape, contributions.dtype
+        )
     if isinstance(contributions, Rows):
         rows = contributions
         samples = torch.zeros_like(rows.samples)

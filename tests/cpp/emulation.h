@@ -122,6 +122,7 @@ class Machine {
       fiber.copies.assign(1, {});
     }
     failure_ = kUnfinished;
+    draw_laggards();
     for (std::vector<int> ready = next_threads(); !ready.empty(); ready = next_threads()) {
       std::shuffle(ready.begin(), ready.end(), random_);
       for (int t : ready) {
@@ -159,10 +160,14 @@ class Machine {
     if (!ready.empty() || live == 0) return ready;
     if (at_barrier < live) throw std::runtime_error("deadlock: some threads wait for their warp, some at a barrier");
     for (Fiber& fiber : fibers_) fiber.waits_at.clear();
+    draw_laggards();
+    return next_threads();
+  }
+
+  void draw_laggards() {
     const int size = coin() ? 1 : kWarp;
     first_laggard_ = static_cast<int>(random_() % (kThreads / size)) * size;
     end_of_laggards_ = first_laggard_ + size;
-    return next_threads();
   }
 
   static void enter();
@@ -243,6 +248,11 @@ auto with_warp(const T& value, F use) {
 template <typename T>
 T shuffle_xor(T value, int mask) {
   return with_warp(value, [&](auto lane) { return lane(thread_index() % emulation::Machine::kWarp ^ mask); });
+}
+
+template <typename T>
+T shuffle(T value, int of) {
+  return with_warp(value, [&](auto lane) { return lane(of); });
 }
 
 template <int bytes>

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "combine.cuh"
+#include "embedding_gram.cuh"
 #include "ghost_gram.cuh"
 #include "gram.cuh"
 #include "gram_moments.cuh"
@@ -460,6 +461,38 @@ double check_layer_norm(const Shape& shape, unsigned seed) {
   return problem.deviation(std::sqrt(places));
 }
 
+// Some more samples than blocks, of about as many entries as rows, some of them in one row of the table. What must not
+// be read is NaN.
+template <typename T>
+double check_embedding_gram(const Shape& shape, unsigned seed) {
+  const int64_t batch_size = shape.blocks + 1, columns = shape.columns[0], table_rows = shape.rows / 2 + 1;
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.25F);
+  std::vector<int64_t> starts = {0}, keys;
+  for (int64_t i = 0; i < batch_size; ++i) {
+    for (int64_t t = 0; t < shape.rows * i / shape.blocks; ++t)
+      keys.push_back(i * table_rows + static_cast<int64_t>(random() % table_rows));
+    starts.push_back(static_cast<int64_t>(keys.size()));
+  }
+  std::sort(keys.begin(), keys.end());
+  std::unique_ptr<T[]> sums(new T[keys.size() * columns]), gram(new T[batch_size * batch_size]);
+  std::vector<Doubles> grads(batch_size, Doubles(table_rows * columns, 0));
+  for (size_t k = 0; k < keys.size(); ++k) {
+    const bool counts = k == 0 || keys[k] != keys[k - 1];
+    for (int64_t c = 0; c < columns; ++c) {
+      const T sum = sums[k * columns + c] = counts ? normal(random) : NAN;
+      if (counts) grads[keys[k] / table_rows][keys[k] % table_rows * columns + c] = sum;
+    }
+  }
+  const std::unique_ptr<int64_t[]> sorted(new int64_t[keys.size()]);
+  std::copy(keys.begin(), keys.end(), sorted.get());
+  machine.run(batch_size, batch_size, kEmbeddingGramSharedBytes, seed, [&](char* shared) {
+    embedding_gram(sorted.get(), sums.get(), starts.data(), table_rows, columns, batch_size, gram.get(), shared);
+  });
+  const Doubles want = pairs(batch_size, [&](int64_t i, int64_t j) { return dot(grads[i], grads[j]); });
+  return error(Doubles(gram.get(), gram.get() + batch_size * batch_size), want, 0) / sum_precision<T>();
+}
+
 // A reflection of a diagonal matrix: all eigenvalues are known, the largest of them twice.
 double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
   const int64_t size = shape.rows;
@@ -522,7 +555,8 @@ std::vector<Kernel> kernels_of(const std::string& dtype) {
                                  {"rms norm", check_layer_norm<S, false>}};
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>)
     kernels.insert(kernels.end(), {{"gram", check_gram_by_size<S, PlainSums>},
-                                   {"ghost gram", check_ghost_gram_by_size<S, PlainSums>}});
+                                   {"ghost gram", check_ghost_gram_by_size<S, PlainSums>},
+                                   {"embedding gram", check_embedding_gram<S>}});
   if constexpr (!std::is_same_v<S, double>)
     kernels.insert(kernels.end(), {{"gram by matrix units", check_gram_by_size<S, MatrixUnitSums>},
                                    {"ghost gram by matrix units", check_ghost_gram_by_size<S, MatrixUnitSums>}});

@@ -1,0 +1,157 @@
+"""Linear layers of sequences under autocast on a GPU, whose products are of 16 bits. Nothing here needs one."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from capturing import captured_grad
+from models import GPT
+from oracle import assert_close, relative_error
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rgd_ext
+from rgd_ext.capture import factors
+from rgd_ext.capture.factors import Bias, Ghost, Outer
+from rgd_ext.capture.nodes import Record
+from rgd_ext.capture.rules import linear
+from rgd_ext.capture.sums import add, join, merge
+
+B, T, N, M = 5, 7, 6, 4
+SHAPE = torch.Size((M, N))
+HALVES = [torch.bfloat16, torch.float16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class OnCuda(torch.Tensor):
+    """A tensor on the CPU that is treated like those of CUDA, whose products may be of another dtype."""
+
+    is_cpu, is_cuda = False, True
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.mm, torch.bmm) and (dtype := kwargs.pop("out_dtype", None)):
+            assert args[0].dtype == args[1].dtype
+            args = [x.to(dtype) for x in args]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def mixed(kind, dtype, scale=1.0, device="cpu"):
+    """Contributions in float32 of A and E in `dtype`, and in float64, (B, m, n)."""
+    a, e = torch.randn(B, T, N).to(device, dtype), (scale * torch.randn(B, T, M)).to(device, dtype)
+    there = [x.as_subclass(OnCuda) if device == "cpu" else x for x in (a, e)]
+    return kind(*there, SHAPE, torch.float32), e.double().mT @ a.double()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", [Outer, Ghost])
+def test_products_of_16_bits_lose_nothing(kind, dtype, device, monkeypatch):
+    monkeypatch.setattr(factors, "block_elements", lambda device: 2 * B * N)
+    factor, grads = mixed(kind, dtype, device=device)
+    vector, rows = torch.randn(SHAPE).to(device), grads.flatten(1)
+    statistics = zip(factor.moments(), rgd_ext.ops.scalar_moments(rows), strict=True)
+    for result, wanted in (
+        (factor.gram(), rows @ rows.T),
+        (factor.align(vector), rows @ vector.double().flatten()),
+        (factor.dense(), grads),
+        (Bias(factor).dense(), factor.output_grads.double().sum(1)),
+        *statistics,
+    ):
+        assert result.dtype == torch.float32
+        assert_close(result, wanted)
+    assert factor.example.dtype == Bias(factor).example.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_small_correction_of_the_weights_is_not_rounded_away(dtype, scale, device):
+    factor, grads = mixed(Outer, dtype, scale, device)
+    corrections = 1e-3 * torch.randn(B).to(device)
+    found = factor.combine(1 + corrections)
+    assert found.dtype == torch.float32
+    rest = found - factor.combine(torch.ones_like(corrections))
+    # All that 16 bits hold of the weights would be 1.
+    assert relative_error(rest, torch.einsum("b,bmn->mn", corrections.double(), grads)) < 3e-2
+
+
+def test_sums_unions_and_merged_samples_stay_in_the_dtype_of_the_parameter():
+    (one, grads), (two, others) = mixed(Outer, torch.bfloat16), mixed(Outer, torch.bfloat16)
+    for factor, wanted in (
+        (add([one, two]), grads + others),
+        (join([one, two]), torch.cat([grads, others])),
+        (merge(one), grads.sum(0, keepdim=True)),
+        (one.settled("ghost", None), grads),
+    ):
+        assert factor.example.dtype == torch.float32
+        assert_close(factor.dense(), wanted)
+
+
+class NothingWidened(TorchDispatchMode):
+    """Refuses copies of A or E in float32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_to_copy", "copy_") and args[0].numel() >= B * T * M:
+            assert (kwargs or {}).get("dtype") != torch.float32, f"{func} of {tuple(args[0].shape)}"
+        return func(*args, **(kwargs or {}))
+
+
+def record(parameter_dtype=torch.float32, kind="linear"):
+    parameters = {"weight": torch.empty(SHAPE, dtype=parameter_dtype), "bias": torch.empty(M, dtype=parameter_dtype)}
+    return Record(SimpleNamespace(calls_begun=0), "layer", parameters, B, partial(linear, None), kind)
+
+
+CALLS = {
+    "gram": lambda factor: factor.gram(),
+    "moments": lambda factor: factor.moments()[0],
+    "align": lambda factor: factor.align(torch.empty(SHAPE)),
+    "combine": lambda factor: factor.combine(torch.empty(B)),
+    "dense": lambda factor: factor.dense(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("way", ["recompute", "ghost"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_nothing_is_widened_on_cuda(dtype, way, call):
+    with FakeTensorMode(), torch.device("cuda"):
+        inputs, grad = torch.empty(B, T, N), torch.empty(B, T, M, dtype=dtype)  # as a LayerNorm gives its input
+        with NothingWidened():
+            factor = record().contributions([inputs], grad)["weight"].settled(way, None)
+            assert factor.inputs.dtype == factor.output_grads.dtype == dtype
+            assert CALLS[call](factor).dtype == torch.float32
+
+
+OTHERS = {
+    "on the CPU": ("cpu", (B, T, M), torch.float32, "linear"),
+    "vectors": ("cuda", (B, M), torch.float32, "linear"),
+    "sequences of one": ("cuda", (B, 1, M), torch.float32, "linear"),
+    "another rule": ("cuda", (B, T, M), torch.float32, None),
+    "float64": ("cuda", (B, T, M), torch.float64, "linear"),
+    "bfloat16": ("cuda", (B, T, M), torch.bfloat16, "linear"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_all_else_is_in_the_dtype_of_the_parameters(case):
+    device, shape, dtype, kind = OTHERS[case]
+    with FakeTensorMode(), torch.device(device):
+        inputs, grad = torch.empty(*shape[:-1], N), torch.empty(shape, dtype=torch.bfloat16)
+        found = record(dtype, kind).contributions([inputs], grad)
+        for factor in found.values():
+            assert factor.signature[-1] == factor.example.dtype == dtype
+        assert found["weight"]._inputs.dtype == dtype
+
+
+@pytest.mark.gpu
+def test_a_gpt_under_autocast_on_a_gpu_has_the_direction_of_full_precision():
+    model, x = GPT().cuda(), torch.randint(11, (B, 9), device="cuda")
+    expected = captured_grad(copy.deepcopy(model), x)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = captured_grad(model, x)
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 0.05
