@@ -9,7 +9,7 @@ namespace rgd_ext::cuda {
 namespace {
 
 template <typename S, int kCapacity, int kOutputs>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kOutputs == 1 ? 4 : 2)
     combine_kernel(const __grid_constant__ Table<kCapacity> table, const Accumulate<S>* __restrict__ weights,
                    int64_t first, int count) {
   extern __shared__ __align__(16) char shared[];
@@ -21,7 +21,7 @@ void launch_combine(at::TensorList matrices, const at::Tensor& weights, int64_t 
   const int lanes = lanes_on_chip(matrices), count = static_cast<int>(weights.size(0));
   const int64_t shared_bytes = group_sums_bytes<S>();
   for_launches<S>(
-      matrices, results, lanes > 0 ? lanes : kMostLanes, 1, shared_bytes,
+      matrices, results, lanes > 0 ? lanes : widest_lanes(matrices[0].size(0)), 1, shared_bytes,
       []<int kCapacity>(const Table<kCapacity>&) { return combine_kernel<S, kCapacity, kOutputs>; },
       [&](auto kernel, const auto& table, int64_t blocks, int64_t) {
         launch(kernel, blocks, 1, shared_bytes, table, weights.const_data_ptr<Accumulate<S>>(), first, count);

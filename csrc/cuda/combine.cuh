@@ -6,20 +6,34 @@
 
 namespace rgd_ext::cuda {
 
-// use(sample, packet) for every groups-th sample from `group` on: the packet of `lane`, zero past the end of the tile.
-template <int kUnroll, typename S, typename F>
-RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, int group, int groups, int lane, F use) {
+// use(sample, packet) for the samples `sample`, `sample` + `groups`, ... before `rows`, whose packets are `step`
+// elements apart. kAhead packets are asked for before the first of them is used, and half as many where fewer are left.
+template <int kAhead, typename S, typename F>
+RGD_DEVICE void for_packets(const S* from, int64_t step, int64_t sample, int groups, int64_t rows, F use) {
+  for (; sample + (kAhead - 1) * groups < rows; sample += kAhead * groups, from += kAhead * step) {
+    Packet<S> packets[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) packets[k] = load_packet<Packet<S>>(from + k * step);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) use(sample + k * groups, packets[k]);
+  }
+  if constexpr (kAhead > 1) for_packets<kAhead / 2>(from, step, sample, groups, rows, use);
+}
+
+// use(sample, packet) for this thread's samples of a tile, zero past its end.
+template <int kAhead, typename S, typename F>
+RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, const Share& share, F use) {
   constexpr int kColumns = Packet<S>::kColumns;
-  const int left = tile.count - lane * kColumns;
-  const S* from = tile.data + lane * kColumns;
+  const int left = tile.count - share.lane * kColumns;
+  const S* from = tile.row(share.group) + share.lane * kColumns;
+  const int64_t step = share.groups * tile.stride;
   if (left >= kColumns && tile.aligned()) {
-#pragma unroll kUnroll
-    for (int64_t i = group; i < rows; i += groups) use(i, load_packet<Packet<S>>(from + i * tile.stride));
+    for_packets<kAhead>(from, step, share.group, share.groups, rows, use);
   } else if (left > 0) {
-    for (int64_t i = group; i < rows; i += groups) {
+    for (int64_t i = share.group; i < rows; i += share.groups, from += step) {
       Packet<S> packet;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) packet.columns[c] = c < left ? from[i * tile.stride + c] : S{};
+      for (int c = 0; c < kColumns; ++c) packet.columns[c] = c < left ? from[c] : S{};
       use(i, packet);
     }
   }
@@ -30,25 +44,27 @@ RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, int group, int gr
 template <typename S, int kCapacity, int kOutputs>
 RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weights, int64_t first, int count,
                         char* shared) {
-  using T = Accumulate<S>;
-  const int group = thread_index() / table.lanes, lane = thread_index() % table.lanes, groups = kThreads / table.lanes;
+  const Share share(table.lanes);
   int64_t number = table.tiles - 1 - block_index();
   Tiles<S, kCapacity> tiles(table, number);
   for (; number >= 0; number -= blocks()) {
     const Tile<S> tile = tiles[number];
-    T sums[kOutputs][Packet<S>::kColumns] = {};
-    // Loads under way at a time, as far as the sums leave registers.
-    for_samples<kOutputs == 1 ? 8 : 2>(tile, table.rows, group, groups, lane, [&](int64_t i, const Packet<S>& packet) {
+    PacketSums<S> sums[kOutputs] = {};
+    // As many ahead as the sums leave registers for.
+    for_samples<kOutputs == 1 ? 8 : 2>(tile, table.rows, share, [&](int64_t i, const Packet<S>& packet) {
 #pragma unroll
       for (int j = 0; j < kOutputs; ++j)
-        if (kOutputs == 1 || j < count) add_weighted<S, T>(weights[j * table.rows + i], packet, sums[j]);
+        if (kOutputs == 1 || j < count) add_weighted(weights[j * table.rows + i], packet, sums[j]);
     });
 #pragma unroll
     for (int j = 0; j < kOutputs; ++j) {
       if (kOutputs > 1 && j >= count) break;
-      sum_groups<S>(sums[j], table.lanes, reinterpret_cast<T*>(shared), [&](int column, T sum) {
-        if (column < tile.count) narrow(sum, tile.other[(first + j) * tile.other_stride + column]);
-      });
+      S* result = tile.other + (first + j) * tile.other_stride;
+      sum_groups(sums[j], table.lanes, tile.packets(), reinterpret_cast<PacketSums<S>*>(shared),
+                 [&](int lane, const PacketSums<S>& all) {
+                   const int column = lane * Packet<S>::kColumns;
+                   all.write(result + column, tile.count - column);
+                 });
     }
   }
 }

@@ -2,10 +2,14 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
+#include <map>
 #include <mutex>
+#include <tuple>
 
 #include "device.h"
+#include "primitives.cuh"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -30,6 +34,16 @@ Device inspect(int index) {
   return {multiprocessors, shared_bytes};
 }
 
+int64_t ask_resident_blocks(const void* kernel, int64_t shared_bytes, const Device& device) {
+  // More than a kernel may have by default; always the same, because threads that launch at one time share the setting.
+  if (shared_bytes > 48 << 10)
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(device.shared_bytes)));
+  int blocks = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes));
+  return int64_t{std::max(blocks, 1)} * device.multiprocessors;
+}
+
 }  // namespace
 
 const Device& current_device() {
@@ -40,6 +54,17 @@ const Device& current_device() {
   const std::lock_guard<std::mutex> lock(mutex);
   if (devices[index].multiprocessors == 0) devices[index] = inspect(index);
   return devices[index];
+}
+
+int64_t resident_blocks(const void* kernel, int64_t shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int64_t>, int64_t> known;
+  const Device& device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple key(kernel, static_cast<int>(c10::cuda::current_device()), shared_bytes);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known[key] = ask_resident_blocks(kernel, shared_bytes, device);
 }
 
 }  // namespace rgd_ext::cuda

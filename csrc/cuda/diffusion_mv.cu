@@ -13,7 +13,7 @@ namespace rgd_ext::cuda {
 namespace {
 
 template <typename S, int kCapacity, int kVectors>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kVectors == 1 ? 4 : 2)
     products_kernel(const __grid_constant__ Table<kCapacity> table, int64_t first, int count, double* partials,
                     int64_t slots, int64_t first_slot) {
   extern __shared__ __align__(16) char shared[];
@@ -23,13 +23,14 @@ __global__ void __launch_bounds__(kThreads)
 // <g_i, v_j> for the vectors [first, first + count), (kVectors, B) in accumulate_dtype; zero past the last.
 template <typename S, int kVectors>
 at::Tensor read_products(at::TensorList matrices, at::TensorList vectors, int64_t first, int count) {
-  const int64_t rows = matrices[0].size(0), blocks_y = (rows + kProductRows - 1) / kProductRows;
-  const int64_t shared_bytes = products_shared_bytes<S>(kVectors, kVectors);
+  const int64_t rows = matrices[0].size(0), blocks_y = product_blocks(rows);
+  const int lanes = product_lanes<S>(rows, kVectors, kVectors, current_device().shared_bytes);
+  const int64_t shared_bytes = products_shared_bytes<S>(rows, lanes, kVectors, kVectors);
   const auto launches = [&](auto use) {
     const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) {
       return products_kernel<S, kCapacity, kVectors>;
     };
-    return for_launches<S>(matrices, vectors, kProductLanes, blocks_y, shared_bytes, kernel_for, use);
+    return for_launches<S>(matrices, vectors, lanes, blocks_y, shared_bytes, kernel_for, use);
   };
   const int64_t slots = launches([](auto&&...) {});
   const at::Tensor partials = at::empty({kVectors * rows, slots}, matrices[0].options().dtype(at::kDouble));

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,14 @@ namespace rgd_ext::cuda {
 
 // Matrices of one launch: its parameters may take 32 KB, but fewer are faster to pass.
 constexpr int kFew = 24, kMany = 800;
+static_assert(sizeof(Table<kFew>) <= 4000 && sizeof(Table<kMany>) <= 32700, "with others, parameters of a kernel");
+
+template <typename... Parameters>
+constexpr size_t parameter_bytes() {
+  size_t bytes = 0;
+  ((bytes = (bytes + alignof(Parameters) - 1) / alignof(Parameters) * alignof(Parameters) + sizeof(Parameters)), ...);
+  return bytes;
+}
 
 // The kernels' name of a tensor's dtype, as the argument of use(S{}).
 template <typename F>
@@ -34,27 +43,18 @@ auto with_storage(at::ScalarType dtype, F use) {
   }
 }
 
-// More than a kernel may have by default; always the same, because threads that launch at one time share the setting.
-template <typename Kernel>
-void allow_shared_memory(Kernel kernel, int64_t bytes) {
-  if (bytes > 48 << 10)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(current_device().shared_bytes)));
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int64_t shared_bytes) {
+  return resident_blocks(reinterpret_cast<const void*>(kernel), shared_bytes);
 }
 
-// Blocks of the kernel that run at the same time.
-template <typename Kernel>
-int64_t resident_blocks(Kernel kernel, int64_t shared_bytes) {
-  allow_shared_memory(kernel, shared_bytes);
-  int blocks = 0;
-  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared_bytes));
-  return int64_t{std::max(blocks, 1)} * current_device().multiprocessors;
-}
-
-template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, int64_t blocks, int64_t blocks_y, int64_t shared_bytes, const Arguments&... arguments) {
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int64_t shared_bytes,
+            const Arguments&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "parameters are copied byte by byte");
+  static_assert(parameter_bytes<Parameters...>() <= 32764, "more than the parameters of a kernel may take");
   if (blocks == 0 || blocks_y == 0) return;
-  allow_shared_memory(kernel, shared_bytes);
+  if (shared_bytes > 48 << 10) resident_blocks(kernel, shared_bytes);  // allows it
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
   kernel<<<grid, kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

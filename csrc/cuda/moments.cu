@@ -65,10 +65,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> moments_operator(at:
 
 int lanes_on_chip(at::TensorList matrices) {
   return with_storage(matrices[0].scalar_type(), [&](auto storage) {
-    for (int lanes = kMostLanes; lanes >= 4; lanes /= 2)
-      if (moments_shared_bytes<decltype(storage)>(matrices[0].size(0), lanes) <= current_device().shared_bytes)
-        return lanes;
-    return 0;
+    return lanes_for<decltype(storage)>(matrices[0].size(0), current_device().shared_bytes);
   });
 }
 
@@ -85,9 +82,10 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
     read_combination(matrices, at::full({1, rows}, 1.0 / static_cast<double>(rows), matrices[0].options().dtype(dtype)),
                      0, centres);
-    at::Tensor partials = read_statistics<S>(
-        matrices, centres, kProductLanes, (rows + kProductRows - 1) / kProductRows, products_shared_bytes<S>(1, 2),
-        []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
+    const int lanes = product_lanes<S>(rows, 1, 2, current_device().shared_bytes);
+    at::Tensor partials =
+        read_statistics<S>(matrices, centres, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, 1, 2),
+                           []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
     // These centres were rounded to the dtype of G, but alignments sum to zero.
     at::Tensor alignments = partials.narrow(0, 0, rows);
     alignments.sub_(alignments.mean(0));

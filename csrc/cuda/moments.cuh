@@ -9,8 +9,13 @@ namespace rgd_ext::cuda {
 
 template <typename S>
 constexpr int64_t moments_shared_bytes(int64_t rows, int lanes) {
-  return 2 * shared_tile_bytes(rows, lanes) + row_sums_bytes(rows, lanes, 2) + group_sums_bytes<S>() +
-         lanes * Packet<S>::kColumns * sizeof(Accumulate<S>);
+  return 2 * shared_tile_bytes(rows, lanes) + row_sums_bytes(rows, lanes, 2) + group_sums_bytes<S>();
+}
+
+// Of tiles of all samples, see fitting_lanes().
+template <typename S>
+constexpr int lanes_for(int64_t rows, int64_t shared_limit) {
+  return fitting_lanes(rows, shared_limit, [&](int lanes) { return moments_shared_bytes<S>(rows, lanes); });
 }
 
 // table.other = g, where not null; sums over the tiles of a block of <g_i - g, g> and |g_i - g|^2, see RowSums::write.
@@ -22,10 +27,9 @@ RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t
   SharedTile<S> loaded{take<Packet<S>>(shared, tile_bytes), table.lanes};
   SharedTile<S> arriving{take<Packet<S>>(shared, tile_bytes), table.lanes};
   RowSums<S, 2> sums(take<double>(shared, row_sums_bytes(table.rows, table.lanes, 2)), table.rows, table.lanes);
-  T* group_sums = take<T>(shared, group_sums_bytes<S>());
-  T* mean = reinterpret_cast<T*>(shared);
+  PacketSums<S>* mean = reinterpret_cast<PacketSums<S>*>(shared);
 
-  const int group = thread_index() / table.lanes, lane = thread_index() % table.lanes, groups = kThreads / table.lanes;
+  const Share share(table.lanes);
   const T weight = static_cast<T>(1.0 / static_cast<double>(table.rows));
 
   int64_t number = block_index();
@@ -41,15 +45,21 @@ RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t
     wait_copies<1>();
 
     // Each thread reads what it copied itself; the barrier in sum_groups shows it the rest.
-    T column_sums[Packet<S>::kColumns] = {};
-    for (int64_t i = group; i < table.rows; i += groups) add_weighted<S, T>(weight, loaded.row(i)[lane], column_sums);
-    sum_groups<S>(column_sums, table.lanes, group_sums, [&](int column, T sum) {
-      mean[column] = sum;
-      if (tile.other != nullptr && column < tile.count) narrow(sum, tile.other[column]);
+    PacketSums<S> own{};
+    if (share.lane < tile.packets()) {
+      const Packet<S>* packet = loaded.row(share.group) + share.lane;
+      const int samples = share.samples(static_cast<int>(table.rows));
+#pragma unroll 4
+      for (int i = 0; i < samples; ++i, packet += share.groups * (table.lanes + 1))
+        add_weighted(weight, shared_packet(packet), own);
+    }
+    sum_groups(own, table.lanes, tile.packets(), mean, [&](int lane, const PacketSums<S>& sums) {
+      const int column = lane * Packet<S>::kColumns;
+      if (tile.other != nullptr) sums.write(tile.other + column, tile.count - column);
     });
 
-    sums.add(loaded,
-             [&](T(&terms)[2], const Packet<S>& packet, int column) { add_centred<S>(terms, packet, mean + column); });
+    sums.add(loaded, tile.packets(),
+             [&](T(&terms)[2], const Packet<S>& packet, int lane) { add_centred(terms, packet, mean[lane]); });
     barrier();  // before the next copies overwrite what is read here
   }
   sums.write(partials, table.rows, 0, slots, first_slot + block_index());

@@ -73,10 +73,16 @@ RGD_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
 RGD_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 RGD_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 
+RGD_DEVICE int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
+
 // The same value, but what is computed from it stays where it is: the compiler would compute addresses of rare writes
-// before a loop, and keep them in registers that the loop needs.
+// before a loop, and keep them in registers that the loop needs; and a rare conversion for every element, to select.
 RGD_DEVICE int64_t computed_here(int64_t value) {
   asm volatile("" : "+l"(value));
+  return value;
+}
+RGD_DEVICE double computed_here(double value) {
+  asm volatile("" : "+d"(value));
   return value;
 }
 
@@ -88,6 +94,22 @@ RGD_DEVICE T load_packet(const void* global) {
   return reinterpret_cast<const T&>(words);
 }
 
+// 16 bytes of shared memory in one load, whatever is done with the elements.
+template <typename T>
+RGD_DEVICE T shared_packet(const T* shared) {
+  static_assert(sizeof(T) == 16);
+  const uint4 words = *reinterpret_cast<const uint4*>(shared);
+  return reinterpret_cast<const T&>(words);
+}
+
+template <typename T>
+RGD_DEVICE void store_packet(void* global, const T& packet) {
+  static_assert(sizeof(T) == 16);
+  *static_cast<uint4*>(global) = reinterpret_cast<const uint4&>(packet);
+}
+
+RGD_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -95,7 +117,7 @@ struct Half {
   uint16_t bits;
 };
 
-RGD_DEVICE float widen(BFloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+RGD_DEVICE float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 RGD_DEVICE float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 RGD_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 RGD_DEVICE void narrow(float value, Half& to) { to.bits = __half_as_ushort(__float2half_rn(value)); }
@@ -162,5 +184,16 @@ struct alignas(16) Packet {
   static constexpr int kColumns = 16 / sizeof(S);
   S columns[kColumns];
 };
+
+// Column c of a packet; two of bfloat16 share a word, of which each takes one instruction.
+template <typename S>
+RGD_DEVICE Accumulate<S> widen(const Packet<S>& packet, int c) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(packet.columns)[c / 2];
+    return float_of(c % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  } else {
+    return widen(packet.columns[c]);
+  }
+}
 
 }  // namespace rgd_ext::cuda

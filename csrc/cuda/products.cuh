@@ -7,10 +7,11 @@
 
 namespace rgd_ext::cuda {
 
-// Samples are split among threads by `parts` where there are fewer samples than threads.
+// Samples are split among threads by `parts`, a power of two, where there are fewer samples than threads.
 constexpr int row_parts(int64_t rows, int lanes) {
-  const int64_t parts = rows < kThreads ? kThreads / rows : 1;
-  return static_cast<int>(parts < lanes ? parts : lanes);
+  int parts = 1;
+  while (2 * parts <= lanes && 2 * parts * rows <= kThreads) parts *= 2;
+  return parts;
 }
 
 constexpr int64_t row_sums_bytes(int64_t rows, int lanes, int sums) {
@@ -22,25 +23,33 @@ struct RowSums {
   using T = Accumulate<S>;
 
   double* shared;  // kSums arrays of rows * parts
-  int rows, lanes, parts;
+  int rows, parts;
+  int first_row, part;  // of this thread
 
-  RGD_DEVICE RowSums(double* shared, int64_t rows, int lanes)
-      : shared(shared), rows(static_cast<int>(rows)), lanes(lanes), parts(row_parts(rows, lanes)) {
-    for (int slot = thread_index(); slot < this->rows * parts; slot += kThreads)
+  RGD_DEVICE RowSums(double* shared, int64_t all_rows, int lanes)
+      : shared(shared),
+        rows(static_cast<int>(all_rows)),
+        parts(row_parts(all_rows, lanes)),
+        first_row(thread_index() % rows),
+        part(thread_index() / rows) {
+    for (int slot = thread_index(); slot < rows * parts; slot += kThreads)
       for (int j = 0; j < kSums; ++j) sum(j, slot) = 0;
   }
 
   RGD_DEVICE double& sum(int j, int slot) { return shared[j * rows * parts + slot]; }
 
-  // Adds term(sums, sample, packet) over all samples of a tile and their packets.
+  // Adds term(sums, packet, lane) over all samples of a tile and their first `packets` packets.
   template <typename F>
-  RGD_DEVICE void add(SharedTile<S> tile, F term) {
-    for (int slot = thread_index(); slot < rows * parts; slot += kThreads) {
-      const int row = slot % rows;
+  RGD_DEVICE void add(SharedTile<S> tile, int packets, F term) {
+    if (part >= parts || part >= packets) return;
+    const int count = (packets - part + parts - 1) >> log2_of(parts);
+    for (int row = first_row; row < rows; row += kThreads) {
       T sums[kSums] = {};
-      for (int p = slot / rows; p < lanes; p += parts) term(sums, tile.row(row)[p], p * Packet<S>::kColumns);
+      const Packet<S>* packet = tile.row(row) + part;
+#pragma unroll kSums* Packet < S> ::kColumns <= 8 ? 4 : 2
+      for (int k = 0; k < count; ++k, packet += parts) term(sums, shared_packet(packet), part + k * parts);
 #pragma unroll
-      for (int j = 0; j < kSums; ++j) sum(j, slot) += sums[j];
+      for (int j = 0; j < kSums; ++j) sum(j, part * rows + row) += sums[j];
     }
   }
 
@@ -57,34 +66,43 @@ struct RowSums {
 
 // <x - m, m> and |x - m|^2 of a packet x.
 template <typename S>
-RGD_DEVICE void add_centred(Accumulate<S> (&sums)[2], const Packet<S>& packet, const Accumulate<S>* mean) {
+RGD_DEVICE void add_centred(Accumulate<S> (&sums)[2], const Packet<S>& packet, PacketSums<S> mean) {
 #pragma unroll
   for (int c = 0; c < Packet<S>::kColumns; ++c) {
-    const Accumulate<S> centre = mean[c], difference = widen(packet.columns[c]) - centre;
+    const Accumulate<S> centre = mean.columns[c], difference = widen(packet, c) - centre;
     sums[0] = fused_multiply_add(difference, centre, sums[0]);
     sums[1] = fused_multiply_add(difference, difference, sums[1]);
   }
 }
 
+// Products with vectors that are `lanes` packets apart from each other.
 template <typename S, int kVectors>
-RGD_DEVICE void add_products(Accumulate<S> (&sums)[kVectors], const Packet<S>& packet, const Accumulate<S>* vectors,
-                             int width) {
+RGD_DEVICE void add_products(Accumulate<S> (&sums)[kVectors], const Packet<S>& packet, const PacketSums<S>* vectors,
+                             int lanes) {
 #pragma unroll
-  for (int c = 0; c < Packet<S>::kColumns; ++c) {
-    const Accumulate<S> value = widen(packet.columns[c]);
+  for (int j = 0; j < kVectors; ++j) {
+    const PacketSums<S> vector = vectors[j * lanes];
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) sums[j] = fused_multiply_add(value, vectors[j * width + c], sums[j]);
+    for (int c = 0; c < Packet<S>::kColumns; ++c)
+      sums[j] = fused_multiply_add(widen(packet, c), vector.columns[c], sums[j]);
   }
 }
 
 // How a block of products() reads G: samples beyond these are other blocks' work, by block_index_y().
 constexpr int64_t kProductRows = 64;
-constexpr int kProductLanes = kMostLanes;
+constexpr int64_t product_rows(int64_t rows) { return rows < kProductRows ? rows : kProductRows; }
+constexpr int64_t product_blocks(int64_t rows) { return (rows + kProductRows - 1) / kProductRows; }
 
 template <typename S>
-constexpr int64_t products_shared_bytes(int vectors, int sums) {
-  return 2 * shared_tile_bytes(kProductRows, kProductLanes) + row_sums_bytes(kProductRows, kProductLanes, sums) +
-         vectors * kProductLanes * Packet<S>::kColumns * sizeof(Accumulate<S>);
+constexpr int64_t products_shared_bytes(int64_t rows, int lanes, int vectors, int sums) {
+  return 2 * shared_tile_bytes(product_rows(rows), lanes) + row_sums_bytes(product_rows(rows), lanes, sums) +
+         vectors * lanes * sizeof(PacketSums<S>);
+}
+
+template <typename S>
+constexpr int product_lanes(int64_t rows, int vectors, int sums, int64_t shared_limit) {
+  return fitting_lanes(product_rows(rows), shared_limit,
+                       [&](int lanes) { return products_shared_bytes<S>(rows, lanes, vectors, sums); });
 }
 
 // With kCentred: alignments and squared norms of g_i - m, where m is the one vector of table.other (two sums). Else the
@@ -95,14 +113,14 @@ RGD_DEVICE void products(const Table<kCapacity>& table, int64_t first, int count
   using T = Accumulate<S>;
   constexpr int kSums = kCentred ? 2 : kVectors;
   const int64_t first_row = block_index_y() * kProductRows;
-  const int64_t rows = table.rows - first_row < kProductRows ? table.rows - first_row : kProductRows;
-  const int64_t tile_bytes = shared_tile_bytes(kProductRows, kProductLanes);
-  const int width = kProductLanes * Packet<S>::kColumns;
+  const int64_t rows = product_rows(table.rows - first_row);
+  const int64_t tile_bytes = shared_tile_bytes(product_rows(table.rows), table.lanes);
+  const int64_t sums_bytes = row_sums_bytes(product_rows(table.rows), table.lanes, kSums);
 
-  SharedTile<S> loaded{take<Packet<S>>(shared, tile_bytes), kProductLanes};
-  SharedTile<S> arriving{take<Packet<S>>(shared, tile_bytes), kProductLanes};
-  RowSums<S, kSums> sums(take<double>(shared, row_sums_bytes(kProductRows, kProductLanes, kSums)), rows, kProductLanes);
-  T* vectors = reinterpret_cast<T*>(shared);
+  SharedTile<S> loaded{take<Packet<S>>(shared, tile_bytes), table.lanes};
+  SharedTile<S> arriving{take<Packet<S>>(shared, tile_bytes), table.lanes};
+  RowSums<S, kSums> sums(take<double>(shared, sums_bytes), rows, table.lanes);
+  PacketSums<S>* vectors = reinterpret_cast<PacketSums<S>*>(shared);
 
   int64_t number = block_index();
   Tiles<S, kCapacity> tiles(table, number);
@@ -114,18 +132,21 @@ RGD_DEVICE void products(const Table<kCapacity>& table, int64_t first, int count
     swap(loaded, arriving);
     if (number + blocks() < table.tiles) copy_tile(next = tiles[number + blocks()], first_row, rows, arriving);
     commit_copies();
-    for (int index = thread_index(); index < kVectors * width; index += kThreads) {
-      const int j = index / width, column = index % width;
-      const bool inside = j < count && column < tile.count;
-      vectors[index] = inside ? widen(tile.other[(first + j) * tile.other_stride + column]) : T(0);
-    }
+    const int columns = tile.packets() * Packet<S>::kColumns;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j)
+      for (int column = thread_index(); column < columns; column += kThreads) {
+        const bool inside = j < count && column < tile.count;
+        vectors[j * table.lanes].columns[column] =
+            inside ? widen(tile.other[(first + j) * tile.other_stride + column]) : T(0);
+      }
     wait_copies<1>();
     barrier();
-    sums.add(loaded, [&](T(&terms)[kSums], const Packet<S>& packet, int column) {
+    sums.add(loaded, tile.packets(), [&](T(&terms)[kSums], const Packet<S>& packet, int lane) {
       if constexpr (kCentred) {
-        add_centred<S>(terms, packet, vectors + column);
+        add_centred(terms, packet, vectors[lane]);
       } else {
-        add_products<S, kVectors>(terms, packet, vectors + column, width);
+        add_products<S, kVectors>(terms, packet, vectors + lane, table.lanes);
       }
     });
     barrier();  // before the next copies overwrite what is read here

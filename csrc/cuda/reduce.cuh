@@ -25,7 +25,7 @@ class LongSum {
   RGD_DEVICE void add(T value) {
     recent_ += value;
     if (++count_ < kRecent) return;
-    total_ += recent_;
+    total_ = computed_here(total_) + recent_;
     recent_ = 0;
     count_ = 0;
   }

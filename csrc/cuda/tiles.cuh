@@ -17,9 +17,7 @@ struct Matrix {
   int64_t first_tile;
 };
 
-// `lanes` packets (a power of two, at most kMostLanes) of each row make a tile.
-constexpr int kMostLanes = 32;
-
+// `lanes` packets (a power of two, at most kThreads) of each row make a tile.
 template <int kCapacity>
 struct Table {
   int64_t rows;
@@ -38,6 +36,7 @@ struct Tile {
   int64_t other_stride;
   int count;
 
+  RGD_DEVICE int packets() const { return (count + Packet<S>::kColumns - 1) / Packet<S>::kColumns; }
   RGD_DEVICE const S* row(int64_t sample) const { return data + sample * stride; }
   RGD_DEVICE bool aligned() const {
     return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride) * sizeof(S)) % 16 == 0;
@@ -77,6 +76,23 @@ struct Tiles {
   }
 };
 
+// How the threads of a block share a tile of so many lanes: one has packet `lane` of the samples `group`, `group` +
+// `groups`, ...
+struct Share {
+  int lane, group, groups;
+
+  RGD_DEVICE explicit Share(int lanes)
+      : lane(thread_index() & (lanes - 1)),
+        group(thread_index() >> log2_of(lanes)),
+        groups(kThreads >> log2_of(lanes)) {}
+
+  // How many these samples are.
+  template <typename Integer>
+  RGD_DEVICE Integer samples(Integer rows) const {
+    return (rows - group + groups - 1) >> log2_of(groups);
+  }
+};
+
 // A tile in shared memory: rows of `lanes` packets, 16 bytes apart from each other so that a warp that reads one column
 // of 8 rows meets 8 different banks. Columns past the end of a matrix are zero.
 template <typename S>
@@ -88,6 +104,27 @@ struct SharedTile {
 };
 
 constexpr int64_t shared_tile_bytes(int64_t rows, int lanes) { return rows * (lanes + 1) * 16; }
+
+// The most there is any use for: 512 bytes of each row, and of few rows more, for tiles of 32 KB. What a tile costs
+// whatever its size would otherwise be most of the work.
+constexpr int widest_lanes(int64_t rows) {
+  int lanes = 32;
+  while (lanes < kThreads && rows * lanes * 16 < 32 << 10) lanes *= 2;
+  return lanes;
+}
+
+// The lanes for a kernel whose blocks need bytes(lanes) of shared memory and may have `shared_limit`; 0 where none fit.
+// Rather two blocks on a multiprocessor, so that one computes while the other waits, as long as 128 bytes of each row
+// lie beside each other.
+template <typename F>
+constexpr int fitting_lanes(int64_t rows, int64_t shared_limit, F bytes) {
+  constexpr int64_t kReserved = 1 << 10;  // for each block, and there is as much more than one block may have
+  for (int lanes = widest_lanes(rows); lanes >= 8; lanes /= 2)
+    if (2 * (bytes(lanes) + kReserved) <= shared_limit + kReserved) return lanes;
+  for (int lanes = widest_lanes(rows); lanes >= 4; lanes /= 2)
+    if (bytes(lanes) <= shared_limit) return lanes;
+  return 0;
+}
 
 template <typename S>
 RGD_DEVICE void swap(SharedTile<S>& a, SharedTile<S>& b) {
@@ -108,61 +145,86 @@ RGD_DEVICE T* take(char*& shared, int64_t bytes) {
 template <typename S>
 RGD_DEVICE void copy_tile(const Tile<S>& tile, int64_t first, int64_t rows, SharedTile<S> to) {
   constexpr int kColumns = Packet<S>::kColumns;
-  const bool aligned = tile.aligned();
-  const int group = thread_index() / to.lanes, lane = thread_index() % to.lanes, groups = kThreads / to.lanes;
-  const int left = tile.count - lane * kColumns;
+  const Share share(to.lanes);
+  const int left = tile.count - share.lane * kColumns;
   const int valid = left < 0 ? 0 : left < kColumns ? left : kColumns;
-  for (int64_t i = group; i < rows; i += groups) {
-    const S* from = tile.row(first + i) + lane * kColumns;
-    Packet<S>* packet = to.row(i) + lane;
-    if (aligned) {
-      copy_async<16>(packet, valid > 0 ? from : tile.data, valid * static_cast<int>(sizeof(S)));
-    } else {
+  // Nothing is read past the end of the tile, but a copy needs an address.
+  const S* from = valid > 0 ? tile.row(first + share.group) + share.lane * kColumns : tile.data;
+  const int64_t step = valid > 0 ? share.groups * tile.stride : 0;
+  Packet<S>* packet = to.row(share.group) + share.lane;
+  const int packets = share.groups * (to.lanes + 1), samples = share.samples(static_cast<int>(rows));
+  if (tile.aligned()) {
+#pragma unroll 4
+    for (int i = 0; i < samples; ++i, from += step, packet += packets)
+      copy_async<16>(packet, from, valid * static_cast<int>(sizeof(S)));
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < samples; ++i, from += step, packet += packets) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if constexpr (sizeof(S) >= 4) {
-          const bool inside = c < valid;
-          copy_async<sizeof(S)>(packet->columns + c, inside ? from + c : tile.data, inside ? sizeof(S) : 0);
-        } else {
-          packet->columns[c] = c < valid ? from[c] : S{};
-        }
+    for (int c = 0; c < kColumns; ++c) {
+      if constexpr (sizeof(S) >= 4) {
+        const bool inside = c < valid;
+        copy_async<sizeof(S)>(packet->columns + c, inside ? from + c : tile.data, inside ? sizeof(S) : 0);
+      } else {
+        packet->columns[c] = c < valid ? from[c] : S{};
       }
     }
   }
 }
 
-// sums[c] += weight * packet[c].
-template <typename S, typename T>
-RGD_DEVICE void add_weighted(T weight, const Packet<S>& packet, T (&sums)[Packet<S>::kColumns]) {
+// Sums over the columns of a packet.
+template <typename S>
+struct alignas(16) PacketSums {
+  Accumulate<S> columns[Packet<S>::kColumns];
+
+  // The first `count` of them.
+  RGD_DEVICE void write(S* to, int count) const {
+    if (count >= Packet<S>::kColumns && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      Packet<S> packet;
+#pragma unroll
+      for (int c = 0; c < Packet<S>::kColumns; ++c) narrow(columns[c], packet.columns[c]);
+      store_packet(to, packet);
+      return;
+    }
+#pragma unroll
+    for (int c = 0; c < Packet<S>::kColumns; ++c)
+      if (c < count) narrow(columns[c], to[c]);
+  }
+};
+
+// sums += weight * packet.
+template <typename S>
+RGD_DEVICE void add_weighted(Accumulate<S> weight, const Packet<S>& packet, PacketSums<S>& sums) {
 #pragma unroll
   for (int c = 0; c < Packet<S>::kColumns; ++c)
-    sums[c] = fused_multiply_add(weight, static_cast<T>(widen(packet.columns[c])), sums[c]);
+    sums.columns[c] = fused_multiply_add(weight, widen(packet, c), sums.columns[c]);
 }
 
 // Bytes of shared memory that sum_groups needs.
 template <typename S>
 constexpr int64_t group_sums_bytes() {
-  return kThreads * Packet<S>::kColumns * sizeof(Accumulate<S>);
+  return kThreads * sizeof(PacketSums<S>);
 }
 
-// Thread (group, lane) holds sums of its group's samples over the columns of its lane: the sums over all groups, added
-// in their order, of column `thread_index()` and every kThreads-th after it, go to use(column, sum). Every kernel that
+// Of what threads hold of a tile for their lane and their samples: the sums over all groups, in their order. They stay
+// in `shared`, those of lane l as shared[l], and go to use(lane, sums) for the first `packets` lanes. Every kernel that
 // sums over samples does it here, so that equal weights give the bits of the mean.
 template <typename S, typename F>
-RGD_DEVICE void sum_groups(const Accumulate<S> (&sums)[Packet<S>::kColumns], int lanes, Accumulate<S>* shared, F use) {
-  const int width = lanes * Packet<S>::kColumns, groups = kThreads / lanes;
-  struct alignas(16) Sums {
-    Accumulate<S> columns[Packet<S>::kColumns];
-  };
-  Sums own;
-#pragma unroll
-  for (int c = 0; c < Packet<S>::kColumns; ++c) own.columns[c] = sums[c];
-  reinterpret_cast<Sums*>(shared)[thread_index()] = own;
+RGD_DEVICE void sum_groups(const PacketSums<S>& own, int lanes, int packets, PacketSums<S>* shared, F use) {
+  const int groups = Share(lanes).groups, lane = thread_index();
+  shared[thread_index()] = own;
   barrier();
-  for (int column = thread_index(); column < width; column += kThreads) {
-    Accumulate<S> sum = shared[column];
-    for (int group = 1; group < groups; ++group) sum += shared[group * width + column];
-    use(column, sum);
+  if (lane < packets) {
+    PacketSums<S> sums = shared[lane];
+#pragma unroll 4
+    for (int group = 1; group < groups; ++group) {
+      const PacketSums<S> more = shared[group * lanes + lane];
+#pragma unroll
+      for (int c = 0; c < Packet<S>::kColumns; ++c) sums.columns[c] += more.columns[c];
+    }
+    shared[lane] = sums;
+    use(lane, sums);
   }
   barrier();
 }

@@ -274,7 +274,10 @@ T multiply(T a, T b) {
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+inline int log2_of(int power_of_two) { return 31 - __builtin_clz(power_of_two); }
+
 inline int64_t computed_here(int64_t value) { return value; }
+inline double computed_here(double value) { return value; }
 
 template <typename T>
 T load_packet(const void* global) {
@@ -284,6 +287,26 @@ T load_packet(const void* global) {
   return value;
 }
 
+template <typename T>
+T shared_packet(const T* shared) {
+  static_assert(sizeof(T) == 16);
+  emulation::check_alignment(shared, sizeof(T), "load from shared memory");
+  return *shared;
+}
+
+template <typename T>
+void store_packet(void* global, const T& packet) {
+  static_assert(sizeof(T) == 16);
+  emulation::check_alignment(global, sizeof(T), "store");
+  std::memcpy(global, &packet, sizeof(T));
+}
+
+inline float float_of(uint32_t bits) {
+  float result;
+  std::memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -291,12 +314,7 @@ struct Half {
   uint16_t bits;
 };
 
-inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(bits));
-  return result;
-}
+inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 inline float widen(Half value) {
   _Float16 half;
   std::memcpy(&half, &value, sizeof(half));

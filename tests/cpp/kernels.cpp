@@ -191,11 +191,11 @@ double check_combine(const Shape& shape, unsigned seed) {
 
 template <typename S, bool kCentred>
 double check_products(const Shape& shape, unsigned seed) {
-  Problem<S> problem(shape, kProductLanes);
+  Problem<S> problem(shape);
   constexpr int kSums = kCentred ? 2 : 4, kRead = kCentred ? 1 : 4;
   const int64_t rows = shape.rows, slots = problem.blocks(), first = kCentred ? 0 : 1;
   Doubles partials(kSums * rows * slots, -1);
-  machine.run(slots, (rows + kProductRows - 1) / kProductRows, products_shared_bytes<S>(kRead, kSums), seed,
+  machine.run(slots, product_blocks(rows), products_shared_bytes<S>(rows, shape.lanes, kRead, kSums), seed,
               [&](char* shared) {
                 products<S, kCapacity, kCentred, kRead>(problem.table, first, kCentred ? 1 : 2, partials.data(), slots,
                                                         0, shared);
@@ -581,10 +581,11 @@ std::vector<Kernel> all_kernels() {
 
 void test_against_double() {
   const std::vector<Shape> shapes = {
-      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},        {3, {0, 5}, 8, 1, 1},        {7, {640}, 32, 2, 0},
-      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8},       {33, {300, 0, 41}, 4, 2, 1}, {64, {257}, 32, 5, 3},
-      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0},       {150, {97, 64}, 4, 3, 5},    {260, {65}, 4, 2, 0},
-      {9, {61, 5}, 8, 2, 0, 3},     {70, {125, 13}, 8, 3, 0, 3},
+      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},        {3, {0, 5}, 8, 1, 1},         {7, {640}, 32, 2, 0},
+      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8},       {33, {300, 0, 41}, 4, 2, 1},  {64, {257}, 32, 5, 3},
+      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0},       {150, {97, 64}, 4, 3, 5},     {260, {65}, 4, 2, 0},
+      {9, {61, 5}, 8, 2, 0, 3},     {70, {125, 13}, 8, 3, 0, 3}, {5, {1030, 3}, 256, 1, 1},    {4, {70}, 256, 1, 0},
+      {4, {4000, 70}, 256, 2, 0},   {11, {600, 70}, 128, 2, 0},  {20, {64, 530}, 64, 2, 0, 3},
   };
   unsigned seed = 0;
   for (const Kernel& kernel : all_kernels()) {
@@ -661,6 +662,8 @@ int main(int count, char** arguments) {
   test_equal_weights_give_the_mean_bitwise<float>({19, {300, 77}, 16, 2, 0});
   test_equal_weights_give_the_mean_bitwise<BFloat16>({33, {500}, 8, 3, 1});
   test_equal_weights_give_the_mean_bitwise<double>({64, {129}, 32, 1, 0});
+  test_equal_weights_give_the_mean_bitwise<float>({4, {4000, 70}, 256, 2, 0});
+  test_equal_weights_give_the_mean_bitwise<BFloat16>({13, {1500, 5}, 128, 1, 0});
   test_missing_barriers_are_caught();
   std::cout << failures << " failures" << std::endl;
   return failures == 0 ? 0 : 1;
