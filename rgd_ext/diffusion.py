@@ -14,7 +14,7 @@ from . import ops, reference
 from .batch_gradients import batch_gradients
 from .checkpoint import fingerprint
 from .gradients import DenseGradients, PerSampleGradients
-from .metric import statistics
+from .metric import rounding, statistics
 from .per_sample_loss import PerSampleLoss
 from .reference import accumulate_dtype
 from .streaming import Held, State, Stream
@@ -53,7 +53,7 @@ class DiffusionMatrix:
     It is exactly zero where all g_i agree to rounding. Tensors are centred before anything else: they agree where they
     are the same. Of other sources |g_i - g|^2 may be known only as a difference of products <g_i, g_j>: they agree
     where tr D is at most 8 ulps of the largest |g_i|^2, that is, of a model in float32, where they differ by less than
-    about a thousandth of their length (4e-8 after `model.double()`).
+    about a thousandth of their length (two on a GPU, and 4e-8 after `model.double()`).
 
     Vectors are tensors (d,), (d, k) for k of them, or lists with one tensor per parameter; results have their form,
     dtype and device. d counts the trainable parameters in the order of `model.parameters()`. All other results are
@@ -348,7 +348,8 @@ class DiffusionMatrix:
 
     @property
     def _ulp(self) -> float:
-        return torch.finfo(accumulate_dtype(self._source.like[0].dtype)).eps
+        like = self._source.like[0]
+        return rounding(accumulate_dtype(like.dtype), like.device)
 
     @cached_property
     def _is_zero(self) -> bool:

@@ -36,7 +36,7 @@ class Stats:
         squared_norms: |g_i - g|^2, shape (B,).
         centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it and the layers
             do not give it for nothing.
-        ulp: relative rounding error of these numbers.
+        ulp: what rounding leaves of D where all gradients agree, relative to the largest |g_i|^2; see `rounding`.
         epsilon: what the policy chose; 0 where D = 0 to rounding. None while the policy is choosing.
         weights: w_i, shape (B,), of which the direction is sum_i w_i g_i. None while the policy is choosing.
     """
@@ -285,13 +285,24 @@ def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
     return epsilon
 
 
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """What rounding leaves of D where all gradients agree, relative to |g|^2, in statistics of `dtype`.
+
+    On a GPU, float32 statistics may come from matrix units, which cut off the last bits of what they add; and where
+    torch allows TF32, from gradients rounded to 11 bits. An entry of K may then be wrong by 2^-10 of it. But K stays
+    the Gramian of gradients that are wrong by 2^-11: of a D that is zero, it shows no more than the square of that.
+    """
+    from_matrix_units = device.type == "cuda" and dtype == torch.float32
+    return 2.0**-21 if from_matrix_units else torch.finfo(dtype).eps
+
+
 def statistics(grads: PerSampleGradients, with_gram: bool) -> Stats:
     """Statistics of the centred gradients: from K = G G^T, or without it where the source can and K is not needed."""
     scalars = None if with_gram or not hasattr(grads, "scalars") else grads.scalars()
     if scalars is not None:
-        return Stats(grads.batch_size, *scalars, None, torch.finfo(scalars[1].dtype).eps)
+        return Stats(grads.batch_size, *scalars, None, rounding(scalars[1].dtype, scalars[1].device))
     gram = grads.gram()
-    return Stats(grads.batch_size, *torch.ops.rgd_ext.gram_moments(gram), torch.finfo(gram.dtype).eps)
+    return Stats(grads.batch_size, *torch.ops.rgd_ext.gram_moments(gram), rounding(gram.dtype, gram.device))
 
 
 def exact_weights(stats: Stats) -> Tensor:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from oracle import assert_close, diffusion_matrix, direction, epsilon, flat
 
 import rgd_ext
-from rgd_ext import Fixed, Rayleigh, Spectral, Trace
+from rgd_ext import Fixed, Rayleigh, Spectral, Trace, ops
 from rgd_ext.gradients import DenseGradients
+from rgd_ext.metric import Stats, rounding
 
 POLICIES = [Fixed(0.05), Spectral(0.5), Spectral(-0.5), Trace(0.5), Trace(-0.9), Rayleigh(0.5), Rayleigh(-2.0)]
 INVERSES = ["weak-field", "exact"]
@@ -91,6 +92,25 @@ def test_policies_that_do_without_the_gramian_agree_with_those_that_have_it(poli
     for name in ("grad_norm", "trace", "rayleigh", "cosine", "direction_norm", "effective_sample_size"):
         assert_close(getattr(stats, name), getattr(full, name))
     assert "epsilon=" in repr(stats)
+
+
+def test_what_tf32_leaves_of_equal_gradients_is_no_direction():
+    tie = torch.full((1024,), 1 + 2.0**-11)  # halfway between two numbers of 11 bits
+    rows = torch.stack([tie.nextafter(torch.zeros(())), tie])
+    rounded = (rows.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double()
+    moments = torch.ops.rgd_ext.gram_moments((rounded @ rounded.T).float())
+
+    def stats(dtype, device):
+        return Stats(2, *moments, rounding(dtype, torch.device(device)))
+
+    on_matrix_units = stats(torch.float32, "cuda")
+    assert on_matrix_units.trace > 0
+    assert on_matrix_units.rank == 0
+    assert ops.sample_weights(*moments[:3], moments[0].new_ones(()), on_matrix_units.ulp)[0] == 0
+    # Elsewhere, and in float64, so much is more than rounding.
+    for dtype, device in ((torch.float32, "cpu"), (torch.float64, "cpu"), (torch.float64, "cuda")):
+        assert stats(dtype, device).ulp == torch.finfo(dtype).eps
+        assert stats(dtype, device).rank == 1
 
 
 def test_norms_of_large_models_keep_their_digits():

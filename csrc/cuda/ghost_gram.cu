@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kThreads, Sums::kBlocksPerMultiprocessor)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) reduce_layers_kernel(const __grid_constant__ LayersOfLaunch layers,
-                                                                 const T* partials, int slices, bool adds, T* gram) {
+__global__ void __launch_bounds__(kThreads)
+    reduce_layers_kernel(const __grid_constant__ LayersOfLaunch layers, const T* partials, bool adds, T* gram) {
   extern __shared__ __align__(16) char shared[];
-  reduce_layers(layers, partials, slices, adds, gram, shared);
+  reduce_layers(layers, partials, adds, gram, shared);
 }
 
 // The layers [begin, end) dealt out to some `wanted` blocks.
@@ -66,23 +66,23 @@ LayersOfLaunch layers_of(at::TensorList inputs, at::TensorList output_grads, con
 template <typename Sums>
 at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
   using T = typename Sums::T;
-  using Shape = typename Sums::Shape;
-  const int64_t rows = output_grads[0].size(0), pairs = block_pairs<Sums>(rows);
+  const int64_t rows = output_grads[0].size(0), pairs = block_pairs<Sums>(rows),
+                shared_bytes = gram_shared_bytes<Sums>();
   const at::ScalarType dtype = accumulate_dtype(output_grads[0].scalar_type());
   const at::Tensor gram = at::empty({rows, rows}, output_grads[0].options().dtype(dtype));
   const auto products = ghost_products_kernel<Sums>;
-  const int64_t wanted = std::max<int64_t>(resident_blocks(products, Shape::kSharedBytes) / pairs, 1);
+  const int64_t wanted = std::max<int64_t>(resident_blocks(products, shared_bytes) / pairs, 1);
   // Each layer leaves two products at least.
-  const int64_t bytes = 2 * Shape::kSlices * rows * rows * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = 2 * rows * rows * static_cast<int64_t>(sizeof(T));
   const int64_t together = std::clamp<int64_t>(kMostBytes / bytes, 1, kFew / 2);
   for (size_t begin = 0; begin < inputs.size(); begin += together) {
     const size_t end = std::min(begin + together, inputs.size());
     const LayersOfLaunch layers = layers_of<Sums>(inputs, output_grads, biases, begin, end, wanted);
     const int64_t blocks = layers.factors.tiles / layers.block_tiles;
-    const at::Tensor partials = at::empty({blocks * Shape::kSlices, rows, rows}, gram.options());
-    launch(products, blocks, pairs, Shape::kSharedBytes, layers, partials.mutable_data_ptr<T>());
+    const at::Tensor partials = at::empty({blocks, rows, rows}, gram.options());
+    launch(products, blocks, pairs, shared_bytes, layers, partials.mutable_data_ptr<T>());
     launch(reduce_layers_kernel<T>, reduce_blocks<kGhostEntries>(rows), 1, kReduceSharedBytes, layers,
-           partials.const_data_ptr<T>(), Shape::kSlices, begin > 0, gram.mutable_data_ptr<T>());
+           partials.const_data_ptr<T>(), begin > 0, gram.mutable_data_ptr<T>());
   }
   return gram;
 }

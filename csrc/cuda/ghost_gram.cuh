@@ -15,26 +15,25 @@ struct Layers {
   bool biases[kCapacity / 2];
 };
 
-// The shares of a Part are those of one factor X: partials hold X X^T, see gram().
+// The share of a Part is one of a factor X: partials hold X X^T, see gram().
 template <typename Sums, int kCapacity>
 RGD_DEVICE void ghost_products(const Layers<kCapacity>& layers, typename Sums::T* partials, char* shared) {
   const int64_t begin = block_index() * layers.block_tiles;
   const int64_t last = Tiles<typename Sums::Storage, kCapacity>(layers.factors, begin).end();
   const int64_t end = begin + layers.block_tiles < last ? begin + layers.block_tiles : last;
-  gram<Sums>(layers.factors, {begin, end, 1, block_index() * Sums::Shape::kSlices}, partials, shared);
+  gram<Sums>(layers.factors, {begin, end, 1, block_index()}, partials, shared);
 }
 
 constexpr int kGhostEntries = 32;
 
-// gram = the sum over layers, on top of what it holds where `adds`. slices = Sums::Shape::kSlices of ghost_products.
+// gram = the sum over layers, on top of what it holds where `adds`.
 template <typename T, int kCapacity>
-RGD_DEVICE void reduce_layers(const Layers<kCapacity>& layers, const T* partials, int slices, bool adds, T* gram,
-                              char* shared) {
+RGD_DEVICE void reduce_layers(const Layers<kCapacity>& layers, const T* partials, bool adds, T* gram, char* shared) {
   const Table<kCapacity>& factors = layers.factors;
   const int64_t rows = factors.rows;
   const auto first_share = [&](int factor) {
     const int64_t tile = factor < factors.matrices ? factors.matrix[factor].first_tile : factors.tiles;
-    return tile / layers.block_tiles * slices;
+    return tile / layers.block_tiles;
   };
   reduce_symmetric<kGhostEntries>(rows, gram, shared, [&](int group, int64_t index) {
     const auto product = [&](int factor) {

@@ -11,7 +11,7 @@ template <typename Sums, int kCapacity>
 __global__ void __launch_bounds__(kThreads, Sums::kBlocksPerMultiprocessor)
     gram_kernel(const __grid_constant__ Table<kCapacity> table, typename Sums::T* partials, int64_t first_share) {
   extern __shared__ __align__(16) char shared[];
-  const Part part{block_index(), table.tiles, blocks(), first_share + block_index() * Sums::Shape::kSlices};
+  const Part part{block_index(), table.tiles, blocks(), first_share + block_index()};
   gram<Sums>(table, part, partials, shared);
 }
 
@@ -25,19 +25,17 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Sums>
 at::Tensor read_gram(at::TensorList matrices) {
   using T = typename Sums::T;
-  using Shape = typename Sums::Shape;
-  const int64_t rows = matrices[0].size(0), pairs = block_pairs<Sums>(rows);
+  const int64_t rows = matrices[0].size(0), pairs = block_pairs<Sums>(rows), shared_bytes = gram_shared_bytes<Sums>();
   const auto launches = [&](auto use) {
     const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) { return gram_kernel<Sums, kCapacity>; };
-    return for_launches<typename Sums::Storage>(matrices, {}, Shape::kLanes, pairs, Shape::kSharedBytes, kernel_for,
+    return for_launches<typename Sums::Storage>(matrices, {}, Sums::Shape::kLanes, pairs, shared_bytes, kernel_for,
                                                 use);
   };
-  const int64_t shares = launches([](auto&&...) {}) * Shape::kSlices;
+  const int64_t shares = launches([](auto&&...) {});
   const at::TensorOptions options = matrices[0].options().dtype(accumulate_dtype(matrices[0].scalar_type()));
   const at::Tensor partials = at::empty({shares, rows, rows}, options), result = at::empty({rows, rows}, options);
   launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
-    launch(kernel, blocks, pairs, Shape::kSharedBytes, table, partials.mutable_data_ptr<T>(),
-           first_block * Shape::kSlices);
+    launch(kernel, blocks, pairs, shared_bytes, table, partials.mutable_data_ptr<T>(), first_block);
   });
   launch(reduce_gram_kernel<T>, reduce_blocks<kGramEntries>(rows), 1, kReduceSharedBytes, partials.const_data_ptr<T>(),
          rows, shares, result.mutable_data_ptr<T>());

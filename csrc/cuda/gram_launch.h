@@ -22,7 +22,9 @@ inline bool tf32_allowed() {
 
 template <template <typename, int> class Sums, typename S, typename F>
 auto with_block(int64_t rows, F use) {
-  return rows <= 32   ? use(std::type_identity<Sums<S, 32>>{})
+  return rows <= 8    ? use(std::type_identity<Sums<S, 8>>{})
+         : rows <= 16 ? use(std::type_identity<Sums<S, 16>>{})
+         : rows <= 32 ? use(std::type_identity<Sums<S, 32>>{})
          : rows <= 64 ? use(std::type_identity<Sums<S, 64>>{})
                       : use(std::type_identity<Sums<S, 128>>{});
 }

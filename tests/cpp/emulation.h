@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -332,6 +333,12 @@ inline void narrow(float value, Half& to) {
 
 inline uint32_t to_tf32(uint32_t word) { return (word + 0x1000) & ~0x1fffu; }
 
+// As the matrix units hand their sums to float.
+inline float truncated(double value) {
+  const auto nearest = static_cast<float>(value);
+  return std::abs(nearest) > std::abs(value) ? std::nextafter(nearest, 0.0F) : nearest;
+}
+
 template <typename S>
 void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments {
@@ -360,7 +367,7 @@ void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_
         const Fragments left = lane(g * 4 + k), right = lane((2 * t + e % 2) * 4 + k);
         sum += product(left.a[e / 2], right.b[0]) + product(left.a[2 + e / 2], right.b[1]);
       }
-      sums[e] = static_cast<float>(sum);
+      sums[e] = truncated(sum);
     }
     return 0;
   });
