@@ -18,7 +18,7 @@ BLOCKS = {
     **{"combine": 2, "moments": 4, "products": 2, "centred": 2, "gram": 1, "ghost_products": 1},
     "squared_norm": 8,
     **dict.fromkeys(("reduce", "reduce_gram", "reduce_layers", "weights"), 4),
-    **dict.fromkeys(("group_norm_grads", "row_statistics", "layer_norm_grads", "embedding_gram"), 4),
+    **{"group_norm_grads": 3, "layer_norm_grads": 3, "add_runs": 4, "embedding_gram": 4},
     **dict.fromkeys(("row_means", "centre_gram", "sample_weights", "largest_eigenvalue"), 1),
 }
 

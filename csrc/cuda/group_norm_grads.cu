@@ -10,12 +10,25 @@
 namespace rgd_ext::cuda {
 namespace {
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads)
-    group_norm_grads_kernel(const S* output_grad, const S* input, int64_t channels, int64_t positions, double eps,
-                            ChannelSums* sums, S* weight, S* bias) {
+template <int kCount, typename S>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
+    group_norm_grads_kernel(const S* output_grad, const S* input, int64_t channels, int64_t positions,
+                            ChannelParts parts, double eps, ChannelSums<Accumulate<S>>* sums, S* weight, S* bias) {
   extern __shared__ __align__(16) char shared[];
-  group_norm_grads(output_grad, input, channels, positions, eps, sums, weight, bias, shared);
+  group_norm_grads<kCount>(output_grad, input, channels, positions, parts, eps, sums, weight, bias, shared);
+}
+
+template <int kCount, typename S>
+void read_groups(const S* output_grad, const S* input, int64_t groups, int64_t channels, int64_t positions, double eps,
+                 const at::Tensor& weight, const at::Tensor& bias) {
+  using Sums = ChannelSums<Accumulate<S>>;
+  const ChannelParts parts = channel_parts(channels, positions / kCount);
+  const int64_t units = groups * channels * parts.number, numbers = sizeof(Sums) / sizeof(Accumulate<S>);
+  const at::TensorOptions options = weight.options().dtype(accumulate_dtype(weight.scalar_type()));
+  const at::Tensor sums = at::empty({units, numbers}, options);
+  launch(group_norm_grads_kernel<kCount, S>, groups, 1, group_norm_shared_bytes<S>(), output_grad, input, channels,
+         positions, parts, eps, static_cast<Sums*>(sums.mutable_data_ptr()), static_cast<S*>(weight.mutable_data_ptr()),
+         static_cast<S*>(bias.mutable_data_ptr()));
 }
 
 std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
@@ -23,18 +36,19 @@ std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& o
   check_group_norm(output_grad, input, groups);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
-  const int64_t batch_size = input.size(0), number = input.size(1), channels = number / groups;
+  const int64_t batch_size = input.size(0), number = input.size(1);
   const at::Tensor weight = at::empty({batch_size, number}, input.options());
   const at::Tensor bias = at::empty({batch_size, number}, input.options());
-  if (number == 0) return {weight, bias};
-  const int64_t units = batch_size * number * channel_parts(channels), numbers = sizeof(ChannelSums) / sizeof(double);
-  const at::Tensor sums = at::empty({units, numbers}, input.options().dtype(at::kDouble));
+  if (weight.numel() == 0) return {weight, bias};
+  const int64_t positions = input.numel() / (batch_size * number), channels = number / groups;
   with_storage(input.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
-    launch(group_norm_grads_kernel<S>, batch_size * groups, 1, kGroupNormSharedBytes,
-           static_cast<const S*>(grads.const_data_ptr()), static_cast<const S*>(inputs.const_data_ptr()), channels,
-           input.numel() / (batch_size * number), eps, static_cast<ChannelSums*>(sums.mutable_data_ptr()),
-           static_cast<S*>(weight.mutable_data_ptr()), static_cast<S*>(bias.mutable_data_ptr()));
+    const S *e = static_cast<const S*>(grads.const_data_ptr()), *x = static_cast<const S*>(inputs.const_data_ptr());
+    if (on_packets(e, x, positions)) {
+      read_groups<Packet<S>::kColumns>(e, x, batch_size * groups, channels, positions, eps, weight, bias);
+    } else {
+      read_groups<1>(e, x, batch_size * groups, channels, positions, eps, weight, bias);
+    }
   });
   return {weight, bias};
 }

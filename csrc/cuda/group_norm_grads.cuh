@@ -3,73 +3,130 @@
 // Per-sample gradients of a GroupNorm's weight and bias: sum_t e_t x^_t and sum_t e_t per sample and channel. Each
 // block has one group of one sample, which lies side by side; it is read for its mean, and again, from cache, with e.
 
-#include "reduce.cuh"
+#include <algorithm>
+
+#include "norms.cuh"
 
 namespace rgd_ext::cuda {
 
-// Warps share a channel where there are fewer channels than warps.
-constexpr int64_t channel_parts(int64_t channels) { return channels < kWarps ? kWarps / channels : 1; }
-
 // Of one part of a channel, with x centred by a mean that was rounded.
-struct ChannelSums {
-  double values, squares, products, grads;  // of x, x^2, e x, e
+template <typename T>
+struct alignas(16) ChannelSums {
+  T values, squares, products, grads;  // of x, x^2, e x, e
 };
 
-// Doubles of shared memory: one per warp.
-constexpr int64_t kGroupNormSharedBytes = kWarps * sizeof(double);
+constexpr int kPairsTogether = 4;  // reads of x and of e that a lane has under way
+
+// A channel in parts, where there are few channels, and each part shared by a few lanes.
+struct ChannelParts {
+  int number, lanes;
+};
+
+// For channels that take so many reads: lanes have kPairsTogether reads each if there are enough, and not too many.
+constexpr ChannelParts channel_parts(int64_t channels, int64_t reads) {
+  const int lanes = row_lanes((reads + kPairsTogether - 1) / kPairsTogether);
+  const auto parts_of = [&](int64_t reads_of_lane) {
+    return std::max<int64_t>((reads + lanes * reads_of_lane - 1) / (lanes * reads_of_lane), 1);
+  };
+  const int64_t number = std::clamp(kThreads / lanes / channels, parts_of(kShortSum), parts_of(kPairsTogether));
+  return {static_cast<int>(number), lanes};
+}
+
+// A number of each warp.
+template <typename S>
+constexpr int64_t group_norm_shared_bytes() {
+  return kWarps * sizeof(Accumulate<S>);
+}
+
+// What one lane adds up in so many reads.
+template <int kCount, typename S>
+RGD_DEVICE ChannelSums<Accumulate<S>> channel_sums(int64_t reads, const PairReader<kCount, S>& reader,
+                                                   Accumulate<S> mean) {
+  using T = Accumulate<S>;
+  constexpr int kTogether = sizeof(T) == 8 ? kPairsTogether / 2 : kPairsTogether;  // sums of double take registers
+  ChannelSums<T> sums{};
+  for_reads<kTogether>(reads, reader, [&](const auto& pair) {
+    ChannelSums<T> terms{};
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const T value = pair.x[c] - mean, grad = pair.e[c];
+      terms.values += value;
+      terms.squares += value * value;
+      terms.products += value * grad;
+      terms.grads += grad;
+    }
+    sums.values += terms.values;
+    sums.squares += terms.squares;
+    sums.products += terms.products;
+    sums.grads += terms.grads;
+  });
+  return sums;
+}
 
 // output_grad and input (B, groups, channels, positions), weight and bias (B, groups, channels), sums (B, groups,
-// channel_parts, channels).
-template <typename S>
-RGD_DEVICE void group_norm_grads(const S* output_grad, const S* input, int64_t channels, int64_t positions, double eps,
-                                 ChannelSums* sums, S* weight, S* bias, char* memory) {
+// parts, channels).
+template <int kCount, typename S>
+RGD_DEVICE void group_norm_grads(const S* output_grad, const S* input, int64_t channels, int64_t positions,
+                                 const ChannelParts& parts, double eps, ChannelSums<Accumulate<S>>* sums, S* weight,
+                                 S* bias, char* memory) {
   using T = Accumulate<S>;
-  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
-  const int64_t parts = channel_parts(channels), first = block_index() * channels, all = channels * positions;
+  const int64_t first = block_index() * channels, all = channels * positions;
   const S *x = input + first * positions, *e = output_grad + first * positions;
   const double size = static_cast<double>(all > 0 ? all : 1);
-  ChannelSums* own = sums + first * parts;
-  double* shared = reinterpret_cast<double*>(memory);
+  T* shared = reinterpret_cast<T*>(memory);
 
-  LongSum<T> values;
-  for (int64_t i = thread_index(); i < all; i += kThreads) values.add(widen(x[i]));
-  const double of_warp = warp_sum(values.total());
-  if (lane == 0) shared[warp] = of_warp;
+  T sum = 0;
+  const Reader<kCount, S> reader{x + thread_index() * kCount, kThreads * kCount};
+  for_reads<8>(share_of(all / kCount, thread_index(), kThreads), reader, [&](const Loaded<kCount, S>& read) {
+    T of_read = 0;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) of_read += read[c];
+    sum += of_read;
+  });
+  sum = warp_sum(sum);
+  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
   barrier();
-  double sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += shared[w];
-  const T mean = static_cast<T>(sum / size);
+  T mean = 0;  // any number nearby would do
+  for (int w = 0; w < kWarps; ++w) mean += shared[w];
+  mean /= static_cast<T>(size);
 
-  for (int64_t unit = warp; unit < parts * channels; unit += kWarps) {
-    const int64_t offset = unit % channels * positions;
-    LongSum<T> values, squares, products, grads;
-    for (int64_t i = unit / channels * kWarp + lane; i < positions; i += parts * kWarp) {
-      const T value = widen(x[offset + i]) - mean, grad = widen(e[offset + i]);
-      values.add(value);
-      squares.add(value * value);
-      products.add(value * grad);
-      grads.add(grad);
+  const int lanes = parts.lanes, lane = thread_index() % lanes, teams = kThreads / lanes;
+  const int64_t units = parts.number * channels, reads = positions / kCount, step = int64_t{parts.number} * lanes;
+  ChannelSums<T>* own = sums + first * parts.number;
+  int part = 0;
+  int64_t channel = thread_index() / lanes;
+  for (int64_t done = 0; done < units; done += teams, channel += teams) {
+    for (; channel >= channels; channel -= channels) ++part;
+    const bool mine = part < parts.number;  // the rest of the warp has to wait
+    const int64_t start = int64_t{part} * lanes + lane, offset = channel * positions + start * kCount;
+    const PairReader<kCount, S> reader{x + offset, e + offset, step * kCount};
+    const ChannelSums<T> found = channel_sums(mine ? share_of(reads, start, step) : 0, reader, mean);
+    const ChannelSums<T> totals{warp_sum(found.values, lanes), warp_sum(found.squares, lanes),
+                                warp_sum(found.products, lanes), warp_sum(found.grads, lanes)};
+    if (mine && lane == 0) own[part * channels + channel] = totals;
+  }
+  barrier();
+
+  if (thread_index() < kWarp) {
+    double rest = 0, squares = 0;
+    for (int64_t unit = thread_index(); unit < units; unit += kWarp) {
+      rest += own[unit].values;
+      squares += own[unit].squares;
     }
-    const ChannelSums totals{warp_sum(values.total()), warp_sum(squares.total()), warp_sum(products.total()),
-                             warp_sum(grads.total())};
-    if (lane == 0) own[unit] = totals;
+    rest = warp_sum(rest) / size;
+    const double variance = warp_sum(squares) / size - rest * rest;
+    shared[0] = static_cast<T>(rest);
+    shared[1] = 1 / sqrt(static_cast<T>(variance + eps));
   }
   barrier();
-
-  double rest = 0, squares = 0;
-  for (int64_t unit = lane; unit < parts * channels; unit += kWarp) {
-    rest += own[unit].values;
-    squares += own[unit].squares;
-  }
-  rest = warp_sum(rest) / size;
-  const double deviation = sqrt(warp_sum(squares) / size - rest * rest + eps);
+  const T rest = shared[0], scale = shared[1];
   for (int64_t c = thread_index(); c < channels; c += kThreads) {
     double products = 0, grads = 0;
-    for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t part = 0; part < parts.number; ++part) {
       products += own[part * channels + c].products;
       grads += own[part * channels + c].grads;
     }
-    narrow(static_cast<T>((products - rest * grads) / deviation), weight[first + c]);
+    narrow(static_cast<T>((products - rest * grads) * scale), weight[first + c]);
     narrow(static_cast<T>(grads), bias[first + c]);
   }
 }

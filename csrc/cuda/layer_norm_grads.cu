@@ -10,19 +10,40 @@
 namespace rgd_ext::cuda {
 namespace {
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads)
-    row_statistics_kernel(const S* input, int64_t rows, int64_t columns, double eps, bool centred,
-                          RowStatistics<Accumulate<S>>* statistics) {
-  row_statistics(input, rows, columns, eps, centred, statistics);
+template <int kCount, typename S, typename Sum>
+__global__ void __launch_bounds__(kThreads, 3)
+    layer_norm_grads_kernel(const S* output_grad, const S* input, Runs runs, int64_t columns, double eps, bool centred,
+                            Sum* weight, Sum* bias) {
+  extern __shared__ __align__(16) char shared[];
+  layer_norm_grads<kCount>(output_grad, input, runs, columns, eps, centred, weight, bias, shared);
 }
 
-template <typename S>
+template <typename S, typename T>
 __global__ void __launch_bounds__(kThreads)
-    layer_norm_grads_kernel(const S* output_grad, const S* input, const RowStatistics<Accumulate<S>>* statistics,
-                            int64_t places, int64_t columns, S* weight, S* bias) {
+    add_runs_kernel(const T* weights, const T* biases, Runs runs, int64_t columns, S* weight, S* bias) {
   extern __shared__ __align__(16) char shared[];
-  layer_norm_grads(output_grad, input, statistics, places, columns, weight, bias, shared);
+  const bool of_bias = block_index_y() > 0;
+  add_runs(of_bias ? biases : weights, runs, columns, of_bias ? bias : weight, shared);
+}
+
+template <int kCount, typename S>
+void read_samples(const S* output_grad, const S* input, int64_t samples, int64_t places, int64_t columns, double eps,
+                  bool centred, const at::Tensor& weight, const at::Tensor& bias) {
+  using T = Accumulate<S>;
+  const int64_t resident = resident_blocks(layer_norm_grads_kernel<kCount, S, T>, 0);
+  const Runs runs = runs_of(samples, places, columns / kCount, resident);
+  const auto read = [&]<typename Sum>(Sum* weights, Sum* biases) {
+    launch(layer_norm_grads_kernel<kCount, S, Sum>, runs.blocks(), 1, layer_norm_shared_bytes<S>(runs), output_grad,
+           input, runs, columns, eps, centred, weights, biases);
+  };
+  S *weights = static_cast<S*>(weight.mutable_data_ptr()), *biases = static_cast<S*>(bias.mutable_data_ptr());
+  if (runs.of_sample == 1) return read(weights, biases);
+  const at::TensorOptions options = weight.options().dtype(accumulate_dtype(weight.scalar_type()));
+  const at::Tensor partials = at::empty({2, runs.number(), columns}, options);
+  T *weight_sums = partials.mutable_data_ptr<T>(), *bias_sums = weight_sums + runs.number() * columns;
+  read(weight_sums, bias_sums);
+  launch(add_runs_kernel<S, T>, add_runs_blocks(runs, columns), 2, kAddRunsSharedBytes, weight_sums, bias_sums, runs,
+         columns, weights, biases);
 }
 
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
@@ -33,20 +54,16 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& o
   const int64_t batch_size = input.size(0), columns = input.size(-1);
   const at::Tensor weight = at::empty({batch_size, columns}, input.options());
   const at::Tensor bias = at::empty({batch_size, columns}, input.options());
-  if (columns == 0) return {weight, bias};
-  const int64_t rows = input.numel() / columns;
-  const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
+  if (weight.numel() == 0) return {weight, bias};
+  const int64_t places = input.numel() / (batch_size * columns);
   with_storage(input.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
-    using Statistics = RowStatistics<Accumulate<S>>;
-    constexpr int64_t kNumbers = sizeof(Statistics) / sizeof(Accumulate<S>);
-    const at::Tensor statistics = at::empty({rows, kNumbers}, input.options().dtype(dtype));
-    Statistics* of_rows = static_cast<Statistics*>(statistics.mutable_data_ptr());
-    const S* x = static_cast<const S*>(inputs.const_data_ptr());
-    launch(row_statistics_kernel<S>, row_blocks(rows), 1, 0, x, rows, columns, eps, centred, of_rows);
-    launch(layer_norm_grads_kernel<S>, batch_size * column_chunks(columns), 1, kLayerNormSharedBytes,
-           static_cast<const S*>(grads.const_data_ptr()), x, of_rows, rows / batch_size, columns,
-           static_cast<S*>(weight.mutable_data_ptr()), static_cast<S*>(bias.mutable_data_ptr()));
+    const S *e = static_cast<const S*>(grads.const_data_ptr()), *x = static_cast<const S*>(inputs.const_data_ptr());
+    if (on_packets(e, x, columns)) {
+      read_samples<Packet<S>::kColumns>(e, x, batch_size, places, columns, eps, centred, weight, bias);
+    } else {
+      read_samples<1>(e, x, batch_size, places, columns, eps, centred, weight, bias);
+    }
   });
   return {weight, bias};
 }

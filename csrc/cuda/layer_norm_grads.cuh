@@ -1,81 +1,156 @@
 #pragma once
 
 // Per-sample gradients of the weight and bias of a LayerNorm or RMSNorm over (B, places, n): sum_t e_t o x^_t and
-// sum_t e_t per sample. A row is normalised by statistics of all its columns, and columns are summed over all places
-// of a sample, so they are two kernels.
+// sum_t e_t per sample. The places of a sample are cut into short runs. A block finds the statistics of the rows of its
+// runs and reads these rows again, from cache, for the sums over each run; another kernel adds up the runs.
 
-#include "reduce.cuh"
+#include <algorithm>
+
+#include "norms.cuh"
 
 namespace rgd_ext::cuda {
 
-// x^ = ((x - mean) - rest) * scale, where `rest` is what rounding the mean left.
+// x^ = (x - mean) * scale + shift, where the shift makes up for what rounding the mean left.
 template <typename T>
-struct RowStatistics {
-  T mean, rest, scale;
+struct alignas(16) RowStatistics {
+  T mean, scale, shift;
 };
 
-// statistics[r] of the rows of `input`, one warp a row; RMSNorm's if not centred.
-template <typename S>
-RGD_DEVICE void row_statistics(const S* input, int64_t rows, int64_t columns, double eps, bool centred,
-                               RowStatistics<Accumulate<S>>* statistics) {
+// Of one row, by `lanes` neighbours in a warp, of which this is `lane`; RMSNorm's if not centred.
+template <int kCount, typename S>
+RGD_DEVICE RowStatistics<Accumulate<S>> row_statistics(const S* row, int64_t columns, double eps, bool centred,
+                                                       int lane, int lanes) {
   using T = Accumulate<S>;
-  const int64_t row = row_of_warp();
-  if (row >= rows) return;
-  const int lane = thread_index() % kWarp;
-  const S* x = input + row * columns;
-  const double size = static_cast<double>(columns);
-  T mean = 0;
+  const int64_t reads = share_of(columns / kCount, lane, lanes);
+  const Reader<kCount, S> reader{row + lane * kCount, lanes * kCount};
+  const T share = 1 / static_cast<T>(columns);
+  T mean = 0;  // any number nearby would do
   if (centred) {
-    LongSum<T> values;
-    for (int64_t c = lane; c < columns; c += kWarp) values.add(widen(x[c]));
-    mean = static_cast<T>(warp_sum(values.total()) / size);
+    for_reads<4>(reads, reader, [&](const Loaded<kCount, S>& x) {
+      T sum = 0;
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sum += x[c];
+      mean += sum;
+    });
+    mean = warp_sum(mean, lanes) * share;
   }
   LongSum<T> values, squares;
-  for (int64_t c = lane; c < columns; c += kWarp) {
-    const T value = widen(x[c]) - mean;
-    values.add(value);
-    squares.add(value * value);
-  }
-  const double rest = centred ? warp_sum(values.total()) / size : 0;
-  const double variance = warp_sum(squares.total()) / size - rest * rest;
-  if (lane == 0) statistics[row] = {mean, static_cast<T>(rest), static_cast<T>(1 / sqrt(variance + eps))};
+  for_reads<4>(reads, reader, [&](const Loaded<kCount, S>& x) {
+    T value_sum = 0, square_sum = 0;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const T value = x[c] - mean;
+      value_sum += value;
+      square_sum += value * value;
+    }
+    values.add(value_sum);
+    squares.add(square_sum);
+  });
+  const T rest = centred ? warp_sum(static_cast<T>(values.total()), lanes) * share : 0;
+  const T variance = warp_sum(static_cast<T>(squares.total()), lanes) * share - rest * rest;
+  const T scale = 1 / sqrt(variance + static_cast<T>(eps));
+  return {mean, scale, -rest * scale};
 }
 
-constexpr int64_t column_chunks(int64_t columns) { return (columns + kWarp - 1) / kWarp; }
+// The places of each sample in runs of `length`, numbered on from sample to sample; the last one of a sample may be
+// shorter. A block has a few neighbouring runs.
+struct Runs {
+  int64_t samples, places, length, of_sample, of_block;
 
-// Of each thread two sums.
-constexpr int64_t kLayerNormSharedBytes = 2 * kThreads * sizeof(double);
+  constexpr int64_t number() const { return samples * of_sample; }
+  constexpr int64_t blocks() const { return (number() + of_block - 1) / of_block; }
+  constexpr int64_t rows_of_block() const { return of_block * length; }
+  constexpr int64_t first_row(int64_t run) const { return run / of_sample * places + run % of_sample * length; }
+};
 
-// weight and bias, (B, n): block `sample * column_chunks(n) + chunk` has a warp's width of columns, and its warps share
-// the places.
+// As few runs as keep `resident` blocks busy, of rows that take so many reads.
+constexpr Runs runs_of(int64_t samples, int64_t places, int64_t reads, int64_t resident) {
+  const int64_t some = std::max<int64_t>(places, 1);
+  const int64_t wanted = std::clamp(resident / samples, (some + kShortSum - 1) / kShortSum, some);
+  const int64_t length = (some + wanted - 1) / wanted, of_sample = (some + length - 1) / length;
+  // Threads that have something to do for one run: there are two phases.
+  const int64_t busy = std::max<int64_t>(std::min(reads, row_lanes(reads) * length), 8);
+  const int64_t of_block =
+      std::clamp<int64_t>(samples * of_sample / resident, 1, std::max<int64_t>(kThreads / busy, 1));
+  return {samples, places, length, of_sample, of_block};
+}
+
 template <typename S>
-RGD_DEVICE void layer_norm_grads(const S* output_grad, const S* input, const RowStatistics<Accumulate<S>>* statistics,
-                                 int64_t places, int64_t columns, S* weight, S* bias, char* memory) {
+int64_t layer_norm_shared_bytes(const Runs& runs) {
+  return runs.rows_of_block() * static_cast<int64_t>(sizeof(RowStatistics<Accumulate<S>>));
+}
+
+// Sums over each run, (runs, n): of type S where each sample is one run, which makes them weight and bias, else in T.
+template <int kCount, typename S, typename Sum>
+RGD_DEVICE void layer_norm_grads(const S* output_grad, const S* input, const Runs& runs, int64_t columns, double eps,
+                                 bool centred, Sum* weight, Sum* bias, char* shared) {
   using T = Accumulate<S>;
-  const int64_t chunks = column_chunks(columns), sample = block_index() / chunks;
-  const int64_t column = block_index() % chunks * kWarp + thread_index() % kWarp;
-  LongSum<T> products, grads;
-  if (column < columns) {
-    for (int64_t place = thread_index() / kWarp; place < places; place += kWarps) {
-      const int64_t row = sample * places + place;
-      const RowStatistics<T> of_row = statistics[row];
-      const T grad = widen(output_grad[row * columns + column]);
-      products.add((widen(input[row * columns + column]) - of_row.mean - of_row.rest) * of_row.scale * grad);
-      grads.add(grad);
-    }
+  const int64_t begin = block_index() * runs.of_block, reads = columns / kCount;
+  const int64_t end = begin + runs.of_block < runs.number() ? begin + runs.of_block : runs.number();
+  const int64_t first = runs.first_row(begin), rows = runs.first_row(end) - first;
+  RowStatistics<T>* statistics = reinterpret_cast<RowStatistics<T>*>(shared);
+
+  const int lanes = row_lanes(reads), lane = thread_index() % lanes, group = thread_index() / lanes;
+  for (int64_t done = 0; done < rows; done += kThreads / lanes) {
+    const int64_t row = done + group < rows ? done + group : rows - 1;  // a warp stays together
+    const RowStatistics<T> found =
+        row_statistics<kCount>(input + (first + row) * columns, columns, eps, centred, lane, lanes);
+    if (done + group == row && lane == 0) statistics[row] = found;
   }
-  double* shared = reinterpret_cast<double*>(memory);
-  shared[thread_index()] = products.total();
-  shared[kThreads + thread_index()] = grads.total();
   barrier();
-  if (thread_index() >= kWarp || column >= columns) return;
-  double product = 0, grad = 0;
-  for (int slot = thread_index(); slot < kThreads; slot += kWarp) {
-    product += shared[slot];
-    grad += shared[kThreads + slot];
+
+  for (int64_t index = thread_index(); index < (end - begin) * reads; index += kThreads) {
+    const int64_t run = begin + index / reads, column = index % reads * kCount;
+    const int64_t row = runs.first_row(run), offset = row * columns + column;
+    const RowStatistics<T>* next = statistics + (row - first);
+    T products[kCount] = {}, grads[kCount] = {};
+    const PairReader<kCount, S> reader{input + offset, output_grad + offset, columns};
+    for_reads<4>(runs.first_row(run + 1) - row, reader, [&](const auto& pair) {
+      const RowStatistics<T> of_row = *next++;
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        const T grad = pair.e[c];
+        products[c] += ((pair.x[c] - of_row.mean) * of_row.scale + of_row.shift) * grad;
+        grads[c] += grad;
+      }
+    });
+    store(products, weight + run * columns + column);
+    store(grads, bias + run * columns + column);
   }
-  narrow(static_cast<T>(product), weight[sample * columns + column]);
-  narrow(static_cast<T>(grad), bias[sample * columns + column]);
+}
+
+// Warps that add up the runs of a sample: each has four, if there are warps enough.
+constexpr int add_runs_warps(int64_t runs) {
+  const int warps = row_lanes((runs + 3) / 4);
+  return warps < kWarps ? warps : kWarps;
+}
+
+constexpr int64_t add_runs_blocks(const Runs& runs, int64_t columns) {
+  return (runs.samples * columns * add_runs_warps(runs.of_sample) + kThreads - 1) / kThreads;
+}
+
+constexpr int64_t kAddRunsSharedBytes = kThreads * sizeof(double);
+
+// sums[b] = the sum of partials[b, r] over the runs r of each sample b, (B, n) of (B, runs, n).
+template <typename T, typename S>
+RGD_DEVICE void add_runs(const T* partials, const Runs& runs, int64_t columns, S* sums, char* shared) {
+  const int warp = thread_index() / kWarp, warps = add_runs_warps(runs.of_sample), share = warp % warps;
+  const int64_t index = (block_index() * kWarps + warp) / warps * kWarp + thread_index() % kWarp;
+  const bool mine = index < runs.samples * columns;
+  LongSum<T> sum;
+  if (mine) {
+    const int64_t first_run = index / columns * runs.of_sample + share;
+    const Reader<1, T> reader{partials + first_run * columns + index % columns, warps * columns};
+    for_reads<4>(share_of(runs.of_sample, share, warps), reader,
+                 [&](const Loaded<1, T>& partial) { sum.add(partial[0]); });
+  }
+  double* totals = reinterpret_cast<double*>(shared);
+  totals[thread_index()] = sum.total();
+  barrier();
+  if (share > 0 || !mine) return;
+  double total = 0;
+  for (int w = 0; w < warps; ++w) total += totals[thread_index() + w * kWarp];
+  narrow(static_cast<T>(total), sums[index]);
 }
 
 }  // namespace rgd_ext::cuda

@@ -158,15 +158,19 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;  // of a block
 
-// The values of a warp's lanes combined, in a fixed order; every lane calls it and gets the result.
+// The values of a warp's lanes, or of `lanes` neighbours (a power of two), combined in a fixed order; every lane calls
+// it and gets the result.
 template <typename T, typename F>
-RGD_DEVICE T warp_combined(T value, F combine) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+RGD_DEVICE T warp_combined(T value, F combine, int lanes = kWarp) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(value, mask);
+    if (mask < lanes) value = combine(value, other);
+  }
   return value;
 }
 template <typename T>
-RGD_DEVICE T warp_sum(T value) {
-  return warp_combined(value, [](T a, T b) { return a + b; });
+RGD_DEVICE T warp_sum(T value, int lanes = kWarp) {
+  return warp_combined(value, [](T a, T b) { return a + b; }, lanes);
 }
 
 RGD_DEVICE float widen(float value) { return value; }

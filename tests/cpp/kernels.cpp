@@ -51,6 +51,7 @@ struct Shape {
   int64_t padding;        // elements in front of each row; odd numbers leave rows unaligned
   int64_t behind = 0;     // elements behind each row but the last; may let aligned rows end inside 16 bytes
   bool positive = false;  // all elements between 1 and 2
+  float mean = 3;         // of what is normalised
 };
 
 std::string describe(const Shape& shape) {
@@ -382,14 +383,14 @@ struct NormProblem {
   Doubles x, e, want;
   int64_t results;
 
-  NormProblem(int64_t numbers, int64_t results)
+  NormProblem(int64_t numbers, int64_t results, float mean)
       : input(new S[numbers]),
         output_grad(new S[numbers]),
         weight(new S[results]),
         bias(new S[results]),
         results(results) {
     std::mt19937 random(11);
-    std::normal_distribution<float> normal(3);
+    std::normal_distribution<float> normal(mean);
     for (auto [to, copy] : {std::pair{&input, &x}, {&output_grad, &e}})
       for (int64_t i = 0; i < numbers; ++i) {
         narrow(Accumulate<S>(normal(random)), (*to)[i]);
@@ -408,17 +409,28 @@ struct NormProblem {
   }
 };
 
+// By reads of 16 bytes where all rows start there, and of one element.
+template <typename S, typename F>
+double by_reads(int64_t columns, F deviation) {
+  constexpr int kColumns = Packet<S>::kColumns;
+  const double by_element = deviation(std::integral_constant<int, 1>());
+  if (columns % kColumns != 0) return by_element;
+  return std::max(by_element, deviation(std::integral_constant<int, kColumns>()));
+}
+
 // Few channels and many, of a few groups of as many places as `shape` has columns.
-template <typename S>
-double check_group_norm(const Shape& shape, unsigned seed) {
-  const int64_t groups = shape.blocks + 1, channels = 1 + shape.rows % 11, positions = shape.columns[0];
+template <typename S, int kCount>
+double check_group_norm_by(const Shape& shape, unsigned seed) {
+  using T = Accumulate<S>;
+  const int64_t groups = shape.blocks + 1, channels = 1 + shape.rows % 71, positions = shape.columns[0];
   const int64_t all = channels * positions;
   const double eps = 1e-5;
-  NormProblem<S> problem(groups * all, groups * channels);
-  std::unique_ptr<ChannelSums[]> sums(new ChannelSums[groups * channels * channel_parts(channels)]);
-  machine.run(groups, 1, kGroupNormSharedBytes, seed, [&](char* shared) {
-    group_norm_grads(problem.output_grad.get(), problem.input.get(), channels, positions, eps, sums.get(),
-                     problem.weight.get(), problem.bias.get(), shared);
+  NormProblem<S> problem(groups * all, groups * channels, shape.mean);
+  const ChannelParts parts = channel_parts(channels, positions / kCount);
+  std::vector<ChannelSums<T>> sums(groups * channels * parts.number, {NAN, NAN, NAN, NAN});
+  machine.run(groups, 1, group_norm_shared_bytes<S>(), seed, [&](char* shared) {
+    group_norm_grads<kCount>(problem.output_grad.get(), problem.input.get(), channels, positions, parts, eps,
+                             sums.data(), problem.weight.get(), problem.bias.get(), shared);
   });
   Doubles grads;
   for (int64_t g = 0; g < groups; ++g) {
@@ -435,19 +447,36 @@ double check_group_norm(const Shape& shape, unsigned seed) {
   return problem.deviation(std::sqrt(positions));
 }
 
-template <typename S, bool kCentred>
-double check_layer_norm(const Shape& shape, unsigned seed) {
+template <typename S>
+double check_group_norm(const Shape& shape, unsigned seed) {
+  return by_reads<S>(shape.columns[0], [&](auto count) { return check_group_norm_by<S, count>(shape, seed); });
+}
+
+// The lanes of `shape` are blocks that run at the same time.
+template <typename S, bool kCentred, int kCount>
+double check_layer_norm_by(const Shape& shape, unsigned seed) {
+  using T = Accumulate<S>;
   const int64_t batch_size = shape.blocks, places = shape.rows, columns = std::max<int64_t>(shape.columns[0], 1);
   const int64_t rows = batch_size * places;
   const double eps = 1e-5;
-  NormProblem<S> problem(rows * columns, batch_size * columns);
-  std::unique_ptr<RowStatistics<Accumulate<S>>[]> statistics(new RowStatistics<Accumulate<S>>[rows]);
-  machine.run(row_blocks(rows), 1, 0, seed,
-              [&](char*) { row_statistics(problem.input.get(), rows, columns, eps, kCentred, statistics.get()); });
-  machine.run(batch_size * column_chunks(columns), 1, kLayerNormSharedBytes, seed, [&](char* shared) {
-    layer_norm_grads(problem.output_grad.get(), problem.input.get(), statistics.get(), places, columns,
-                     problem.weight.get(), problem.bias.get(), shared);
-  });
+  NormProblem<S> problem(rows * columns, batch_size * columns, shape.mean);
+  const Runs runs = runs_of(batch_size, places, columns / kCount, shape.lanes);
+  const auto read = [&](auto* weights, auto* biases) {
+    machine.run(runs.blocks(), 1, layer_norm_shared_bytes<S>(runs), seed, [&](char* shared) {
+      layer_norm_grads<kCount>(problem.output_grad.get(), problem.input.get(), runs, columns, eps, kCentred, weights,
+                               biases, shared);
+    });
+  };
+  if (runs.of_sample == 1) {
+    read(problem.weight.get(), problem.bias.get());
+  } else {
+    const int64_t sums = runs.number() * columns;
+    const std::unique_ptr<T[]> weights(new T[sums]), biases(new T[sums]);
+    read(weights.get(), biases.get());
+    for (auto [from, to] : {std::pair{weights.get(), problem.weight.get()}, {biases.get(), problem.bias.get()}})
+      machine.run(add_runs_blocks(runs, columns), 1, kAddRunsSharedBytes, seed,
+                  [&](char* shared) { add_runs(from, runs, columns, to, shared); });
+  }
   problem.want.assign(2 * batch_size * columns, 0);
   for (int64_t r = 0; r < rows; ++r) {
     const double* x = problem.x.data() + r * columns;
@@ -460,6 +489,12 @@ double check_layer_norm(const Shape& shape, unsigned seed) {
     }
   }
   return problem.deviation(std::sqrt(places));
+}
+
+template <typename S, bool kCentred>
+double check_layer_norm(const Shape& shape, unsigned seed) {
+  return by_reads<S>(std::max<int64_t>(shape.columns[0], 1),
+                     [&](auto count) { return check_layer_norm_by<S, kCentred, count>(shape, seed); });
 }
 
 // Some more samples than blocks, of about as many entries as rows, some of them in one row of the table. What must not
@@ -584,22 +619,42 @@ std::vector<Kernel> all_kernels() {
   return kernels;
 }
 
-void test_against_double() {
-  const std::vector<Shape> shapes = {
-      {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},        {3, {0, 5}, 8, 1, 1},         {7, {640}, 32, 2, 0},
-      {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8},       {33, {300, 0, 41}, 4, 2, 1},  {64, {257}, 32, 5, 3},
-      {70, {130, 260}, 16, 3, 0},   {130, {520}, 8, 2, 0},       {150, {97, 64}, 4, 3, 5},     {260, {65}, 4, 2, 0},
-      {9, {61, 5}, 8, 2, 0, 3},     {70, {125, 13}, 8, 3, 0, 3}, {5, {1030, 3}, 256, 1, 1},    {4, {70}, 256, 1, 0},
-      {4, {4000, 70}, 256, 2, 0},   {11, {600, 70}, 128, 2, 0},  {20, {64, 530}, 64, 2, 0, 3}, {8, {2100, 3}, 32, 2, 0},
-      {15, {1300, 70}, 16, 1, 1},
-  };
+void expect_agreement(const std::vector<Kernel>& kernels, const std::vector<Shape>& shapes) {
   unsigned seed = 0;
-  for (const Kernel& kernel : all_kernels()) {
+  for (const Kernel& kernel : kernels) {
     for (const Shape& shape : shapes) {
       const double ratio = kernel.check(shape, ++seed);
       expect(ratio <= 1, kernel.name + ", " + describe(shape) + ": error " + std::to_string(ratio) + " of allowed");
     }
   }
+}
+
+void test_against_double() {
+  expect_agreement(all_kernels(),
+                   {
+                       {1, {1}, 32, 1, 0},           {2, {129}, 32, 2, 0},         {3, {0, 5}, 8, 1, 1},
+                       {7, {640}, 32, 2, 0},         {16, {515, 1, 64}, 16, 3, 0}, {17, {1000}, 8, 4, 8},
+                       {33, {300, 0, 41}, 4, 2, 1},  {64, {257}, 32, 5, 3},        {70, {130, 260}, 16, 3, 0},
+                       {130, {520}, 8, 2, 0},        {150, {97, 64}, 4, 3, 5},     {260, {65}, 4, 2, 0},
+                       {9, {61, 5}, 8, 2, 0, 3},     {70, {125, 13}, 8, 3, 0, 3},  {5, {1030, 3}, 256, 1, 1},
+                       {4, {70}, 256, 1, 0},         {4, {4000, 70}, 256, 2, 0},   {11, {600, 70}, 128, 2, 0},
+                       {20, {64, 530}, 64, 2, 0, 3}, {8, {2100, 3}, 32, 2, 0},     {15, {1300, 70}, 16, 1, 1},
+                   });
+}
+
+// Samples of one place, and of none; narrow rows at many places; rows with more reads than a block has threads, and
+// than a lane adds up in T.
+void test_normalisations() {
+  std::vector<Kernel> norms = all_kernels();
+  std::erase_if(norms, [](const Kernel& kernel) { return kernel.name.find(" norm") == std::string::npos; });
+  expect_agreement(
+      norms,
+      {{1, {96}, 4, 70, 0}, {0, {5}, 4, 3, 0}, {700, {24}, 8, 2, 0}, {39, {2104}, 4, 1, 0}, {2, {17000}, 4, 1, 0}});
+  // What rounding a mean leaves is not lost.
+  std::erase_if(norms, [](const Kernel& kernel) {
+    return !kernel.name.starts_with("float") || kernel.name.ends_with("rms norm");
+  });
+  expect_agreement(norms, {{.rows = 40, .columns = {128}, .lanes = 4, .blocks = 2, .padding = 0, .mean = 1e4F}});
 }
 
 // Sums of so many terms move on while the kernel runs. Of terms of one sign, which show a bias: the matrix units round
@@ -676,6 +731,7 @@ int main(int count, char** arguments) {
   }
   if (count > 1) chosen = arguments[1];
   test_against_double();
+  test_normalisations();
   test_long_sums();
   test_equal_weights_give_the_mean_bitwise<float>({19, {300, 77}, 16, 2, 0});
   test_equal_weights_give_the_mean_bitwise<BFloat16>({33, {500}, 8, 3, 1});
