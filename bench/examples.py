@@ -76,7 +76,7 @@ EXAMPLES: dict[str, Callable[[Grads], tuple]] = {
     "ghost_combine": lambda g: (*layers(g), per_sample(g)),
     "gram_moments": lambda g: (gramian(g),),
     "sample_weights": statistics,
-    "largest_eigenvalue": lambda g: (gramian(g),),
+    "largest_eigenvalue": lambda g: (gramian(g), torch.finfo(accumulate_dtype(g[0].dtype)).eps),
     "embedding_gram": lambda g: (2 * torch.arange(len(g[0])).to(g[0].device), wide(g[0].flatten(1)), 2, len(g[0])),
     "conv_weight_grads": lambda g: (*convolution(g), 1, random(g[0], len(g[0]), 4, 5, 3, 3)),
     "conv_gram": convolution,

@@ -5,7 +5,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 // What a CUDA kernel calls as well.
 #ifdef __CUDACC__
@@ -16,18 +15,9 @@
 
 namespace rgd_ext::lanczos {
 
-// Stop at |A v - theta v| <= kTolerance theta, which bounds the distance of theta to an eigenvalue.
-constexpr double kTolerance = 1e-13;
-
-// Whether step n looks at the Ritz value, which costs as much as the step: not always, but where the next step would
-// divide by 0. `top` is the largest |diagonal entry| so far.
-RGD_EXT_SHARED bool is_checked(int64_t n, int64_t size, double norm, double top) {
-  constexpr int64_t kStepsPerCheck = 4;
-  return n % kStepsPerCheck == 0 || n == size || norm <= kTolerance * top;
-}
-
-// Doubles that largest_eigenvalue works in.
-constexpr int64_t workspace_size(int64_t size) { return size * (size + 3); }
+// For entries with a relative rounding error of `ulp`: stop at |A v - theta v| <= tolerance theta, which bounds the
+// distance of theta to an eigenvalue.
+inline double tolerance(double ulp) { return std::fmax(1e-13, ulp / 4); }
 
 // Entry i of a start vector that no structure of a matrix has anything to do with, in (-1, 1). A vector of ones is in
 // the null space of every centred Gramian.
@@ -50,71 +40,140 @@ inline double dot(int64_t size, const double* a, const double* b) {
   return sum;
 }
 
-// The first pivot of T - x I eliminated from its last row upwards, as a function of x. Right of the largest eigenvalue
-// of T without its first row it falls, is convex, and has its zero at the largest eigenvalue of T.
-struct Pivot {
-  double value;
-  double slope;          // of -value; 1 / s_1^2 at an eigenvalue whose normalised vector is s
-  double last;           // (s_n / s_1)^2 there
-  bool is_right = true;  // of that largest eigenvalue
+// A function of x and its first two derivatives.
+struct Jet {
+  double value, slope, curvature;
+
+  RGD_EXT_SHARED Jet operator*(double factor) const { return {value * factor, slope * factor, curvature * factor}; }
+  RGD_EXT_SHARED Jet operator-(const Jet& other) const {
+    return {value - other.value, slope - other.slope, curvature - other.curvature};
+  }
 };
 
-// T has `diagonal`, n long, and `beside` it, n - 1 long.
-RGD_EXT_SHARED Pivot pivot(const double* diagonal, const double* beside, int64_t n, double x) {
-  Pivot at{diagonal[n - 1] - x, 1, 1};
-  for (int64_t k = n - 2; k >= 0; --k) {
-    if (at.value >= 0) return {at.value, at.slope, at.last, false};
-    const double ratio = beside[k] / at.value, square = ratio * ratio;
-    at = {diagonal[k] - x - beside[k] * ratio, 1 + square * at.slope, square * at.last};
-  }
-  return at;
-}
-
-// An eigenvalue of T and |s_n| for its normalised vector s.
-struct RitzPair {
-  double value, last;
+// An s with (x I - T) s = f e_1.
+struct Solution {
+  Jet f;                             // proportional to the characteristic polynomial of T
+  double first, last, squared_norm;  // of s
 };
 
-// The largest eigenvalue of T, which is at least `least`: Newton's method, which comes from the left and does not
-// overshoot, between `least` and Gershgorin's bound.
-RGD_EXT_SHARED RitzPair largest_ritz_pair(const double* diagonal, const double* beside, int64_t n, double least) {
-  if (n == 1) return {diagonal[0], 1};
-  double low = least, high = least;
-  for (int64_t k = 0; k < n; ++k)
-    high = std::fmax(high, diagonal[k] + (k > 0 ? beside[k - 1] : 0) + (k < n - 1 ? beside[k] : 0));
-  const double ulp = std::numeric_limits<double>::epsilon() * std::fmax(std::fabs(low), std::fabs(high));
-  double x = low;
-  for (;;) {
-    const Pivot at = pivot(diagonal, beside, n, x);
-    (at.is_right && at.value <= 0 ? high : low) = x;
-    if (high - low <= 4 * ulp) return {x, at.is_right ? std::sqrt(at.last / at.slope) : 1};
-    // An ulp further than Newton: the right bound comes in when the left one has arrived.
-    const double next = x + at.value / at.slope + ulp;
-    x = at.is_right && low < next && next < high ? next : low + (high - low) / 2;
+// T = V^T A V for the orthonormal vectors V of Lanczos' method, a row at a time.
+class Tridiagonal {
+ public:
+  struct Row {
+    double entry, beside;  // on the diagonal and right of it
+    double inverse;        // of what is left of it, or 1
+  };
+
+  // For A of `size`; `memory` holds as many rows.
+  RGD_EXT_SHARED Tridiagonal(int64_t size, double tolerance, Row* memory)
+      : size_(size), tolerance_(tolerance), memory_(memory) {}
+
+  // `entry` = v^T A v for the next v, and `norm` that of what is left of A v without its parts along V; `inverse` is
+  // 1 / norm. Returns whether value() is the largest eigenvalue of A, or NaN because A is not finite. Else norm > 0.
+  RGD_EXT_SHARED bool append(double entry, double norm, double inverse) {
+    value_ = entry - entry;
+    if (value_ != 0) return true;
+    bound_ = std::fmax(bound_, norm_ + entry + norm);  // Gershgorin's
+    largest_ = std::fmax(largest_, std::fabs(entry));
+    memory_[rows_] = {entry, norm, inverse_};
+    ++rows_;
+    norm_ = norm;
+    inverse_ = inverse;
+    const bool is_last = rows_ == size_ || norm <= tolerance_ * largest_;
+    return (is_last || rows_ >= next_check_) && has_converged();
   }
-}
+
+  RGD_EXT_SHARED double value() const { return value_; }
+
+ private:
+  // By multiplications alone, from the last row, where s is smallest, upwards: errors don't grow.
+  RGD_EXT_SHARED Solution solve(double x) const {
+    constexpr double kLarge = 0x1p300;
+    Jet s{1, 0, 0}, before{0, 0, 0};
+    double first = 1, last = 1, squared_norm = 0;
+    Row next_row = memory_[rows_ - 1];
+    for (int64_t k = rows_ - 1; k >= 0; --k) {
+      const Row row = next_row;
+      next_row = memory_[k > 0 ? k - 1 : 0];  // in time
+      Jet next = s * ((x - row.entry) * row.inverse) - before * (row.beside * row.inverse);
+      next.slope += row.inverse * s.value;
+      next.curvature += 2 * row.inverse * s.slope;
+      squared_norm += s.value * s.value;
+      first = s.value;
+      before = s;
+      s = next;
+      if (std::fabs(s.value) <= kLarge) continue;
+      s = s * (1 / kLarge);
+      before = before * (1 / kLarge);
+      first /= kLarge;
+      last /= kLarge;
+      squared_norm /= kLarge * kLarge;
+    }
+    return {s, first, last, squared_norm};
+  }
+
+  // Laguerre's step from the right towards the largest zero of f, a polynomial with real zeros: it does not overshoot.
+  RGD_EXT_SHARED double step(const Jet& f) const {
+    const double sum = f.slope / f.value, squares = sum * sum - f.curvature / f.value;  // of 1 / (x - zero)
+    const double n = static_cast<double>(rows_);
+    return n / (sum + std::sqrt(std::fmax(0.0, (n - 1) * (n * squares - sum * sum))));
+  }
+
+  // Looks for the largest eigenvalue of T from an upper bound downwards, but no further than it takes to see that it is
+  // not one of A. For v = V s / |s| and its Rayleigh quotient theta, |A v - theta v| <= hypot(f, norm s_n) / |s|. The
+  // second part alone is less than at the eigenvalue of T, because the entries of s / s_n grow with x.
+  RGD_EXT_SHARED bool has_converged() {
+    double x = bound_;
+    for (int solutions = 1;; ++solutions) {
+      const Solution at = solve(x);
+      const double rest = rows_ < size_ ? norm_ * at.last : 0;
+      const double allowed = tolerance_ * std::fmax(x, largest_) * std::sqrt(at.squared_norm);
+      if (rest > allowed) {
+        // A step seldom gains more than eight bits; among clusters of eigenvalues it takes fifty solutions to say no.
+        const int bits = std::ilogb(rest / allowed);
+        next_check_ = rows_ + (bits > solutions ? bits : solutions) / 8;
+        return false;
+      }
+      value_ = x - at.f.value * at.first / at.squared_norm;
+      if (std::hypot(at.f.value, rest) <= allowed) return true;
+      const double next = x - step(at.f);
+      if (!(next < x)) return true;  // to rounding
+      x = next;
+    }
+  }
+
+  int64_t size_, rows_ = 0, next_check_ = 0;
+  double tolerance_;
+  Row* memory_;
+  double norm_ = 0, inverse_ = 1, bound_ = 0, largest_ = 0, value_ = 0;
+};
+
+// Doubles that largest_eigenvalue works in.
+constexpr int64_t workspace_size(int64_t size) { return size * (size + 1); }
 
 // Of a matrix (size, size) with multiply(x, y): y = A x; remove(basis, n, x) takes from x its parts along the n
-// orthonormal rows of `basis`. NaN if A is not finite. `workspace` holds workspace_size(size).
+// orthonormal rows of `basis`. NaN if A is not finite. `workspace` holds workspace_size(size), `rows` as many as A has.
 template <typename Multiply, typename Remove>
-double largest_eigenvalue(int64_t size, Multiply multiply, Remove remove, double* workspace) {
-  double *diagonal = workspace, *beside = diagonal + size, *product = beside + size, *basis = product + size;
-  for (int64_t i = 0; i < size; ++i) product[i] = start_entry(i);
-  double norm = std::sqrt(dot(size, product, product)), value = 0, top = 0;
+double largest_eigenvalue(int64_t size, double tolerance, Multiply multiply, Remove remove, double* workspace,
+                          Tridiagonal::Row* rows) {
+  double *rest = workspace, *basis = rest + size;
+  Tridiagonal projection(size, tolerance, rows);
+  for (int64_t i = 0; i < size; ++i) rest[i] = start_entry(i);
+  double norm = std::sqrt(dot(size, rest, rest)), inverse = 1 / norm;
   for (int64_t n = 1;; ++n) {
     double* last = basis + (n - 1) * size;
-    for (int64_t i = 0; i < size; ++i) last[i] = product[i] / norm;
-    multiply(last, product);
-    diagonal[n - 1] = dot(size, last, product);
-    if (!std::isfinite(diagonal[n - 1])) return std::numeric_limits<double>::quiet_NaN();
-    for (int repeat = 0; repeat < 2; ++repeat) remove(basis, n, product);  // twice is enough
-    norm = std::sqrt(dot(size, product, product));
-    beside[n - 1] = norm;
-    top = std::fmax(top, std::fabs(diagonal[n - 1]));
-    if (!is_checked(n, size, norm, top)) continue;
-    const RitzPair pair = largest_ritz_pair(diagonal, beside, n, value);
-    value = pair.value;
-    if (n == size || norm * pair.last <= kTolerance * std::fabs(value)) return value;
+    const double* before = n > 1 ? last - size : last;
+    if (n == 1) norm = 0;
+    for (int64_t i = 0; i < size; ++i) last[i] = rest[i] * inverse;
+    multiply(last, rest);
+    const double entry = dot(size, last, rest);
+    // Gram-Schmidt twice, which is enough: first along the two vectors that a product has parts along, and then, for
+    // what rounding has left of these and brought in of the others, along all.
+    for (int64_t i = 0; i < size; ++i) rest[i] -= entry * last[i] + norm * before[i];
+    remove(basis, n, rest);
+    norm = std::sqrt(dot(size, rest, rest));
+    inverse = 1 / norm;
+    if (projection.append(entry, norm, inverse)) return projection.value();
   }
 }
 

@@ -76,7 +76,9 @@ class Stats:
     @cached_property
     def largest_eigenvalue(self) -> Tensor | None:
         """lambda_max(D), or None without the Gramian."""
-        return None if self.centred_gram is None else ops.largest_eigenvalue(self.centred_gram) / float(self.batch_size)
+        if self.centred_gram is None:
+            return None
+        return ops.largest_eigenvalue(self.centred_gram, self.ulp) / float(self.batch_size)
 
     @property
     def rank(self) -> Tensor | None:

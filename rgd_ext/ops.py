@@ -417,31 +417,37 @@ def sample_weights(
     return torch.ops.rgd_ext.sample_weights(squared_grad_norm, alignments, squared_norms, epsilon, ulp)
 
 
-_library.define("largest_eigenvalue(Tensor matrix) -> Tensor")
+_library.define("largest_eigenvalue(Tensor matrix, float ulp) -> Tensor")
 
 
 @torch.library.register_fake("rgd_ext::largest_eigenvalue", lib=_library)
-def _(matrix):
+def _(matrix, ulp):
     return matrix.new_empty(())
 
 
 torch.library.impl(_library, "largest_eigenvalue", "CompositeExplicitAutograd")(reference.largest_eigenvalue)
 
 
-def largest_eigenvalue(matrix: Tensor) -> Tensor:
-    """lambda_max of a symmetric positive semi-definite matrix, such as a Gramian, computed in float64.
+def largest_eigenvalue(matrix: Tensor, ulp: float | None = None) -> Tensor:
+    """lambda_max of a symmetric positive semi-definite matrix, such as a Gramian, to its rounding.
 
     Args:
         matrix: shape (B, B), float64 or float32.
+        ulp: relative rounding error of its entries, as of a float64 matrix made from float32; by default that of its
+            dtype. On a GPU the sums are of float32 where `ulp` is that of float32 or more.
 
     Returns:
         A scalar of the dtype of `matrix`, at least 0; NaN where `matrix` is not finite.
 
     Raises:
-        ValueError: if `matrix` is empty or not square.
+        ValueError: if `matrix` is empty or not square, or for an ulp that is negative or not below 1.
         TypeError: for another dtype.
     """
-    return torch.ops.rgd_ext.largest_eigenvalue(_checked_gramian(matrix, "matrix"))
+    matrix = _checked_gramian(matrix, "matrix")
+    ulp = torch.finfo(matrix.dtype).eps if ulp is None else ulp
+    if not 0 <= ulp < 1:
+        raise ValueError(f"ulp is {ulp}: pass a relative rounding error, at least 0 and below 1, or None")
+    return torch.ops.rgd_ext.largest_eigenvalue(matrix, ulp)
 
 
 def _checked_gramian(matrix: Tensor, name: str) -> Tensor:

@@ -132,8 +132,8 @@ def rank(eigenvalues: Tensor, size: int, largest: Tensor, ulp: float) -> Tensor:
     return (eigenvalues > ulp * torch.maximum(size * eigenvalues.max(), largest)).sum()
 
 
-def largest_eigenvalue(matrix: Tensor) -> Tensor:
-    """lambda_max of a symmetric positive semi-definite matrix."""
+def largest_eigenvalue(matrix: Tensor, ulp: float) -> Tensor:
+    """lambda_max of a symmetric positive semi-definite matrix, more exactly than entries with error `ulp` ask for."""
     return eigenvalues(matrix)[-1].clone()
 
 

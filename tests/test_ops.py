@@ -599,16 +599,36 @@ def spectra(size):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ulp", [None, 2.0**-23])
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 128, 300])
 @pytest.mark.parametrize("name", spectra(1))
-def test_largest_eigenvalue_of_hard_spectra(name, size, device):
+def test_largest_eigenvalue_of_hard_spectra(name, size, ulp, device):
     values = spectra(size)[name].to(device)
     rotation = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(1)).double())[0]
     for basis in (rotation.to(device), torch.eye(size).double().to(device)):
         for scale in (1.0, 1e-200, 1e200):
             matrix = (basis * values) @ basis.T * scale
-            found, wanted = ops.largest_eigenvalue(matrix).item(), values.max().item() * scale
-            assert abs(found - wanted) <= 1e-12 * wanted
+            found, wanted = ops.largest_eigenvalue(matrix, ulp).item(), values.max().item() * scale
+            assert abs(found - wanted) <= (1e-12 if ulp is None else 2 * ulp) * wanted
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [1e-37, 1e37])
+@pytest.mark.parametrize("name", spectra(1))
+def test_largest_eigenvalue_of_float32_close_to_its_limits(name, scale, device):
+    rotation = torch.linalg.qr(torch.randn(70, 70, generator=torch.Generator().manual_seed(1)).double())[0]
+    matrix = ((rotation * spectra(70)[name]) @ rotation.T * scale).float()
+    wanted = torch.linalg.eigvalsh(matrix.double())[-1].clamp(min=0)
+    found = ops.largest_eigenvalue(matrix.to(device)).double().cpu()
+    assert abs(found - wanted) <= 3 * 2.0**-23 * wanted
+
+
+@pytest.mark.skipif(not rgd_ext.build_info()["compiled"], reason="the reference is as exact as can be")
+@pytest.mark.parametrize("device", DEVICES)
+def test_largest_eigenvalue_is_no_more_exact_than_the_ulp_asks_for(device):
+    matrix = torch.diag(torch.linspace(0, 1, 200, dtype=torch.float64, device=device))
+    for ulp in (1e-2, 1e-4):
+        assert 1e-9 < 1 - ops.largest_eigenvalue(matrix, ulp).item() <= ulp / 4
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -660,7 +680,7 @@ def test_operators_on_gramians_work_under_compile_and_opcheck(device):
         torch.library.opcheck(torch.ops.rgd_ext.ghost_combine.default, weighted, test_utils=tests)
     for dtype in (torch.float32, torch.float64):
         gram = ops.gram(torch.randn(5, 7, dtype=dtype, device=device))
-        torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram,), test_utils=tests)
+        torch.library.opcheck(torch.ops.rgd_ext.largest_eigenvalue.default, (gram, 1e-7), test_utils=tests)
         torch.library.opcheck(torch.ops.rgd_ext.gram_moments.default, (gram,), test_utils=tests)
         statistics = gram[0, 0], gram[0], gram[1], gram[2, 2], 1e-7
         torch.library.opcheck(torch.ops.rgd_ext.sample_weights.default, statistics, test_utils=tests)
@@ -848,6 +868,7 @@ BAD = {
     "epsilon of other dtype": (lambda: ops.sample_weights(S, G[0], G[0], S.double(), 1e-7), ValueError, "float64"),
     "statistics in half": (lambda: ops.sample_weights(*[t.half() for t in (S, G[0], G[0], S)], 1e-7), TypeError, "16"),
     "empty matrix": (lambda: ops.largest_eigenvalue(G[:0, :0]), ValueError, r"\(0, 0\)"),
+    "ulp": (lambda: ops.largest_eigenvalue(torch.eye(2), -1e-7), ValueError, "ulp is -1e-07"),
     "dtype of a matrix": (lambda: ops.largest_eigenvalue(torch.eye(2).half()), TypeError, "torch.float16"),
     "matrices": (lambda: ops.conv_weight_grads(G, G, [], [], [], [], 1), ValueError, r"\(3, 4\).*one to three"),
     "samples": (lambda: ops.conv_weight_grads(E[:1], X, [3], [1], [0], [1], 1), ValueError, "1 samples.* has 2"),
@@ -896,13 +917,13 @@ RAW_BAD = {
     "layer of sequences": lambda: torch.ops.rgd_ext.ghost_gram([G[None]], [G[None]], [True]),
     "rows of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G[:2]], [G], [True]),
     "dtype of a layer": lambda: torch.ops.rgd_ext.ghost_gram([G.double()], [G], [True]),
-    "not square": lambda: torch.ops.rgd_ext.largest_eigenvalue(G),
+    "not square": lambda: torch.ops.rgd_ext.largest_eigenvalue(G, 1e-7),
     "gramian not square": lambda: torch.ops.rgd_ext.gram_moments(G),
     "statistics of other sizes": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0, :3], S, 1e-7),
     "statistics without samples": lambda: torch.ops.rgd_ext.sample_weights(S, G[0, :0], G[0, :0], S, 1e-7),
     "epsilon for each sample": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], G[0], 1e-7),
     "epsilon of other dtype": lambda: torch.ops.rgd_ext.sample_weights(S, G[0], G[0], S.double(), 1e-7),
-    "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half()),
+    "dtype of a matrix": lambda: torch.ops.rgd_ext.largest_eigenvalue(torch.eye(2).half(), 1e-7),
     "matrices": lambda: torch.ops.rgd_ext.conv_weight_grads(G, G, [], [], [], [], 1, G),
     "kernel": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3, 3], [1], [0], [1], 1, W),
     "groups": lambda: torch.ops.rgd_ext.conv_weight_grads(E, X, [3], [1], [0], [1], 4, W),

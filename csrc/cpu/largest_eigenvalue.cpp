@@ -14,7 +14,7 @@ namespace {
 // So that the products of a small matrix, which is in cache, don't wait for other threads.
 constexpr int64_t kMinElements = 1 << 16;
 
-at::Tensor largest_eigenvalue(const at::Tensor& matrix) {
+at::Tensor largest_eigenvalue(const at::Tensor& matrix, double ulp) {
   check_symmetric(matrix);
   const int64_t size = matrix.size(0);
   const at::Tensor wide = matrix.to(at::kDouble).contiguous();
@@ -39,7 +39,9 @@ at::Tensor largest_eigenvalue(const at::Tensor& matrix) {
     rows.weighted_sum(tile, parts.data(), sum.data());
     for (int64_t i = 0; i < size; ++i) x[i] -= sum.data()[i];
   };
-  const double value = scale * lanczos::largest_eigenvalue(size, multiply, remove, workspace.data());
+  const Scratch<lanczos::Tridiagonal::Row> projection(size);
+  const double value = scale * lanczos::largest_eigenvalue(size, lanczos::tolerance(ulp), multiply, remove,
+                                                           workspace.data(), projection.data());
   return at::full({}, value < 0 ? 0 : value, matrix.options());
 }
 

@@ -8,26 +8,34 @@
 namespace rgd_ext::cuda {
 namespace {
 
-template <typename T>
+// Vectors of T.
+template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads)
-    largest_eigenvalue_kernel(const T* matrix, int64_t size, double* workspace, T* result) {
+    largest_eigenvalue_kernel(const S* __restrict__ matrix, int size, double tolerance, char* workspace, S* result,
+                              int64_t shared_bytes) {
   extern __shared__ __align__(16) char shared[];
-  largest_eigenvalue(matrix, size, workspace, result, shared);
+  largest_eigenvalue<T>(matrix, size, tolerance, workspace, result, shared, shared_bytes);
 }
 
-at::Tensor largest_eigenvalue_operator(const at::Tensor& matrix) {
+template <typename T, typename S>
+void run(const at::Tensor& matrix, double ulp, const at::Tensor& result) {
+  const int size = static_cast<int>(matrix.size(0));
+  const int64_t shared_bytes = current_device().shared_bytes;
+  const at::Tensor workspace = at::empty({eigenvalue_workspace_bytes<T>(size)}, matrix.options().dtype(at::kByte));
+  launch(largest_eigenvalue_kernel<T, S>, 1, 1, shared_bytes, matrix.const_data_ptr<S>(), size, lanczos::tolerance(ulp),
+         static_cast<char*>(workspace.mutable_data_ptr()), result.mutable_data_ptr<S>(), shared_bytes);
+}
+
+at::Tensor largest_eigenvalue_operator(const at::Tensor& matrix, double ulp) {
   check_symmetric(matrix);
   const c10::cuda::CUDAGuard guard(matrix.device());
   const at::Tensor dense = matrix.contiguous(), result = at::empty({}, matrix.options());
-  const int64_t size = matrix.size(0);
-  const at::Tensor workspace = at::empty({eigenvalue_workspace(size)}, matrix.options().dtype(at::kDouble));
-  const auto run = [&](auto kernel, const auto* from, auto* to) {
-    launch(kernel, 1, 1, Team::kSharedBytes, from, size, workspace.mutable_data_ptr<double>(), to);
-  };
-  if (matrix.scalar_type() == at::kDouble) {
-    run(largest_eigenvalue_kernel<double>, dense.const_data_ptr<double>(), result.mutable_data_ptr<double>());
+  const bool is_double = matrix.scalar_type() == at::kDouble;
+  // Sums in float are as exact as entries that were rounded to it.
+  if (ulp < std::numeric_limits<float>::epsilon()) {
+    (is_double ? run<double, double> : run<double, float>)(dense, ulp, result);
   } else {
-    run(largest_eigenvalue_kernel<float>, dense.const_data_ptr<float>(), result.mutable_data_ptr<float>());
+    (is_double ? run<float, double> : run<float, float>)(dense, ulp, result);
   }
   return result;
 }

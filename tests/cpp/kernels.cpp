@@ -529,34 +529,52 @@ double check_embedding_gram(const Shape& shape, unsigned seed) {
   return error(Doubles(gram.get(), gram.get() + batch_size * batch_size), want, 0) / sum_precision<T>();
 }
 
-// A reflection of a diagonal matrix: all eigenvalues are known, the largest of them twice.
-double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
-  const int64_t size = shape.rows;
-  Doubles normal, eigenvalues;
-  for (int64_t i = 0; i < size; ++i) normal.push_back(1 + static_cast<double>(i % 7));
-  for (int64_t i = 0; i < size; ++i) eigenvalues.push_back(1e3 * std::exp(-static_cast<double>(i / 2) / 3));
-  const double norm = dot(normal, normal);
-  const auto reflection = [&](int64_t i, int64_t j) { return (i == j) - 2 * normal[i] * normal[j] / norm; };
-  std::unique_ptr<double[]> matrix(new double[size * size]), workspace(new double[eigenvalue_workspace(size)]);
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < size; ++j) {
-      matrix[i * size + j] = 0;
-      for (int64_t k = 0; k < size; ++k) matrix[i * size + j] += reflection(i, k) * eigenvalues[k] * reflection(j, k);
+// What the kernel finds for a reflection of a diagonal matrix, with one entry changed.
+template <typename T, typename S>
+double found_eigenvalue(const Doubles& eigenvalues, double change, int64_t shared_bytes, unsigned seed) {
+  const auto size = static_cast<int>(eigenvalues.size());
+  Doubles normal, scaled;  // scaled by the diagonal matrix
+  for (int i = 0; i < size; ++i) normal.push_back(1 + static_cast<double>(i % 7));
+  const double factor = 2 / dot(normal, normal);
+  for (int i = 0; i < size; ++i) scaled.push_back(factor * eigenvalues[i] * normal[i]);
+  const double form = factor * dot(scaled, normal);
+  const std::unique_ptr<S[]> matrix(new S[size * size]);
+  const std::unique_ptr<char[]> workspace(new char[eigenvalue_workspace_bytes<T>(size)]);
+  for (int i = 0; i < size; ++i) {
+    for (int j = 0; j < size; ++j) {
+      const double products = form * normal[i] * normal[j] - normal[i] * scaled[j] - scaled[i] * normal[j];
+      matrix[i * size + j] = static_cast<S>(products + (i == j ? eigenvalues[i] : 0));
     }
   }
-  double value = -1;
-  const auto run = [&] {
-    machine.run(1, 1, Team::kSharedBytes, seed,
-                [&](char* shared) { largest_eigenvalue(matrix.get(), size, workspace.get(), &value, shared); });
-  };
-  run();
-  const double deviation = error({value}, {1e3}, 1) / 1e-12;
-  std::fill(matrix.get(), matrix.get() + size * size, 0.0);
-  run();
-  if (value != 0) return INFINITY;
-  matrix[size * size / 2] = NAN;
-  run();
-  return std::isnan(value) ? deviation : INFINITY;
+  matrix[size * size / 2] += static_cast<S>(change);
+  const double tolerance = rgd_ext::lanczos::tolerance(std::numeric_limits<T>::epsilon());
+  S value = -1;
+  machine.run(1, 1, shared_bytes, seed, [&](char* shared) {
+    largest_eigenvalue<T>(matrix.get(), size, tolerance, workspace.get(), &value, shared, shared_bytes);
+  });
+  return value;
+}
+
+// Vectors of T, a matrix of S: a gradual spectrum with each eigenvalue twice, one with two that nearly are equal, and
+// what has none. The second has so little shared memory that most of the matrix and the basis is in global memory.
+template <typename T, typename S>
+double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
+  constexpr int64_t kMuch = 227 << 10, kLittle = 12 << 10;
+  constexpr double kUlps = std::is_same_v<T, float> ? 2 : 2000;
+  const double scale = std::pow(10, (std::is_same_v<S, float> ? 35 : 280) * (static_cast<int>(seed % 3) - 1));
+  Doubles gradual, close;
+  for (int64_t i = 0; i < shape.rows; ++i) {
+    gradual.push_back(scale * std::exp(-static_cast<double>(i / 2) / 3));
+    close.push_back(scale * (i == 1 ? 1 - 1e-10 : 1 / (1 + static_cast<double>(i))));
+  }
+  const Doubles zero(shape.rows);
+  if (found_eigenvalue<T, S>(zero, 0, kMuch, seed) != 0) return INFINITY;
+  for (const double flaw : {NAN, INFINITY})
+    if (!std::isnan(found_eigenvalue<T, S>(close, flaw, kMuch, seed))) return INFINITY;
+  const double allowed = kUlps * std::numeric_limits<T>::epsilon();
+  return std::max(error({found_eigenvalue<T, S>(gradual, 0, kMuch, seed)}, {scale}, scale),
+                  error({found_eigenvalue<T, S>(close, 0, kLittle, seed)}, {scale}, scale)) /
+         allowed;
 }
 
 using Check = double (*)(const Shape&, unsigned);
@@ -611,7 +629,9 @@ std::vector<Kernel> all_kernels() {
   std::vector<Kernel> kernels = {{"weights", check_weights},
                                  {"gram moments", check_gram_moments},
                                  {"sample weights", check_sample_weights},
-                                 {"largest eigenvalue", check_largest_eigenvalue}};
+                                 {"largest eigenvalue of double", check_largest_eigenvalue<double, double>},
+                                 {"largest eigenvalue of double, in float", check_largest_eigenvalue<float, double>},
+                                 {"largest eigenvalue of float", check_largest_eigenvalue<float, float>}};
   for (auto& more : {kernels_of<float>("float"), kernels_of<double>("double"), kernels_of<BFloat16>("bfloat16"),
                      kernels_of<Half>("half")})
     kernels.insert(kernels.end(), more.begin(), more.end());

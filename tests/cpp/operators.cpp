@@ -21,7 +21,7 @@ TORCH_LIBRARY(rgd_ext, m) {
   m.def("squared_norm(Tensor[] vector) -> Tensor");
   m.def("ghost_gram(Tensor[] inputs, Tensor[] output_grads, bool[] biases) -> Tensor");
   m.def("ghost_combine(Tensor[] inputs, Tensor[] output_grads, bool[] biases, Tensor weights) -> Tensor[]");
-  m.def("largest_eigenvalue(Tensor matrix) -> Tensor");
+  m.def("largest_eigenvalue(Tensor matrix, float ulp) -> Tensor");
   m.def("gram_moments(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "sample_weights(Tensor squared_grad_norm, Tensor alignments, Tensor squared_norms, Tensor epsilon, float ulp) -> "
@@ -80,7 +80,7 @@ Tensors ghost_combine(const Tensors& inputs, const Tensors& output_grads, const 
   return find<Signature>("rgd_ext::ghost_combine").call(inputs, output_grads, list, weights);
 }
 Tensor largest_eigenvalue(const Tensor& matrix) {
-  return find<Tensor(const Tensor&)>("rgd_ext::largest_eigenvalue").call(matrix);
+  return find<Tensor(const Tensor&, double)>("rgd_ext::largest_eigenvalue").call(matrix, 0);
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> gram_moments(const Tensor& gram) {
   return find<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&)>("rgd_ext::gram_moments").call(gram);
