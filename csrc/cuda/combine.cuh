@@ -51,7 +51,7 @@ RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weig
     const Tile<S> tile = tiles[number];
     PacketSums<S> sums[kOutputs] = {};
     // As many ahead as the sums leave registers for.
-    for_samples<kOutputs == 1 ? 8 : 2>(tile, table.rows, share, [&](int64_t i, const Packet<S>& packet) {
+    for_samples<kOutputs == 1 ? 8 : 4>(tile, table.rows, share, [&](int64_t i, const Packet<S>& packet) {
 #pragma unroll
       for (int j = 0; j < kOutputs; ++j)
         if (kOutputs == 1 || j < count) add_weighted(weights[j * table.rows + i], packet, sums[j]);

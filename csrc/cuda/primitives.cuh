@@ -33,9 +33,14 @@ RGD_DEVICE int64_t blocks() { return gridDim.x; }
 
 RGD_DEVICE void barrier() { __syncthreads(); }
 
-// The value of lane (own lane ^ mask); all lanes of the warp call it.
+// Where a call stands in the source. Only the emulation asks.
+struct Place {
+  RGD_DEVICE static Place current() { return {}; }
+};
+
+// The value of lane (own lane ^ mask); all lanes of the warp call it, at one place.
 template <typename T>
-RGD_DEVICE T shuffle_xor(T value, int mask) {
+RGD_DEVICE T shuffle_xor(T value, int mask, Place = {}) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
@@ -161,16 +166,16 @@ constexpr int kWarps = kThreads / kWarp;  // of a block
 // The values of a warp's lanes, or of `lanes` neighbours (a power of two), combined in a fixed order; every lane calls
 // it and gets the result.
 template <typename T, typename F>
-RGD_DEVICE T warp_combined(T value, F combine, int lanes = kWarp) {
+RGD_DEVICE T warp_combined(T value, F combine, int lanes = kWarp, Place place = Place::current()) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const T other = shuffle_xor(value, mask);
+    const T other = shuffle_xor(value, mask, place);
     if (mask < lanes) value = combine(value, other);
   }
   return value;
 }
 template <typename T>
-RGD_DEVICE T warp_sum(T value, int lanes = kWarp) {
-  return warp_combined(value, [](T a, T b) { return a + b; }, lanes);
+RGD_DEVICE T warp_sum(T value, int lanes = kWarp, Place place = Place::current()) {
+  return warp_combined(value, [](T a, T b) { return a + b; }, lanes, place);
 }
 
 RGD_DEVICE float widen(float value) { return value; }

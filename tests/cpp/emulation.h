@@ -1,8 +1,9 @@
 #pragma once
 
-// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber that runs until it meets a barrier or its warp,
-// and which fiber runs next is drawn at random, as is when an asynchronous copy lands. Compile with AddressSanitizer:
-// shared memory and what the tests allocate are exact in size, so that it sees every access past an end.
+// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber that runs until it meets a barrier or its warp.
+// Which fiber runs next is drawn at random, as are the order of the blocks and when an asynchronous copy lands. Compile
+// with AddressSanitizer: shared memory and what the tests allocate are exact in size, so that it sees every access past
+// an end.
 
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -14,14 +15,25 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace rgd_ext::emulation {
+
+using Place = std::source_location;
+
+// "file:line"
+inline std::string describe(const Place& place) {
+  const std::string file = place.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
+}
 
 struct Copy {
   void* shared;
@@ -41,13 +53,13 @@ struct Fiber {
   ucontext_t context;
   void* fake_stack;
   bool done;
-  std::string waits_at;  // a barrier, or "" when it can run
-  bool waits_for_warp;
+  std::string waits_at;                   // a barrier, or "" when it can run
+  std::optional<Place> exchanges;         // where it waits for the other lanes of its warp
   std::vector<std::vector<Copy>> copies;  // groups, the last one open
 };
 
-// The one grid that runs at a time. A defect (threads at different barriers, a misaligned access) is an exception from
-// run(); what it leaves on the fibers' stacks is abandoned.
+// The one grid that runs at a time. A defect (threads at different barriers, lanes at different shuffles, a misaligned
+// access) is an exception from run(); what it leaves on the fibers' stacks is abandoned.
 class Machine {
  public:
   static constexpr int kThreads = 256, kWarp = 32;
@@ -66,8 +78,13 @@ class Machine {
     random_.seed(seed);
     kernel_ = &kernel;
     blocks_x = x;
-    for (block_y = 0; block_y < y; ++block_y)
-      for (block_x = 0; block_x < x; ++block_x) run_block(shared_bytes);
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (int64_t i = 0; i < x * y; ++i) order.emplace_back(i % x, i / x);
+    std::shuffle(order.begin(), order.end(), random_);
+    for (const auto& block : order) {
+      std::tie(block_x, block_y) = block;
+      run_block(shared_bytes);
+    }
   }
 
   void fail(const std::string& message) {
@@ -75,15 +92,12 @@ class Machine {
     leave();
   }
 
-  void wait_at(std::string barrier) {
-    barriers.insert(barrier);
-    if (barrier == ignored_barrier) return;
-    fibers_[thread].waits_at = std::move(barrier);
-    leave();
+  void wait_at(const Place& barrier) {
+    if (stops_at(describe(barrier))) leave();
   }
 
-  void wait_for_warp() {
-    fibers_[thread].waits_for_warp = true;
+  void wait_for_warp(const Place& place) {
+    fibers_[thread].exchanges = place;
     leave();
   }
 
@@ -103,6 +117,14 @@ class Machine {
  private:
   bool coin() { return random_() & 1; }
 
+  // Whether the thread waits there. A fiber that is abandoned would leak what it holds, so no string is left to it.
+  bool stops_at(const std::string& barrier) {
+    barriers.insert(barrier);
+    if (barrier == ignored_barrier) return false;
+    fibers_[thread].waits_at = barrier;
+    return true;
+  }
+
   void run_block(int64_t shared_bytes) {
     // From new[] to the byte, and full of NaN.
     const std::unique_ptr<char[]> shared(new char[shared_bytes]);
@@ -118,8 +140,9 @@ class Machine {
       makecontext(&fiber.context, &Machine::enter, 0);
       fiber.context.uc_stack.ss_size = 0;  // AddressSanitizer would clear its marks of so much stack at every switch
       fiber.fake_stack = nullptr;
-      fiber.done = fiber.waits_for_warp = false;
+      fiber.done = false;
       fiber.waits_at.clear();
+      fiber.exchanges.reset();
       fiber.copies.assign(1, {});
     }
     failure_ = kUnfinished;
@@ -134,24 +157,41 @@ class Machine {
     failure_.clear();
   }
 
+  // Lets a warp's lanes go on that have all come to one exchange. No lane may be elsewhere then: not every GPU waits.
+  void open_exchange(int warp) {
+    const auto begin = fibers_.begin() + warp, end = begin + kWarp;
+    const auto first = std::find_if(begin, end, [](const Fiber& fiber) { return fiber.exchanges.has_value(); });
+    if (first == end) return;
+    const Place place = *first->exchanges;
+    for (auto fiber = begin; fiber != end; ++fiber) {
+      if (fiber->done) throw std::runtime_error("a lane ended before its warp's exchange at " + describe(place));
+      const auto& other = fiber->exchanges;
+      const bool elsewhere = other && (other->line() != place.line() || other->column() != place.column() ||
+                                       std::strcmp(other->file_name(), place.file_name()) != 0);
+      if (elsewhere || !fiber->waits_at.empty())
+        throw std::runtime_error("lanes of a warp wait at " + describe(place) + " and at " +
+                                 (elsewhere ? describe(*other) : fiber->waits_at));
+    }
+    if (std::all_of(begin, end, [](const Fiber& fiber) { return fiber.exchanges.has_value(); }))
+      for (auto fiber = begin; fiber != end; ++fiber) fiber->exchanges.reset();
+  }
+
   // The fibers that can run, after opening the warps and the barrier that all have reached.
   std::vector<int> next_threads() {
     std::vector<int> ready;
     int live = 0, at_barrier = 0;
     const std::string* place = nullptr;
     for (int warp = 0; warp < kThreads; warp += kWarp) {
-      int lanes = 0, waiting = 0;
-      for (int t = warp; t < warp + kWarp; ++t) lanes += !fibers_[t].done, waiting += fibers_[t].waits_for_warp;
+      open_exchange(warp);
       for (int t = warp; t < warp + kWarp; ++t) {
         Fiber& fiber = fibers_[t];
-        if (waiting == lanes) fiber.waits_for_warp = false;
         live += !fiber.done;
         if (!fiber.waits_at.empty()) {
           ++at_barrier;
           if (place && *place != fiber.waits_at)
             throw std::runtime_error("threads wait at " + *place + " and at " + fiber.waits_at);
           place = &fiber.waits_at;
-        } else if (!fiber.done && !fiber.waits_for_warp) {
+        } else if (!fiber.done && !fiber.exchanges) {
           ready.push_back(t);
         }
       }
@@ -159,7 +199,6 @@ class Machine {
     const auto lags = [this](int t) { return first_laggard_ <= t && t < end_of_laggards_; };
     if (!std::all_of(ready.begin(), ready.end(), lags)) std::erase_if(ready, lags);
     if (!ready.empty() || live == 0) return ready;
-    if (at_barrier < live) throw std::runtime_error("deadlock: some threads wait for their warp, some at a barrier");
     for (Fiber& fiber : fibers_) fiber.waits_at.clear();
     draw_laggards();
     return next_threads();
@@ -224,36 +263,35 @@ inline int64_t block_index() { return emulation::machine.block_x; }
 inline int64_t block_index_y() { return emulation::machine.block_y; }
 inline int64_t blocks() { return emulation::machine.blocks_x; }
 
-inline void barrier(std::source_location where = std::source_location::current()) {
-  const std::string file = where.file_name();
-  emulation::machine.wait_at(file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line()));
-}
+using emulation::Place;
 
-// Every lane's value, as seen by each lane of the warp.
+inline void barrier(Place place = Place::current()) { emulation::machine.wait_at(place); }
+
+// Every lane's value, as seen by each lane of the warp. All of them have to call it at one place.
 template <typename T, typename F>
-auto with_warp(const T& value, F use) {
+auto with_warp(const T& value, const Place& place, F use) {
   static_assert(sizeof(T) <= emulation::Machine::kSlotBytes);
   auto& machine = emulation::machine;
   std::memcpy(machine.slots[machine.thread], &value, sizeof(T));
-  machine.wait_for_warp();
+  machine.wait_for_warp(place);
   const int first = machine.thread / machine.kWarp * machine.kWarp;
   const auto result = use([&](int lane) {
     T other;
     std::memcpy(&other, machine.slots[first + lane], sizeof(T));
     return other;
   });
-  machine.wait_for_warp();
+  machine.wait_for_warp(place);
   return result;
 }
 
 template <typename T>
-T shuffle_xor(T value, int mask) {
-  return with_warp(value, [&](auto lane) { return lane(thread_index() % emulation::Machine::kWarp ^ mask); });
+T shuffle_xor(T value, int mask, Place place = Place::current()) {
+  return with_warp(value, place, [&](auto lane) { return lane(thread_index() % emulation::Machine::kWarp ^ mask); });
 }
 
 template <typename T>
-T shuffle(T value, int of) {
-  return with_warp(value, [&](auto lane) { return lane(of); });
+T shuffle(T value, int of, Place place = Place::current()) {
+  return with_warp(value, place, [&](auto lane) { return lane(of); });
 }
 
 template <int bytes>
@@ -340,7 +378,8 @@ inline float truncated(double value) {
 }
 
 template <typename S>
-void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         Place place = Place::current()) {
   struct Fragments {
     uint32_t a[4], b[2];
   } own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
@@ -360,7 +399,7 @@ void multiply_accumulate(float (&sums)[4], const uint32_t (&a)[4], const uint32_
     }
     return sum;
   };
-  with_warp(own, [&](auto lane) {
+  with_warp(own, place, [&](auto lane) {
     for (int e = 0; e < 4; ++e) {
       double sum = sums[e];
       for (int k = 0; k < 4; ++k) {

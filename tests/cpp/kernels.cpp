@@ -2,6 +2,7 @@
 // rows, many matrices, few and many blocks, random schedules. And the test of that test: without any one of its
 // barriers, every kernel is caught. `kernel_tests NAME` runs the kernels whose name contains NAME.
 
+#include <bit>
 #include <cmath>
 #include <string>
 
@@ -560,7 +561,8 @@ double found_eigenvalue(const Doubles& eigenvalues, double change, int64_t share
 template <typename T, typename S>
 double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
   constexpr int64_t kMuch = 227 << 10, kLittle = 12 << 10;
-  constexpr double kUlps = std::is_same_v<T, float> ? 2 : 2000;
+  // Of float, what rgd_ext/metric.py says of rounding on a GPU.
+  constexpr double kUlps = std::is_same_v<T, float> ? 4 : 2000;
   const double scale = std::pow(10, (std::is_same_v<S, float> ? 35 : 280) * (static_cast<int>(seed % 3) - 1));
   Doubles gradual, close;
   for (int64_t i = 0; i < shape.rows; ++i) {
@@ -704,6 +706,56 @@ void test_equal_weights_give_the_mean_bitwise(const Shape& shape) {
   expect(first.written(0) == second.written(0), "equal weights give the mean bitwise, " + describe(shape));
 }
 
+// What a wrong kernel does is noticed: each of these is wrong in one way.
+void test_wrong_kernels_are_caught() {
+  const auto run = [](auto kernel) { machine.run(1, 1, 0, 0, [&](char*) { kernel(thread_index() % kWarp); }); };
+  const auto one_ends = [](int lane) { return lane == 5 ? 0 : warp_sum(1.0); };
+  expect_error([&] { run(one_ends); }, "a lane ended before its warp's exchange at kernels.cpp:");
+  const auto two_places = [](int lane) { return lane < 16 ? warp_sum(1.0) : warp_sum(2.0); };
+  expect_error([&] { run(two_places); }, "lanes of a warp wait at kernels.cpp:");
+  const auto some_at_a_barrier = [](int lane) {
+    if (lane == 31) barrier();
+    warp_sum(1.0);
+  };
+  expect_error([&] { run(some_at_a_barrier); }, "lanes of a warp wait at kernels.cpp:");
+  const auto one_multiplies_alone = [](int lane) {
+    float sums[4] = {};
+    if (lane > 0) multiply_accumulate<BFloat16>(sums, {0, 0, 0, 0}, {0, 0});
+  };
+  expect_error([&] { run(one_multiplies_alone); }, "a lane ended before its warp's exchange at kernels.cpp:");
+}
+
+// Blocks run in any order: a kernel in which one needs what another has left is wrong for some seed.
+void test_blocks_do_not_wait_for_each_other() {
+  const int64_t columns = 3, rows = 2;
+  bool in_turn = true;
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    int64_t next = 0;
+    machine.run(columns, rows, 0, seed, [&](char*) {
+      if (thread_index() != 0) return;
+      in_turn &= next == block_index_y() * columns + block_index();
+      ++next;
+    });
+    expect(next == columns * rows, "every block runs once");
+  }
+  expect(!in_turn, "blocks that rely on their order are caught");
+}
+
+// The matrix units truncate: many small products are lost on a large sum, of either sign.
+void test_matrix_units_truncate() {
+  for (const float sign : {1.0F, -1.0F}) {
+    float sum = 0;
+    machine.run(1, 1, 0, 0, [&](char*) {
+      const auto word = [](float value) { return std::bit_cast<uint32_t>(value); };
+      float sums[4] = {sign, sign, sign, sign};
+      for (int repeat = 0; repeat < 100; ++repeat)
+        multiply_accumulate<float>(sums, {word(0x1.8p-12F), 0, 0, 0}, {word(sign * 0x1p-14F), 0});
+      if (thread_index() == 0) sum = sums[0];
+    });
+    expect(sum == sign, "matrix units truncate to " + std::to_string(sign));
+  }
+}
+
 // Every barrier that a kernel meets is needed, and its absence is noticed.
 void test_missing_barriers_are_caught() {
   const auto is_caught = [](const Kernel& kernel, const Shape& shape) {
@@ -759,6 +811,9 @@ int main(int count, char** arguments) {
   test_equal_weights_give_the_mean_bitwise<float>({4, {4000, 70}, 256, 2, 0});
   test_equal_weights_give_the_mean_bitwise<BFloat16>({13, {1500, 5}, 128, 1, 0});
   test_missing_barriers_are_caught();
+  test_wrong_kernels_are_caught();
+  test_blocks_do_not_wait_for_each_other();
+  test_matrix_units_truncate();
   std::cout << failures << " failures" << std::endl;
   return failures == 0 ? 0 : 1;
 }
