@@ -158,7 +158,7 @@ if [[ -n $(missing pytest) ]]; then
     absent tests pytest
 elif chosen tests; then
     files=()
-    for file in $(grep -l 'mark\.gpu' tests/test_*.py); do
+    for file in $(grep -lE 'mark\.gpu|\bDEVICES\b' tests/test_*.py); do
         # shellcheck disable=SC2046
         without=$(PYTHONPATH=$PYTHONPATH:$PWD/tests missing $(sed -nE 's/^(import|from) ([A-Za-z_]+).*/\2/p' "$file"))
         if [[ -z $without ]]; then files+=("$file"); else say "tests: without $file: no $without"; fi
