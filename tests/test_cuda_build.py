@@ -21,6 +21,10 @@ BLOCKS = {
 }
 
 
+# Where shared memory has room for one block, which may then have more registers.
+ONE_BLOCK = {"sm_86", "sm_89", "sm_120"}, {"gram by matrix units", "ghost_products by matrix units"}
+
+
 @pytest.fixture(scope="module")
 def resources():
     from rgd_ext import _C
@@ -46,8 +50,11 @@ def test_no_kernel_spills_registers(resources):
 
 
 def test_registers_leave_room_for_several_blocks(resources):
-    for (_, kernel), use in resources.items():
-        assert use["REG"] * THREADS * BLOCKS.get(launch_name(kernel), 1) <= 65536, (kernel, use)
+    architectures, one_block = ONE_BLOCK
+    for (architecture, kernel), use in resources.items():
+        name = launch_name(kernel)
+        blocks = 1 if architecture in architectures and name in one_block else BLOCKS.get(name, 1)
+        assert use["REG"] * THREADS * blocks <= 65536, (architecture, kernel, use)
 
 
 def test_static_shared_memory_is_left_to_the_launch(resources):
