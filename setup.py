@@ -140,7 +140,7 @@ def build_arguments(build: str) -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class CudaFirst(BuildExtension):
-        """Begins with the CUDA sources, which take longest: in setuptools' order, the alphabet's, they wait."""
+        """Compiles the CUDA sources first, because they take longest; setuptools would sort all sources by name."""
 
         def build_extension(self, extension):
             compile_all = self.compiler.compile

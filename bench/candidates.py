@@ -19,7 +19,8 @@ from .training_steps import FRACTION, OURS, PEERS, UNDER_AUTOCAST, Arm, Training
 # Convolutions on CUDA may round more (Winograd, FFT). Rayleigh divides by g^T D g, which is small beside |g|^4 where
 # the samples nearly agree.
 TOLERANCE = {"cpu": {"Spectral": 1e-5, "Rayleigh": 1e-4}, "cuda": {"Spectral": 1e-4, "Rayleigh": 1e-3}}
-# What bfloat16 rounds away in a model, of SGD's gradient as well; Rayleigh's quotient is lost where samples agree.
+# The rounding errors of a model in bfloat16, which SGD's gradient has as well. Where samples agree, Rayleigh's quotient
+# has no correct digits.
 HALF_TOLERANCE = {"Spectral": 5e-2}
 # Peers may round the forward otherwise, which moves inputs of ReLUs across the kink.
 PEER_TOLERANCE = 1e-2

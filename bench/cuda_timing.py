@@ -55,7 +55,7 @@ class Graphs:
     def clock_or_calls(
         self, call: Callable[[object], object], inputs: Sequence[object]
     ) -> tuple[Clock, Exception | None]:
-        """The same, or that of calls from Python and why they cannot be captured."""
+        """`clock`, or that of calls from Python with the exception that keeps them from being captured."""
         try:
             return self.clock(call, inputs), None
         except Exception as problem:

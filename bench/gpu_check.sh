@@ -2,12 +2,12 @@
 # The first run on a machine with an NVIDIA GPU: builds, checks and measures in one call of less than ten minutes,
 # without a network:
 #     bench/gpu_check.sh [FOLDER for results, default bench/results]
-# leaves gpu_check.tar.gz, with all logs and records, and summary.txt there, whole after every step.
+# writes gpu_check.tar.gz, with all logs and records, and summary.txt there, and updates both after every step.
 #
-# PYTHON names a python with a CUDA build of torch, STEPS the steps to run. Each has until a mark, in seconds after the
-# start: what one leaves of its time is the next one's, and one that is late or fails does not stop the others. Only
-# without the CUDA kernels there is nothing to check. SCALE multiplies the marks, for a slower or a longer lent machine.
-# The exit status is 1 if anything failed.
+# PYTHON names a python with a CUDA build of torch, and STEPS the steps to run. Each step has a mark, in seconds after
+# the start, by which it has to end. Time that a step does not use is left to the next one, and a step that is late or
+# fails does not stop the others, except that nothing is checked if the CUDA kernels cannot be built. SCALE multiplies
+# the marks, for a slower machine. The exit status is 1 if anything failed.
 set -u
 PYTHON=${PYTHON:-python3}
 STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators ncu compile}
@@ -153,7 +153,7 @@ step info 130 "$PYTHON" -c 'import sys, rgd_ext; i = rgd_ext.build_info(); print
 start environment 130 "$PYTHON" -m bench.environment "$WORK/environment.json"
 step smoke 130 env OMP_NUM_THREADS=1 "$PYTHON" -m bench.smoke
 
-# Nothing of this is timed, so it runs side by side.
+# None of these steps is timed, so they run in parallel.
 if [[ -n $(missing pytest) ]]; then
     absent tests pytest
 elif chosen tests; then
@@ -177,7 +177,7 @@ for tool in memcheck racecheck initcheck; do
         continue
     fi
     for dtypes in "float32 float64" "bfloat16 float16"; do
-        # Without the allocator's cache, or an access past a tensor would land in its neighbour unseen.
+        # With the allocator's cache, an access past a tensor would go unnoticed into its neighbour.
         # shellcheck disable=SC2086
         start "$tool-${dtypes%% *}" 260 env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 1 --print-limit 20 \
@@ -194,7 +194,7 @@ step operators 490 "$PYTHON" -m bench operators --device cuda --json "$WORK/oper
 if command -v ncu >/dev/null; then
     step ncu 530 ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
         --section Occupancy --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
-        --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.profiled
+        --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.ncu_run
 else
     absent ncu ncu
 fi

@@ -1,4 +1,4 @@
-"""What the CUDA kernels issue for 16 bytes of G, counted in their machine code: the table of csrc/cuda/README.md.
+"""Counts the instructions that the CUDA kernels issue per 16 bytes of G, for the table in csrc/cuda/README.md.
 
     python -m bench.machine_code [path of _C.so] [--write]
 
@@ -29,11 +29,11 @@ DTYPES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}
 
 @dataclass(frozen=True)
 class Phase:
-    """One of the loops over a tile: an instruction that tells it from others, and how many of it 16 bytes take."""
+    """One of the loops over a tile: the instruction that identifies it, and how many of them 16 bytes take."""
 
     name: str
     counted: Callable[[Instruction], bool]
-    for_element: int = 0  # or once for 16 bytes
+    for_element: int = 0  # how many of them an element takes; 0 for one per 16 bytes
     subtracts: bool = False
 
 
@@ -47,7 +47,7 @@ def _multiplies(instruction: Instruction) -> bool:
 
 COPY = Phase("copy", _copies)
 CENTRED = Phase("centred products", _multiplies, 2, subtracts=True)
-# By name and the number of vectors, the last of the template's numbers where there is one.
+# The loops of each kernel, by its `launch_name`.
 KERNELS = {
     "moments": [COPY, Phase("mean", _multiplies, 1), CENTRED],
     "combine": [Phase("sum", _multiplies, 1)],
@@ -55,21 +55,21 @@ KERNELS = {
     "products": [COPY, Phase("products", _multiplies, 1)],
     "products with four": [COPY, Phase("products", _multiplies, 4)],
     "centred": [COPY, CENTRED],
-    # As many instructions as there are samples.
+    # These take as many instructions per 16 bytes as there are samples: there is no one number.
     "gram": [],
     "gram by matrix units": [],
 }
 
 
 def launch_name(kernel: Kernel) -> str:
-    """As tests/cpp/launches.cpp names it."""
+    """The name of a kernel in tests/cpp/launches.cpp: combine and products of four vectors have their own."""
     if kernel.name in ("combine", "products") and kernel.numbers[-1] == 4:
         return kernel.name + {"combine": " of four", "products": " with four"}[kernel.name]
     return kernel.name + " by matrix units" * ("MatrixUnitSums" in kernel.mangled)
 
 
 def is_measured(kernel: Kernel) -> bool:
-    """Whether ROWS samples in few matrices take this instance."""
+    """Whether this instance of a template is launched for ROWS samples in few matrices."""
     return (
         launch_name(kernel) in KERNELS
         and 800 not in kernel.numbers
@@ -82,24 +82,24 @@ def _subtracts(loop: Loop) -> bool:
 
 
 def instructions_for_packet(function: Function, phase: Phase, element_bytes: int) -> float:
-    """Of the loop that takes the most packets at a time: others are for what is left over."""
+    """Instructions per 16 bytes in the loop that takes the most packets at a time; others handle the remainder."""
     of_packet = phase.for_element * 16 // element_bytes or 1
 
-    def ways() -> Iterator[tuple[float, float]]:
+    def candidates() -> Iterator[tuple[float, float]]:
         for loop in function.innermost:
             if phase.for_element and _subtracts(loop) != phase.subtracts:
                 continue
             for block in loop.blocks:
                 if any(map(phase.counted, function.blocks[block])):
-                    way = loop.way(block)
-                    packets = sum(map(phase.counted, way)) / of_packet
-                    yield -packets, len(way) / packets
+                    iteration = loop.shortest_iteration(block)
+                    packets = sum(map(phase.counted, iteration)) / of_packet
+                    yield -packets, len(iteration) / packets
 
-    return min(ways())[1]
+    return min(candidates())[1]
 
 
-def launches() -> dict[tuple[str, str], int]:
-    """Shared memory by the launch's name and dtype, as tests/cpp/launches.cpp knows it."""
+def shared_bytes_of_launches() -> dict[tuple[str, str], int]:
+    """Bytes of shared memory of each launch, by its name and dtype, as tests/cpp/launches.cpp prints them."""
     compiler = shutil.which((os.environ.get("CXX") or "c++").split()[0])
     if compiler is None:
         raise RuntimeError("no C++ compiler was found: install g++ or clang++")
@@ -119,9 +119,9 @@ def resident_blocks(registers: int, shared_bytes: int) -> int:
 
 
 def table(uses: dict[tuple[str, Kernel], dict[str, int]], code: dict[Kernel, Function]) -> str:
-    """Of the resources of the kernels and their machine code."""
+    """The table in Markdown, from the resources of the kernels and their machine code."""
     functions = {(launch_name(kernel), kernel.dtype): (kernel, f) for kernel, f in code.items() if is_measured(kernel)}
-    shared = launches()
+    shared = shared_bytes_of_launches()
     lines = [
         f"| kernel ({', '.join(DTYPES)}) | instructions for 16 bytes | registers | shared memory, KB | blocks |",
         "|---|---|---|---|---|",
@@ -143,14 +143,14 @@ def table(uses: dict[tuple[str, Kernel], dict[str, int]], code: dict[Kernel, Fun
 
 
 def written() -> str:
-    """The table that stands in the README."""
+    """The table that is in the README now."""
     return README.read_text().partition(BEGIN)[2].partition(END)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.partition("\n")[0])
     parser.add_argument("binary", nargs="?", help="the compiled extension; by default the one that is installed")
-    parser.add_argument("--write", action="store_true", help=f"the table into {README.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"write the table into {README.relative_to(ROOT)}")
     arguments = parser.parse_args()
     binary = arguments.binary or importlib.import_module("rgd_ext._C").__file__
     new = table(resources(binary), disassembly(binary, ARCHITECTURE))

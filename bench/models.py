@@ -94,7 +94,7 @@ def gpt() -> Example:
 
 
 def gpt2_small(dtype: torch.dtype) -> Example:
-    """GPT-2 small but for its tied head: 163 million weights."""
+    """GPT-2 small without the tied head: 163 million weights."""
     model = GPT(50257, width=768, layers=12, heads=12, length=1024).to(dtype)
     return model, torch.randint(50257, (8, 1024)), torch.randint(50257, (8, 1024))
 

@@ -1,8 +1,8 @@
-"""Operators at the sizes of layers and Gramians, each against other ways to compute the same.
+"""Operators at the sizes of layers and Gramians, each against other ways to compute the same result.
 
-Every way is first compared with float64; one that does not agree is left out, and is a failure if it is the operator.
-On CUDA a time is that of a graph replay on cold buffers, or of calls from Python where a way cannot be captured; as
-torch does by default, convolutions use TF32 there.
+Every way is first compared with float64. A way that does not agree is left out; if it is the operator, that is a
+failure. On CUDA the time is that of a graph replay on cold buffers, or of calls from Python where a way cannot be
+captured, and convolutions use TF32, as is torch's default.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ HEADER = ("case", "way", "median us", "GB/s of inputs", "time / operator (quarti
 OPERATOR = "operator"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MILLISECONDS = 1_000  # per case
-MOST_BUFFERS = 16  # small inputs, as a Gramian is, come from the kernel before: they need not be cold
+MOST_BUFFERS = 16  # a small input, such as a Gramian, was just written by the kernel before, and need not be cold
 
 
 @dataclass(frozen=True)
 class Case:
-    """Ways to compute something of `inputs()`, the operator's first; `exact` is right where it is given float64."""
+    """Ways to compute a function of `inputs()`, the operator's first. `exact` is called with float64 inputs."""
 
     inputs: Callable[[], tuple[Tensor, ...]]
     exact: Callable[..., object]
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What was measured of one case, by way."""
+    """The measurements of one case, by way."""
 
     case: str
     bytes: int
@@ -92,8 +92,8 @@ def norms(images: Sequence[int], tokens: Sequence[int], dtype: torch.dtype, devi
     yield f"RMSNorm, {tuple(tokens)}", case(tokens, "layer_norm_grads", 1e-5, False)
 
 
-def unfolded(e: Tensor, x: Tensor) -> Tensor:
-    """Weight gradients of a 3 x 3 convolution by a matrix product per sample, of the patches of its input."""
+def by_f_unfold(e: Tensor, x: Tensor) -> Tensor:
+    """Per-sample weight gradients of a 3 x 3 convolution by F.unfold and a batched matrix product."""
     grads = e.flatten(2) @ F.unfold(x, 3, padding=1).mT
     return grads.view(len(e), e.shape[1], x.shape[1], 3, 3)
 
@@ -106,14 +106,14 @@ def convolutions(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: st
         reference.conv_weight_grads_by_unfolding(e, x, reference.Geometry(*geometry, 1), grads)
         return grads
 
-    # On CUDA the operator is cuDNN's convolution with every sample a group.
+    # On CUDA the operator runs a cuDNN convolution in which every sample is a group.
     ways = {
         OPERATOR: lambda e, x: ops.conv_weight_grads(e, x, *geometry, 1),
         "by unfolding": by_unfolding,
-        "F.unfold": unfolded,
+        "F.unfold": by_f_unfold,
     }
     for shape in shapes:
-        yield f"Conv2d 3 x 3, {tuple(shape)}", Case(partial(random, 2, shape, dtype, device), unfolded, ways)
+        yield f"Conv2d 3 x 3, {tuple(shape)}", Case(partial(random, 2, shape, dtype, device), by_f_unfold, ways)
 
 
 def cases(device: str, quick: bool) -> dict[str, Case]:
@@ -123,10 +123,12 @@ def cases(device: str, quick: bool) -> dict[str, Case]:
     shapes = [(4, 8, 6, 6)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]
     sizes = {8: 1000} if quick else {8: 10**7, 128: 10**6}
     for dtype in (torch.float32, torch.bfloat16):
-        for kind in (norms(images, tokens, dtype, device), products(sizes, dtype, device)):
+        for kind in (
+            norms(images, tokens, dtype, device),
+            products(sizes, dtype, device),
+            convolutions(shapes, dtype, device),
+        ):
             found |= {f"{name}, {str(dtype).removeprefix('torch.')}": case for name, case in kind}
-        of_convolutions = convolutions(shapes, dtype, device)
-        found |= {f"{name}, {str(dtype).removeprefix('torch.')}": case for name, case in of_convolutions}
     return found
 
 

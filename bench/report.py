@@ -45,7 +45,7 @@ def plain(header: Sequence[str], sections: list[Section], title: str) -> str:
 def write_json(path: str, results: dict[str, object], clocks_before: dict[str, str] | None) -> None:
     """Write `results` beside the environment they were measured in."""
     record = {"environment": environment(), "clocks": {"before": clocks_before, "after": clocks()}, **results}
-    partial = Path(f"{path}.partial")  # what was written before stays whole if this is cut off
+    partial = Path(f"{path}.partial")  # an earlier record stays complete if this write is interrupted
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)

@@ -1,7 +1,7 @@
-"""Every operator with a kernel of its own, once on small odd shapes in all dtypes, for compute-sanitizer.
+"""Runs every operator that has a compiled kernel once, on small odd shapes in all dtypes, for compute-sanitizer.
 
-`python -m bench.sanitized_run [DEVICE [DTYPE...]]`, cuda and all dtypes by default.
-Inputs are made on the CPU and results copied back, so that almost all kernels seen are ours and every output is read.
+`python -m bench.sanitized_run [DEVICE [DTYPE...]]`, by default all dtypes on cuda. Inputs are made on the CPU and
+results are copied back, so that almost all kernels on the device are ours and every output is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .examples import DTYPES, EXAMPLES, call, compiled
+from .operator_inputs import DTYPES, INPUTS, call, compiled
 
 SHAPES = {
     "one": [(5, 1031)],
@@ -32,7 +32,7 @@ def run(device: str, dtypes: list[torch.dtype]) -> None:
             if what == "row slices":
                 grads = [g[:, :-3] for g in grads]
             for name in names:
-                result = call(name, EXAMPLES[name](grads))
+                result = call(name, INPUTS[name](grads))
                 if not all(leaf.cpu().isfinite().all() for leaf in tree_leaves(result)):
                     sys.exit(f"{name} of {what}, {dtype}: not finite")
             print(f"{dtype}, {what}: every operator ran", flush=True)

@@ -1,4 +1,4 @@
-"""Reads machine code as cuobjdump prints it: instructions, basic blocks, loops and what always runs in them."""
+"""Reads SASS, the machine code of NVIDIA GPUs, as cuobjdump prints it: instructions, basic blocks and loops."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pathlib import Path
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 _ADDRESS = re.compile(r"(?<![\w.])0x([0-9a-f]+)$")
-# What does not go on to the next instruction, unless it depends on a predicate.
+# Instructions that do not continue with the next one, unless they depend on a predicate.
 _LEAVES = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "BSYNC", "KILL")
 
 
 def cuobjdump() -> str | None:
-    """The toolkit's disassembler, or the one that comes with Triton, and so with torch."""
+    """The path of the CUDA toolkit's disassembler, or of the copy that Triton brings; None without either."""
     if found := shutil.which("cuobjdump"):
         return found
     try:
         import triton
     except ImportError:
         return None
-    brought = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return str(brought) if brought.exists() else None
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else None
 
 
 def _report(*arguments: str) -> str:
@@ -40,7 +40,7 @@ def _report(*arguments: str) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which kernel a mangled name stands for."""
+    """A kernel by its mangled name."""
 
     mangled: str
 
@@ -55,18 +55,18 @@ class Kernel:
 
     @property
     def dtype(self) -> str:
-        """Of what is stored: the first type among the template's arguments."""
+        """The dtype of the tensors: the first type among the template's arguments."""
         found = re.match(r"(?:L[ilbx]\d+E)*(?:N\w*?Sums)?I?(?:N\w*?(BFloat16|Half)E|([fd]))", self._arguments)
         return {"f": "float", "d": "double"}.get(found[2], found[1]) if found else ""
 
     @property
     def numbers(self) -> list[int]:
-        """The template's arguments that are numbers, in their order."""
+        """The template's arguments that are numbers, in order."""
         return [int(number) for number in re.findall(r"L[ilbx](\d+)E", self._arguments)]
 
 
 def resources(binary: str) -> dict[tuple[str, Kernel], dict[str, int]]:
-    """By architecture and kernel: registers, bytes of stack, shared and local memory."""
+    """Registers and bytes of stack, shared and local memory, by architecture and kernel."""
     found, architecture, kernel = {}, "", None
     for line in _report("--dump-resource-usage", binary).splitlines():
         if match := re.match(r"arch = (sm_\w+)", line):
@@ -79,7 +79,7 @@ def resources(binary: str) -> dict[tuple[str, Kernel], dict[str, int]]:
 
 
 def disassembly(binary: str, architecture: str) -> dict[Kernel, Function]:
-    """The machine code for one architecture."""
+    """The machine code of every kernel for one architecture."""
     text = _report("-sass", "-arch", architecture, binary)
     return {Kernel(name): function for name, function in functions(text).items()}
 
@@ -106,79 +106,80 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, or a barrier for threads that part."""
+        """The address to which a branch jumps, or at which the threads that diverge after a BSSY reconverge."""
         found = _ADDRESS.search(self.operands)
         return int(found[1], 16) if found and self.name in ("BRA", "BSSY", "JMP") else None
 
     @property
     def bits(self) -> int:
-        """How wide a memory access is."""
+        """The width of a memory access."""
         width = re.search(r"\.[US]?(8|16|64|128)(?![0-9])", self.opcode)
         return int(width[1]) if width else 32
 
     @property
     def conditional(self) -> bool:
-        """Whether a predicate decides: before it, or among the operands of a branch."""
+        """Whether it depends on a predicate, before the opcode or among the operands of a branch."""
         return bool(self.predicate) or (self.name == "BRA" and "," in self.operands)
 
 
-def loads_under_way(instructions: list[Instruction]) -> int:
-    """The most 16-byte loads from global memory at a time that were started and not yet used, nor a later one of them.
+def loads_in_flight(instructions: list[Instruction]) -> int:
+    """The largest number of 16-byte loads from global memory that are in flight at one time.
 
-    As in a loop, the first instruction follows the last.
+    A load is in flight until its result, or that of a later load, is used. As in a loop, the first instruction follows
+    the last.
     """
-    most, under_way = 0, []
+    most, in_flight = 0, []
     for instruction in instructions * 2:
         registers = [int(number) for number in re.findall(r"\bR(\d+)", instruction.operands)]
-        used = [n for n, first in enumerate(under_way) if any(first <= register < first + 4 for register in registers)]
-        under_way = under_way[used[-1] + 1 :] if used else under_way
+        used = [n for n, first in enumerate(in_flight) if any(first <= register < first + 4 for register in registers)]
+        in_flight = in_flight[used[-1] + 1 :] if used else in_flight
         if instruction.name == "LDG" and instruction.bits == 128:
-            under_way.append(registers[0])
-        most = max(most, len(under_way))
+            in_flight.append(registers[0])
+        most = max(most, len(in_flight))
     return most
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: the blocks on the ways from its first one back to it."""
+    """A natural loop: the basic blocks on all paths from its header back to the header."""
 
     function: Function
     header: int
     blocks: frozenset[int]
-    ends: frozenset[int]  # those that go back
+    ends: frozenset[int]  # the blocks that branch back to the header
 
     def instructions(self) -> list[Instruction]:
         return [i for block in sorted(self.blocks) for i in self.function.blocks[block]]
 
     def always(self) -> list[Instruction]:
-        """What runs every time around: not what a branch inside the loop may skip, nor what a predicate may."""
+        """The instructions that run in every iteration: no branch inside the loop and no predicate skips them."""
         passed = (b for b in sorted(self.blocks) if all(self.function.dominates(b, end) for end in self.ends))
         return [i for block in passed for i in self.function.blocks[block] if not i.predicate]
 
-    def way(self, block: int) -> list[Instruction]:
-        """What one time around issues that passes through `block` and skips what it can."""
+    def shortest_iteration(self, block: int) -> list[Instruction]:
+        """The instructions of the shortest iteration that passes through `block`."""
         return [
             i
-            for b in self._shortest(self.header, {block}) + self._shortest(block, self.ends)[1:]
+            for b in self._shortest_path(self.header, {block}) + self._shortest_path(block, self.ends)[1:]
             for i in self.function.blocks[b]
         ]
 
-    def _shortest(self, start: int, ends: Collection[int]) -> list[int]:
-        """The way inside the loop with the fewest instructions, as its blocks."""
+    def _shortest_path(self, start: int, ends: Collection[int]) -> list[int]:
+        """The blocks of the path inside the loop with the fewest instructions."""
         queue, seen = [(0, [start])], set()
         while True:
-            length, way = heapq.heappop(queue)
-            if way[-1] in ends:
-                return way
-            if way[-1] in seen:
+            length, path = heapq.heappop(queue)
+            if path[-1] in ends:
+                return path
+            if path[-1] in seen:
                 continue
-            seen.add(way[-1])
-            for block in self.blocks.intersection(self.function.successors[way[-1]]) - {self.header}:
-                heapq.heappush(queue, (length + len(self.function.blocks[block]), [*way, block]))
+            seen.add(path[-1])
+            for block in self.blocks.intersection(self.function.successors[path[-1]]) - {self.header}:
+                heapq.heappush(queue, (length + len(self.function.blocks[block]), [*path, block]))
 
 
 class Function:
-    """The control flow of one kernel."""
+    """The instructions and the control flow of one kernel."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -199,14 +200,14 @@ class Function:
     @cached_property
     def successors(self) -> list[list[int]]:
         numbers = {block[0].address: number for number, block in enumerate(self.blocks) if block}
-        meeting: dict[str, int | None] = {}  # where threads that part at a barrier register run on together
+        meeting: dict[str, int | None] = {}  # where threads reconverge, by barrier register
         found = []
         for number, block in enumerate(self.blocks):
             for instruction in block:
                 if instruction.name == "BSSY":
                     meeting[instruction.operands.partition(",")[0]] = instruction.target
             last, following = block[-1], [number + 1] if number + 1 < len(self.blocks) else []
-            # The way of a warp whose threads have parted leads around an instruction for whole warps, and back.
+            # BRA.DIV jumps to code for a warp whose threads have diverged, which comes back: that is not counted.
             if last.name not in _LEAVES or last.has("DIV"):
                 found.append(following)
                 continue
@@ -217,7 +218,7 @@ class Function:
 
     @cached_property
     def _predecessors(self) -> list[list[int]]:
-        """Of each block those before it that can be reached: none of a function that is called."""
+        """The reachable predecessors of each block; the blocks of functions that are called are not reachable."""
         found: list[list[int]] = [[] for _ in self.blocks]
         reached, left = {0}, [0]
         while left:
@@ -231,7 +232,7 @@ class Function:
 
     @cached_property
     def _dominators(self) -> list[int]:
-        """Of each block that can be reached, as bits: the blocks on all ways to it."""
+        """The blocks that are on all paths to each block, as a bit mask."""
         everything = (1 << len(self.blocks)) - 1
         dominators = [1] + [everything] * (len(self.blocks) - 1)
         changed = True
@@ -251,7 +252,7 @@ class Function:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """The natural loops, outer ones before those inside."""
+        """The natural loops, outer loops before the inner ones."""
         loops = []
         for header, before in enumerate(self._predecessors):
             ends = [block for block in before if self.dominates(header, block)]
@@ -268,5 +269,5 @@ class Function:
 
     @cached_property
     def innermost(self) -> list[Loop]:
-        """The loops without loops inside."""
+        """The loops that contain no other loop."""
         return [loop for loop in self.loops if not any(other.blocks < loop.blocks for other in self.loops)]

@@ -1,4 +1,4 @@
-"""Which of its cases a benchmark runs."""
+"""The choice of the cases that a benchmark runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def chosen(cases: dict[str, T], only: Sequence[str]) -> dict[str, T]:
-    """The cases that have one of the texts in their name, in the order of the texts; ends where a text finds none."""
+    """The cases whose name contains one of the texts, in the order of the texts; exits if a text is in no name."""
     for text in only:
         if not any(text in name for name in cases):
             sys.exit(f"no case has {text!r} in its name: {'; '.join(cases)}")

@@ -1,6 +1,7 @@
-"""Every operator against float64 in all dtypes, each in a process of its own: one that hangs or dies ends no other.
+"""Checks every operator against float64 in all dtypes, each in its own process, so that a crash ends no other check.
 
-`python -m bench.smoke [DEVICE [OPERATOR]]`, cuda and all by default: a line for each result as soon as it is there.
+`python -m bench.smoke [DEVICE [OPERATOR]]`, by default all operators on cuda. Each result is printed as soon as it is
+known.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from .agreement import error
-from .examples import DTYPES, EXAMPLES, call, exact
+from .operator_inputs import DTYPES, INPUTS, call, exact
 
 BATCH_SIZES = (3, 8, 130)
 SHAPES = ((3, 5), (1,), (129,), (1031,))
@@ -21,14 +22,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, to
 
 
 def check(name: str, device: str) -> list[str]:
-    """Run an operator, print a line for each dtype and batch size; returns those that do not agree."""
+    """Run an operator and print a line for each dtype and batch size; returns the lines of wrong results."""
     torch.backends.cudnn.allow_tf32 = False
     wrong = []
     for dtype in DTYPES:
         for batch_size in BATCH_SIZES:
             torch.manual_seed(0)
             grads = [torch.randn(batch_size, *shape).add_(0.2).to(device, dtype) for shape in SHAPES]
-            arguments = EXAMPLES[name](grads)
+            arguments = INPUTS[name](grads)
             want = exact(name, arguments)
             found = error(_on_cpu(call(name, arguments)), want)
             outcome = "ok" if found < TOLERANCE[dtype] else "WRONG"
@@ -43,15 +44,15 @@ def _on_cpu(result: object) -> object:
 
 
 def in_own_process(name: str, device: str) -> str | None:
-    """What is wrong with an operator; None if nothing is."""
+    """Check an operator in a new process; returns how that failed, or None."""
     status = subprocess.run([sys.executable, "-m", "bench.smoke", device, name], check=False).returncode
     return None if status == 0 else f"{name}: " + (f"exit status {status}" if status > 0 else f"signal {-status}")
 
 
 def check_all(device: str) -> list[str]:
-    """Check all operators side by side; returns what is wrong."""
+    """Check all operators in parallel; returns the failures."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = {name: pool.submit(in_own_process, name, device) for name in EXAMPLES}
+        found = {name: pool.submit(in_own_process, name, device) for name in INPUTS}
         try:
             return [wrong for future in found.values() if (wrong := future.result())]
         except KeyboardInterrupt:

@@ -19,9 +19,9 @@ from .environment import clocks
 from .measure import host_clock, interleave, synchronize
 from .memory import limited_memory
 from .models import Case, cases
-from .profiles import profiled
 from .report import reason, show, write_json
 from .selection import chosen
+from .step_profile import profiled
 from .step_result import HEADER, Result, section
 from .training_steps import OURS, UNDER_AUTOCAST
 
@@ -30,7 +30,7 @@ from .training_steps import OURS, UNDER_AUTOCAST
 CONSECUTIVE = 4
 LONG = 500  # milliseconds
 
-# Milliseconds of all of ours on a model, and of each peer, by device; and the least and most rounds.
+# By device, milliseconds for all of our arms on a model, and for each peer; and the fewest and the most rounds.
 OURS_TIME, PEER_TIME = {"cpu": 20_000, "cuda": 4_000}, {"cpu": 10_000, "cuda": 2_000}
 LEAST, MOST, QUICK = 3, 60, 5
 
@@ -89,7 +89,7 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
             show(HEADER, [section(results[-1])], f"training step, {device}")
             for arm, profile in results[-1].profiles.items():
                 print(f"{name}: {arm}\n{profile}", flush=True)
-            save()  # what is measured stays if the rest is cut off
+            save()  # so that results stay if the rest is interrupted
     except KeyboardInterrupt:
         failures.append("interrupted: the models that follow are missing")
     save()

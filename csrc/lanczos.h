@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-// What a CUDA kernel calls as well.
+// For functions that a CUDA kernel calls as well.
 #ifdef __CUDACC__
 #define RGD_EXT_SHARED inline __host__ __device__
 #else
@@ -19,8 +19,8 @@ namespace rgd_ext::lanczos {
 // distance of theta to an eigenvalue.
 inline double tolerance(double ulp) { return std::fmax(1e-13, ulp / 4); }
 
-// Entry i of a start vector that no structure of a matrix has anything to do with, in (-1, 1). A vector of ones is in
-// the null space of every centred Gramian.
+// Entry i of a pseudo-random start vector, in (-1, 1). A vector of ones would be in the null space of every centred
+// Gramian.
 RGD_EXT_SHARED double start_entry(int64_t i) {
   uint64_t bits = static_cast<uint64_t>(i + 1) * 0x9e3779b97f4a7c15u;
   bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -56,20 +56,21 @@ struct Solution {
   double first, last, squared_norm;  // of s
 };
 
-// T = V^T A V for the orthonormal vectors V of Lanczos' method, a row at a time.
+// T = V^T A V for the orthonormal vectors V of Lanczos' method, built row by row.
 class Tridiagonal {
  public:
   struct Row {
     double entry, beside;  // on the diagonal and right of it
-    double inverse;        // of what is left of it, or 1
+    double inverse;        // 1 / the entry left of the diagonal, or 1 in the first row
   };
 
   // For A of `size`; `memory` holds as many rows.
   RGD_EXT_SHARED Tridiagonal(int64_t size, double tolerance, Row* memory)
       : size_(size), tolerance_(tolerance), memory_(memory) {}
 
-  // `entry` = v^T A v for the next v, and `norm` that of what is left of A v without its parts along V; `inverse` is
-  // 1 / norm. Returns whether value() is the largest eigenvalue of A, or NaN because A is not finite. Else norm > 0.
+  // `entry` = v^T A v for the next v; `norm` is the norm of A v without its projection on V, and `inverse` is 1 / norm.
+  // Returns whether the method has ended: value() is then the largest eigenvalue of A, or NaN if A is not finite.
+  // Otherwise norm > 0.
   RGD_EXT_SHARED bool append(double entry, double norm, double inverse) {
     value_ = entry - entry;
     if (value_ != 0) return true;
@@ -86,7 +87,7 @@ class Tridiagonal {
   RGD_EXT_SHARED double value() const { return value_; }
 
  private:
-  // By multiplications alone, from the last row, where s is smallest, upwards: errors don't grow.
+  // Solves from the last row, where s is smallest, upwards, so that errors do not grow. There are no divisions.
   RGD_EXT_SHARED Solution solve(double x) const {
     constexpr double kLarge = 0x1p300;
     Jet s{1, 0, 0}, before{0, 0, 0};
@@ -94,7 +95,7 @@ class Tridiagonal {
     Row next_row = memory_[rows_ - 1];
     for (int64_t k = rows_ - 1; k >= 0; --k) {
       const Row row = next_row;
-      next_row = memory_[k > 0 ? k - 1 : 0];  // in time
+      next_row = memory_[k > 0 ? k - 1 : 0];  // loaded before it is needed
       Jet next = s * ((x - row.entry) * row.inverse) - before * (row.beside * row.inverse);
       next.slope += row.inverse * s.value;
       next.curvature += 2 * row.inverse * s.slope;
@@ -119,9 +120,9 @@ class Tridiagonal {
     return n / (sum + std::sqrt(std::fmax(0.0, (n - 1) * (n * squares - sum * sum))));
   }
 
-  // Looks for the largest eigenvalue of T from an upper bound downwards, but no further than it takes to see that it is
-  // not one of A. For v = V s / |s| and its Rayleigh quotient theta, |A v - theta v| <= hypot(f, norm s_n) / |s|. The
-  // second part alone is less than at the eigenvalue of T, because the entries of s / s_n grow with x.
+  // Searches for the largest eigenvalue of T from an upper bound downwards, and stops when it cannot be one of A. For
+  // v = V s / |s| and its Rayleigh quotient theta, |A v - theta v| <= hypot(f, norm s_n) / |s|. During the search
+  // norm s_n / |s| is less than at the eigenvalue of T, because the entries of s / s_n grow with x.
   RGD_EXT_SHARED bool has_converged() {
     double x = bound_;
     for (int solutions = 1;; ++solutions) {
@@ -137,7 +138,7 @@ class Tridiagonal {
       value_ = x - at.f.value * at.first / at.squared_norm;
       if (std::hypot(at.f.value, rest) <= allowed) return true;
       const double next = x - step(at.f);
-      if (!(next < x)) return true;  // to rounding
+      if (!(next < x)) return true;  // converged to rounding
       x = next;
     }
   }
@@ -151,8 +152,9 @@ class Tridiagonal {
 // Doubles that largest_eigenvalue works in.
 constexpr int64_t workspace_size(int64_t size) { return size * (size + 1); }
 
-// Of a matrix (size, size) with multiply(x, y): y = A x; remove(basis, n, x) takes from x its parts along the n
-// orthonormal rows of `basis`. NaN if A is not finite. `workspace` holds workspace_size(size), `rows` as many as A has.
+// The largest eigenvalue of a matrix A, (size, size); NaN if A is not finite. multiply(x, y) computes y = A x, and
+// remove(basis, n, x) removes from x its projection on the n orthonormal rows of `basis`. `workspace` has
+// workspace_size(size) doubles, and `rows` has `size` rows.
 template <typename Multiply, typename Remove>
 double largest_eigenvalue(int64_t size, double tolerance, Multiply multiply, Remove remove, double* workspace,
                           Tridiagonal::Row* rows) {
@@ -167,8 +169,8 @@ double largest_eigenvalue(int64_t size, double tolerance, Multiply multiply, Rem
     for (int64_t i = 0; i < size; ++i) last[i] = rest[i] * inverse;
     multiply(last, rest);
     const double entry = dot(size, last, rest);
-    // Gram-Schmidt twice, which is enough: first along the two vectors that a product has parts along, and then, for
-    // what rounding has left of these and brought in of the others, along all.
+    // Gram-Schmidt twice is enough: first against the two vectors that A v is not orthogonal to, and then against all
+    // vectors, which removes rounding errors.
     for (int64_t i = 0; i < size; ++i) rest[i] -= entry * last[i] + norm * before[i];
     remove(basis, n, rest);
     norm = std::sqrt(dot(size, rest, rest));

@@ -36,7 +36,7 @@ class Stats:
         squared_norms: |g_i - g|^2, shape (B,).
         centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy did not need it and the layers
             do not give it for nothing.
-        ulp: what rounding leaves of D where all gradients agree, relative to the largest |g_i|^2; see `rounding`.
+        ulp: how much of D rounding leaves where all gradients agree, relative to the largest |g_i|^2; see `rounding`.
         epsilon: what the policy chose; 0 where D = 0 to rounding. None while the policy is choosing.
         weights: w_i, shape (B,), of which the direction is sum_i w_i g_i. None while the policy is choosing.
     """
@@ -288,11 +288,11 @@ def checked_policy(epsilon: Policy | float, inverse: Inverse) -> Policy:
 
 
 def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """What rounding leaves of D where all gradients agree, relative to |g|^2, in statistics of `dtype`.
+    """How much of D rounding leaves where all gradients agree, relative to |g|^2, in statistics of `dtype`.
 
-    On a GPU, float32 statistics may come from matrix units, which cut off the last bits of what they add; and where
-    torch allows TF32, from gradients rounded to 11 bits. An entry of K may then be wrong by 2^-10 of it. But K stays
-    the Gramian of gradients that are wrong by 2^-11: of a D that is zero, it shows no more than the square of that.
+    On a GPU, float32 statistics may come from matrix units, which truncate when they add, and, if torch allows TF32,
+    from gradients rounded to 11 bits. An entry of K may then have a relative error of 2^-10. But K is still the Gramian
+    of gradients with relative errors of 2^-11, so where D is zero its value is at most the square of that.
     """
     from_matrix_units = device.type == "cuda" and dtype == torch.float32
     return 2.0**-21 if from_matrix_units else torch.finfo(dtype).eps

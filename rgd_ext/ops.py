@@ -23,7 +23,7 @@ Tensors: TypeAlias = Tensor | Sequence[Tensor]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _library = torch.library.Library("rgd_ext", "DEF")
 
-# The devices for which an operator has a compiled kernel. docs/kernels.md says why some have none for CUDA.
+# The devices for which each operator has a compiled kernel. docs/kernels.md says why some have none for CUDA.
 KERNELS = {
     **dict.fromkeys(("moments", "scalar_moments", "squared_norm", "combine", "precondition"), ("CPU", "CUDA")),
     **dict.fromkeys(("gram", "ghost_gram", "ghost_combine", "diffusion_mv"), ("CPU", "CUDA")),
@@ -429,12 +429,12 @@ torch.library.impl(_library, "largest_eigenvalue", "CompositeExplicitAutograd")(
 
 
 def largest_eigenvalue(matrix: Tensor, ulp: float | None = None) -> Tensor:
-    """lambda_max of a symmetric positive semi-definite matrix, such as a Gramian, to its rounding.
+    """lambda_max of a symmetric positive semi-definite matrix, such as a Gramian, as precisely as its entries allow.
 
     Args:
         matrix: shape (B, B), float64 or float32.
-        ulp: relative rounding error of its entries, as of a float64 matrix made from float32; by default that of its
-            dtype. On a GPU the sums are of float32 where `ulp` is that of float32 or more.
+        ulp: relative rounding error of its entries, by default that of its dtype; larger for a float64 matrix made from
+            float32. On a GPU sums are in float32 if `ulp` is at least that of float32.
 
     Returns:
         A scalar of the dtype of `matrix`, at least 0; NaN where `matrix` is not finite.

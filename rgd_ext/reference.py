@@ -133,7 +133,7 @@ def rank(eigenvalues: Tensor, size: int, largest: Tensor, ulp: float) -> Tensor:
 
 
 def largest_eigenvalue(matrix: Tensor, ulp: float) -> Tensor:
-    """lambda_max of a symmetric positive semi-definite matrix, more exactly than entries with error `ulp` ask for."""
+    """lambda_max of a symmetric positive semi-definite matrix, to full precision whatever `ulp` is."""
     return eigenvalues(matrix)[-1].clone()
 
 
@@ -154,11 +154,11 @@ class Geometry(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each place of the output is made of one place of the input, the same."""
+        """Whether each place of the output depends on the same place of the input alone."""
         return all(numbers == (1, 1, 0) for numbers in zip(self.kernel, self.stride, self.padding, strict=True))
 
     def unused(self, places: Sequence[int], space: Sequence[int]) -> list[int]:
-        """How many more places, by dimension, the convolution of `space` has, as a transposed one may leave some.
+        """How many places, by dimension, the convolution of `space` has beyond `places`: some, if it is transposed.
 
         Raises:
             ValueError: if it has fewer.
@@ -205,15 +205,15 @@ def conv_weight_grad(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Tens
     return torch.ops.aten.convolution_backward(output_grad, x, weight, None, *options)[1]
 
 
-# Bytes of unfolded inputs at a time. On a GPU a copy of so many takes some 40 us, many times a launch, and the product
-# that reads them has enough samples to fill the multiprocessors.
-COLUMNS = 64 << 20
+# The most bytes of unfolded inputs at a time. Copying so many takes a GPU some 40 us, many times as long as a launch,
+# and the product that reads them fills the multiprocessors.
+UNFOLDED_BYTES = 64 << 20
 
 
 def unfolded(x: Tensor, places: Sequence[int], geometry: Geometry) -> Tensor:
-    """(B, n * kernel, T): what the weights of an output channel meet at each of T = `places` of the output.
+    """(B, n * kernel, T): the inputs that an output channel's weights are multiplied by, at each of the T `places`.
 
-    A view of the padded input, which one operator copies: `F.unfold` launches a kernel for every sample on CUDA, and
+    One operator copies a strided view of the padded input. `F.unfold` launches a kernel for every sample on CUDA, and
     takes longer on the CPU.
     """
     geometry.unused(places, x.shape[2:])
@@ -227,13 +227,13 @@ def unfolded(x: Tensor, places: Sequence[int], geometry: Geometry) -> Tensor:
 
 
 def conv_weight_grads_by_unfolding(output_grad: Tensor, x: Tensor, geometry: Geometry, out: Tensor) -> None:
-    """Each sample's own weight gradient, into `out`, (B, m, n / groups, *kernel): products with unfolded inputs."""
+    """Write each sample's weight gradient, a product with unfolded inputs, to `out`: (B, m, n / groups, *kernel)."""
     places, groups = output_grad.shape[2:], geometry.groups
     grads, images = output_grad.flatten(2).unflatten(1, (groups, -1)), x.unflatten(1, (groups, -1))
     weights = out.view(len(x), groups, grads.shape[2], images.shape[2], -1)
-    each = groups * weights.shape[4] * math.prod(places) * x.itemsize  # bytes of a sample and channel
-    channels = min(images.shape[2], max(1, COLUMNS // each))
-    samples = max(1, COLUMNS // (each * channels))
+    each = groups * weights.shape[4] * math.prod(places) * x.itemsize  # bytes for one sample and channel
+    channels = min(images.shape[2], max(1, UNFOLDED_BYTES // each))
+    samples = max(1, UNFOLDED_BYTES // (each * channels))
     for e, some, gradients in zip(grads.split(samples), images.split(samples), weights.split(samples), strict=True):
         e = e.flatten(0, 1)
         for image, gradient in zip(some.split(channels, 2), gradients.split(channels, 3), strict=True):
@@ -242,9 +242,9 @@ def conv_weight_grads_by_unfolding(output_grad: Tensor, x: Tensor, geometry: Geo
 
 
 def block_elements(device: torch.device) -> int:
-    """Elements of gradients that are formed at a time.
+    """The number of elements of gradients that are formed at a time.
 
-    On the CPU they stay in the caches. A GPU needs some 30 MB to be past the time of a launch at 3 TB/s.
+    On the CPU they stay in the caches. On a GPU 64 MiB of float32 take longer to read than a launch takes.
     """
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
@@ -254,7 +254,7 @@ _CHANNELS = 32
 
 
 def conv_blocks(output_grad: Tensor, x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """Per-sample weight gradients of some output channels after the other, in the accumulation dtype."""
+    """Per-sample weight gradients, a block of output channels at a time, in the accumulation dtype."""
     dtype = accumulate_dtype(x.dtype)
     output_grad, x = output_grad.to(dtype), x.to(dtype)
     each = x.shape[0] * x.shape[1] * math.prod(geometry.kernel)
@@ -280,16 +280,16 @@ def conv_scalar_moments(
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """left @ right, of matrices or batches of them, in `dtype`: theirs, or on CUDA float32 for theirs of 16 bits.
+    """left @ right, of matrices or batches of them, in `dtype`: their own, or float32 for 16-bit operands on CUDA.
 
-    The matrix units multiply 16 bits as they are. The products are exact in float32, in which they are summed.
+    Matrix units multiply 16-bit operands without a conversion. Each product is exact in float32, as which it is summed.
     """
     multiply = torch.mm if left.ndim == 2 else torch.bmm
     return multiply(left, right, out=out) if left.dtype == dtype else multiply(left, right, out_dtype=dtype, out=out)
 
 
 def product_with_wider(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, of matrices, in the dtype of `right`, to twice the digits of `left` where that is narrower."""
+    """left @ right, of matrices, in the dtype of `right`, which is split in two if `left` is narrower."""
     if left.dtype == right.dtype:
         return torch.mm(left, right)
     high = right.to(left.dtype)
@@ -298,13 +298,13 @@ def product_with_wider(left: Tensor, right: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, indices: Tensor, number: int) -> Tensor:
-    """(number, *shape), whose row r is the sum of those of `rows`, (N, *shape), that have index r.
+    """(number, *shape): row r is the sum of the `rows`, (N, *shape), whose index is r.
 
-    In one order every time, and without a number that the host reads.
+    The order of summation is always the same, and the host does not wait for the device.
     """
     if rows.is_cpu:
         return rows.new_zeros(number, *rows.shape[1:]).index_add_(0, indices, rows)
-    # index_add_ adds by atomics on CUDA. This is the kernel of SGD's own gradient of an embedding.
+    # On CUDA index_add_ uses atomics. This is the kernel that computes SGD's gradient of an embedding.
     flat = rows.reshape(len(rows), rows.shape[1:].numel())
     return torch.ops.aten.embedding_dense_backward(flat, indices, number, -1, False).view(number, *rows.shape[1:])
 
@@ -314,7 +314,7 @@ def embedding_gram(keys: Tensor, sums: Tensor, table_rows: int, batch_size: int)
 
     Args:
         keys: sample * table_rows + row of each entry, (N,), ascending.
-        sums: (N, n); of entries with one key the first has their sum and the others have zeros.
+        sums: (N, n): the first entry with a key has the sum over all entries with it, and the others have zeros.
         table_rows: of the table.
         batch_size: B.
     """

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logfinish(nodeid):
-    """End a worker whose device no call will ever work on again, after its last report: xdist starts another."""
+    """End a worker whose device has failed for good, after its last report: xdist starts another one."""
     if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
         return
     try:

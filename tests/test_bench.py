@@ -111,11 +111,11 @@ def test_an_operator_that_is_wrong_fails_and_another_way_is_left_out():
     assert failures_of(result) == ["case: operator: differs from float64 by 1.0e+00 of its largest value"]
 
 
-def test_every_operator_has_an_example():
-    from bench.examples import EXAMPLES
+def test_every_operator_has_inputs():
+    from bench.operator_inputs import INPUTS
 
     names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
-    assert set(EXAMPLES) == {name for namespace, _, name in names if namespace == "rgd_ext"}
+    assert set(INPUTS) == {name for namespace, _, name in names if namespace == "rgd_ext"}
 
 
 def test_smoke_prints_a_line_for_each_result_and_finds_what_is_wrong(monkeypatch, capsys):
@@ -130,7 +130,7 @@ def test_smoke_prints_a_line_for_each_result_and_finds_what_is_wrong(monkeypatch
 def test_smoke_names_an_operator_whose_process_dies(monkeypatch):
     from bench import smoke
 
-    monkeypatch.setattr(smoke, "EXAMPLES", {"gram": None, "none": None})
+    monkeypatch.setattr(smoke, "INPUTS", {"gram": None, "none": None})
     monkeypatch.setattr(smoke.sys, "executable", "false")
     assert smoke.check_all("cpu") == ["gram: exit status 1", "none: exit status 1"]
 
@@ -138,7 +138,7 @@ def test_smoke_names_an_operator_whose_process_dies(monkeypatch):
 @pytest.mark.skipif(not rgd_ext.build_info()["compiled"], reason="needs kernels")
 def test_sanitized_run_takes_all_kernels_and_the_named_dtypes(monkeypatch, capsys):
     from bench import sanitized_run
-    from bench.examples import compiled
+    from bench.operator_inputs import compiled
 
     ran = []
     monkeypatch.setattr(sanitized_run, "call", lambda name, arguments: ran.append(name) or torch.zeros(1))
@@ -147,17 +147,17 @@ def test_sanitized_run_takes_all_kernels_and_the_named_dtypes(monkeypatch, capsy
     assert len(capsys.readouterr().out.splitlines()) == len(sanitized_run.SHAPES)
 
 
-def test_what_ncu_looks_at_runs(monkeypatch, capsys):
-    from bench import profiled
+def test_the_kernels_that_ncu_profiles_run(monkeypatch, capsys):
+    from bench import ncu_run
 
-    small = [(name, (8, 64) if len(shape) == 2 else (2, 3, 8), dtype) for name, shape, dtype in profiled.RUNS]
-    monkeypatch.setattr(profiled, "RUNS", small)
-    profiled.run("cpu")
+    small = [(name, (8, 64) if len(shape) == 2 else (2, 3, 8), dtype) for name, shape, dtype in ncu_run.RUNS]
+    monkeypatch.setattr(ncu_run, "RUNS", small)
+    ncu_run.run("cpu")
     assert len(capsys.readouterr().out.splitlines()) == len(small)
 
 
 def test_profile_of_a_step_names_what_takes_time():
-    from bench.profiles import profiled
+    from bench.step_profile import profiled
 
     x = torch.randn(100, 100)
     launches, table = profiled(lambda: x @ x, "cpu")

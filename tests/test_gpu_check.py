@@ -45,7 +45,7 @@ STEPS = {
     "kernels": "--no-compile",
     "steps": "bench steps",
     "operators": "bench operators",
-    "ncu": "bench.profiled",
+    "ncu": "bench.ncu_run",
     "compile": "compile.json",
 }
 

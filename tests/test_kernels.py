@@ -1,4 +1,4 @@
-"""Which operator has a compiled kernel on which device: the table in code, in the docs, the sources and the binary."""
+"""The table of compiled kernels, compared with docs/kernels.md, the sources and the binary."""
 
 import re
 from pathlib import Path

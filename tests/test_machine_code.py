@@ -1,4 +1,4 @@
-"""What the compiled CUDA kernels do in their loops, read from their machine code: no GPU is needed."""
+"""The loops of the compiled CUDA kernels, read from their machine code: no GPU is needed."""
 
 import re
 
@@ -47,7 +47,7 @@ def is_multiply_add(instruction):
 
 
 def test_every_kernel_writes_something(code):
-    """What takes the address of a host's constant, as std::min does, is compiled to nothing, without a word."""
+    """nvcc silently drops code that takes the address of a host constant, as std::min does."""
     for kernel, function in code.items():
         assert "probe" in kernel.name or any(i.name == "STG" for i in function.instructions), kernel
 
@@ -58,30 +58,29 @@ def test_shared_memory_is_read_in_words(kernels):
         assert not narrow, kernel
 
 
-def test_combine_has_several_loads_under_way(kernels):
+def test_combine_has_several_loads_in_flight(kernels):
     for kernel, function in of(kernels, "combine").items():
         one_vector = kernel.numbers[-1] == 1
-        most = max(sass.loads_under_way(loop.instructions()) for loop in function.innermost)
+        most = max(sass.loads_in_flight(loop.instructions()) for loop in function.innermost)
         assert most >= (5 if one_vector else 3), kernel
 
 
 def float_and_double(loop):
-    """How many operations on float and on double there are on the way around that has the most of float.
+    """The numbers of operations on float and on double in the iteration with the most operations on float.
 
-    An operation counts that runs whenever those on float do: not in a branch of its own, nor under a predicate of its
-    own.
+    Only operations that run whenever those on float do are counted: none in a branch or under a predicate of its own.
     """
 
     def floats(instructions):
         return [i for i in instructions if i.name in ("FADD", "FMUL", "FFMA")]
 
     most = max(loop.blocks, key=lambda block: len(floats(loop.function.blocks[block])))
-    way = loop.way(most)
-    predicates = {i.predicate for i in floats(way)} | {""}
+    iteration = loop.shortest_iteration(most)
+    predicates = {i.predicate for i in floats(iteration)} | {""}
     on_double = [
-        i for i in way if i.opcode.startswith(("DADD", "DMUL", "DFMA", "F2F.F64")) and i.predicate in predicates
+        i for i in iteration if i.opcode.startswith(("DADD", "DMUL", "DFMA", "F2F.F64")) and i.predicate in predicates
     ]
-    return len(floats(way)), len(on_double)
+    return len(floats(iteration)), len(on_double)
 
 
 def test_elements_are_not_added_in_double_precision_one_by_one(kernels):
@@ -114,7 +113,7 @@ def test_no_local_memory_is_used(kernels):
         assert not [i.opcode for i in function.instructions if i.name in ("LDL", "STL")], kernel
 
 
-def test_the_table_of_the_kernels_is_theirs(architecture, kernels):
+def test_the_table_in_the_readme_is_that_of_the_kernels(architecture, kernels):
     from rgd_ext import _C
 
     if architecture != machine_code.ARCHITECTURE:

@@ -1,9 +1,9 @@
-"""What the reader of machine code makes of a few lines of it, in the spellings of several architectures."""
+"""The reader of machine code on short listings, in the spellings of several architectures."""
 
 import pytest
 
 from bench.machine_code import COPY, KERNELS, instructions_for_packet
-from bench.sass import functions, loads_under_way
+from bench.sass import functions, loads_in_flight
 
 
 def read(*lines):
@@ -46,7 +46,7 @@ def test_a_branch_back_makes_a_loop(branch):
     assert names(loop.instructions()) == ["FADD", "BRA"]
 
 
-def test_inner_loops_are_told_from_outer_ones():
+def test_inner_loops_are_distinguished_from_outer_ones():
     kernel = read("DADD R2, R2, R4", "FADD R6, R6, R7", "@P0 BRA 0x10", "DMUL R2, R2, R4", "@P1 BRA 0x0", "EXIT")
     outer, inner = kernel.loops
     assert names(inner.instructions()) == ["FADD", "BRA"]
@@ -63,20 +63,20 @@ def test_inner_loops_are_told_from_outer_ones():
     ],
     ids=["branch", "predicate", "uniform branch"],
 )
-def test_what_a_loop_may_skip_does_not_always_run(rare, skip):
+def test_instructions_that_a_branch_may_skip_do_not_always_run(rare, skip):
     (loop,) = read("FADD R6, R6, R7", skip, *rare, "IADD3 R1, R1, 0x1, RZ", "@P0 BRA 0x0", "EXIT").loops
     assert "DADD" in names(loop.instructions())
     assert "DADD" not in names(loop.always())
     assert {"FADD", "IADD3"} <= set(names(loop.always()))
 
 
-def test_what_runs_rarely_may_stand_behind_the_end():
+def test_rarely_run_code_may_be_placed_after_the_exit():
     (loop,) = read("FADD R6, R6, R7", "@P1 BRA 0x40", "@P0 BRA 0x0", "EXIT", "DADD R2, R2, R4", "BRA 0x20").loops
     assert "DADD" in names(loop.instructions())
     assert names(loop.always()) == ["FADD"]
 
 
-def test_threads_that_part_meet_at_the_end_of_their_barrier():
+def test_threads_that_diverge_reconverge_at_the_end_of_their_barrier():
     kernel = read(
         "BSSY B0, 0x50",
         "@P1 BRA 0x40",
@@ -91,50 +91,50 @@ def test_threads_that_part_meet_at_the_end_of_their_barrier():
     assert names(loop.always()) == ["BSSY", "FADD"]
 
 
-def test_a_way_around_passes_a_block_and_skips_what_it_can():
+def test_the_shortest_iteration_through_a_block_skips_every_other_branch():
     rare = ["@P2 BRA 0x40", "DADD R8, R8, R10", "DADD R8, R8, R10", "DADD R8, R8, R10"]
     (loop,) = read(*rare, "@P1 BRA 0x70", "LDS R2, [R1]", "BRA 0x80", "LDS.128 R4, [R1]", "@P0 BRA 0x0", "EXIT").loops
     wide = next(n for n in loop.blocks if loop.function.blocks[n][0].bits == 128)
-    assert names(loop.way(wide)) == ["BRA", "BRA", "LDS", "BRA"]
-    assert [i.bits for i in loop.way(wide) if i.name == "LDS"] == [128]
+    assert names(loop.shortest_iteration(wide)) == ["BRA", "BRA", "LDS", "BRA"]
+    assert [i.bits for i in loop.shortest_iteration(wide) if i.name == "LDS"] == [128]
 
 
-def test_a_call_comes_back_and_has_no_loops_of_the_kernel():
+def test_the_loops_of_a_called_function_are_not_those_of_the_kernel():
     called = ["DMUL R2, R2, R2", "@P0 BRA 0x30", "RET.REL.NODEC R4 0x0"]
     (loop,) = read("CALL.REL.NOINC 0x30", "@P1 BRA 0x0", "EXIT", *called).loops
     assert names(loop.instructions()) == ["CALL", "BRA"]
 
 
-def test_the_way_of_a_warp_that_has_parted_is_left_out():
+def test_the_code_of_a_diverged_warp_is_left_out():
     kernel = read("FADD R6, R6, R7", "BRA.DIV UR4, 0x50", "SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "@P0 BRA 0x0", "EXIT",
                   "WARPSYNC.COLLECTIVE R3, 0x60", "SHFL.BFLY PT, R1, R2, 0x1, 0x1f", "BRA 0x30")  # fmt: skip
     (loop,) = kernel.loops
     assert names(loop.always()) == ["FADD", "BRA", "SHFL"]
 
 
-def test_loads_are_under_way_until_one_is_used():
+def test_loads_are_in_flight_until_one_is_used():
     loads = [f"LDG.E.128 R{r}, desc[UR4][R{40 + r}.64]" for r in (4, 8, 12)]
     together = read(*loads, "FFMA R1, R0, R6, R1", "FFMA R1, R0, R13, R1").instructions
     in_turn = read(*(line for n, load in enumerate(loads) for line in (load, f"FFMA R1, R0, R{4 * n + 7}, R1")))
-    assert loads_under_way(together) == 3
-    assert loads_under_way(in_turn.instructions) == 1
+    assert loads_in_flight(together) == 3
+    assert loads_in_flight(in_turn.instructions) == 1
     overlapping = read(*loads[:2], "FFMA R1, R0, R4, R1", loads[2], "FFMA R1, R0, R12, R1").instructions
-    assert loads_under_way(overlapping) == 2
+    assert loads_in_flight(overlapping) == 2
     around = read(loads[1], "FFMA R1, R0, R9, R1", loads[0]).instructions
-    assert loads_under_way(around) == 2
+    assert loads_in_flight(around) == 2
     narrow = read("LDG.E R4, [R2.64]", "LDG.E.64 R8, [R2.64]").instructions
-    assert loads_under_way(narrow) == 0
+    assert loads_in_flight(narrow) == 0
 
 
 def test_instructions_are_counted_in_the_loop_that_takes_most_packets_at_a_time():
     copy, step = "LDGSTS.E.BYPASS.128.ZFILL [R4], [R2.64], P1", "IADD3 R4, R4, 0x10, RZ"
     at_a_time = read(copy, step, "@P0 BRA 0x0", copy, step, copy, step, "@P0 BRA 0x30", "EXIT")
     assert instructions_for_packet(at_a_time, COPY, 4) == 5 / 2
-    two_ways = read("@P2 BRA 0x30", copy, "BRA 0x50", "LDGSTS.E [R4], [R2.64]", "NOP", "@P0 BRA 0x0", "EXIT")
-    assert instructions_for_packet(two_ways, COPY, 4) == 4
+    two_branches = read("@P2 BRA 0x30", copy, "BRA 0x50", "LDGSTS.E [R4], [R2.64]", "NOP", "@P0 BRA 0x0", "EXIT")
+    assert instructions_for_packet(two_branches, COPY, 4) == 4
 
 
-def test_loops_of_a_kernel_are_told_by_their_arithmetic():
+def test_loops_of_a_kernel_are_identified_by_their_arithmetic():
     _, mean, centred = KERNELS["moments"]
     add, subtract = "FFMA R4, R0, R1, R4", "FADD R5, R6, -R7"
     kernel = read(*[add] * 4, "@P0 BRA 0x0", *[subtract, add, add] * 4, "@P0 BRA 0x50", "EXIT")

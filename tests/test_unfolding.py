@@ -34,7 +34,7 @@ def by_unfolding(output_grad, x, *geometry):
 @pytest.mark.parametrize("fewer_places", [0, 1])
 @pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "2-d, one place"])
 def test_products_with_unfolded_inputs_are_each_samples_own_gradients(name, fewer_places, nbytes, device, monkeypatch):
-    monkeypatch.setattr(reference, "COLUMNS", nbytes)
+    monkeypatch.setattr(reference, "UNFOLDED_BYTES", nbytes)
     arguments = sample_convolution(name, torch.float64, device, fewer_places=fewer_places)
     assert_close(by_unfolding(*arguments).cpu(), weight_grads_by_autograd(*arguments))
 
@@ -65,7 +65,7 @@ def test_unfolding_takes_bounded_memory():
     x, output_grad = torch.randn(8, 64, 80, 92), torch.randn(8, 4, 80, 92)
     with Largest() as largest:
         by_unfolding(output_grad, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
-    assert 4 * largest.elements <= reference.COLUMNS
+    assert 4 * largest.elements <= reference.UNFOLDED_BYTES
 
 
 def rates(product, convolution):
@@ -80,7 +80,7 @@ def as_on_a_gpu(monkeypatch):
         monkeypatch.setattr("rgd_ext.capture.small.SMALL", 0)
         monkeypatch.setattr(Convolution, "_is_native", False)
         monkeypatch.setattr("rgd_ext.capture.convolution.rates", rates(1e13, 1e9 if unfolds else 1e16))
-        monkeypatch.setattr(reference, "COLUMNS", 2_000)
+        monkeypatch.setattr(reference, "UNFOLDED_BYTES", 2_000)
         for module in ("rgd_ext.reference", "rgd_ext.capture.factors", "rgd_ext.capture.convolution"):
             monkeypatch.setattr(f"{module}.block_elements", lambda device: 200)
         choose = Choice.choose

@@ -1,13 +1,13 @@
 #pragma once
 
-// The second read of G: weighted sums over the samples, p_j = sum_i w_ji g_i, straight from global memory.
+// The second read of G: weighted sums over the samples, p_j = sum_i w_ji g_i, directly from global memory.
 
 #include "tiles.cuh"
 
 namespace rgd_ext::cuda {
 
 // use(sample, packet) for the samples `sample`, `sample` + `groups`, ... before `rows`, whose packets are `step`
-// elements apart. kAhead packets are asked for before the first of them is used, and half as many where fewer are left.
+// elements apart. kAhead packets are loaded before the first of them is used, and half as many where fewer are left.
 template <int kAhead, typename S, typename F>
 RGD_DEVICE void for_packets(const S* from, int64_t step, int64_t sample, int groups, int64_t rows, F use) {
   for (; sample + (kAhead - 1) * groups < rows; sample += kAhead * groups, from += kAhead * step) {
@@ -20,7 +20,7 @@ RGD_DEVICE void for_packets(const S* from, int64_t step, int64_t sample, int gro
   if constexpr (kAhead > 1) for_packets<kAhead / 2>(from, step, sample, groups, rows, use);
 }
 
-// use(sample, packet) for this thread's samples of a tile, zero past its end.
+// use(sample, packet) for this thread's samples of a tile. Columns past its end are zero.
 template <int kAhead, typename S, typename F>
 RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, const Share& share, F use) {
   constexpr int kColumns = Packet<S>::kColumns;
@@ -39,8 +39,8 @@ RGD_DEVICE void for_samples(const Tile<S>& tile, int64_t rows, const Share& shar
   }
 }
 
-// Vectors [first, first + count) of table.other = sums with weights[j * rows + i], count <= kOutputs. Tiles are taken
-// last to first: the read of the statistics ended there, so they may still be in the L2 cache.
+// Vectors [first, first + count) of table.other = the sums with weights[j * rows + i], for count <= kOutputs. Tiles are
+// taken last to first because the read of the statistics ended there: they may still be in the L2 cache.
 template <typename S, int kCapacity, int kOutputs>
 RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weights, int64_t first, int count,
                         char* shared) {
@@ -50,7 +50,7 @@ RGD_DEVICE void combine(const Table<kCapacity>& table, const Accumulate<S>* weig
   for (; number >= 0; number -= blocks()) {
     const Tile<S> tile = tiles[number];
     PacketSums<S> sums[kOutputs] = {};
-    // As many ahead as the sums leave registers for.
+    // As many packets ahead as the sums leave registers for.
     for_samples<kOutputs == 1 ? 8 : 4>(tile, table.rows, share, [&](int64_t i, const Packet<S>& packet) {
 #pragma unroll
       for (int j = 0; j < kOutputs; ++j)

@@ -35,7 +35,8 @@ Device inspect(int index) {
 }
 
 int64_t ask_resident_blocks(const void* kernel, int64_t shared_bytes, const Device& device) {
-  // More than a kernel may have by default; always the same, because threads that launch at one time share the setting.
+  // A kernel may have no more than 48 KB by default. The new limit is always the same, because host threads that launch
+  // the kernel concurrently share it.
   if (shared_bytes > 48 << 10)
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(device.shared_bytes)));
@@ -47,20 +48,20 @@ int64_t ask_resident_blocks(const void* kernel, int64_t shared_bytes, const Devi
 }  // namespace
 
 const Device& current_device() {
-  // A device that fails is inspected again at the next call.
-  static std::mutex mutex;
+  // A device whose inspection fails is inspected again at the next call.
+  static std::mutex devices_mutex;
   static std::array<Device, C10_COMPILE_TIME_MAX_GPUS> devices{};
   const int index = c10::cuda::current_device();
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(devices_mutex);
   if (devices[index].multiprocessors == 0) devices[index] = inspect(index);
   return devices[index];
 }
 
 int64_t resident_blocks(const void* kernel, int64_t shared_bytes) {
-  static std::mutex mutex;
+  static std::mutex known_mutex;
   static std::map<std::tuple<const void*, int, int64_t>, int64_t> known;
   const Device& device = current_device();
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(known_mutex);
   const std::tuple key(kernel, static_cast<int>(c10::cuda::current_device()), shared_bytes);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;

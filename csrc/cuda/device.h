@@ -1,6 +1,6 @@
 #pragma once
 
-// The current GPU, as far as launches depend on it.
+// The properties of the current GPU that launches depend on.
 
 #include <cstdint>
 
@@ -11,11 +11,11 @@ struct Device {
   int64_t shared_bytes;  // that one block may have
 };
 
-// Raises where this binary holds no code for it.
+// Raises an error if this binary has no code for the current GPU.
 const Device& current_device();
 
-// Blocks of a kernel, of kThreads threads and so much dynamic shared memory, that run at the same time. It may be
-// launched with that much from then on. The driver is asked once, which takes microseconds.
+// The number of blocks of a kernel, with kThreads threads and this much dynamic shared memory, that run at the same
+// time. The kernel may then be launched with that much. The driver, which takes microseconds to answer, is asked once.
 int64_t resident_blocks(const void* kernel, int64_t shared_bytes);
 
 }  // namespace rgd_ext::cuda

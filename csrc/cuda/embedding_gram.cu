@@ -40,9 +40,9 @@ at::Tensor embedding_gram_operator(const at::Tensor& keys, const at::Tensor& sum
   const at::Tensor gram = at::empty({batch_size, batch_size}, sums.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    launch(embedding_gram_kernel<T>, batch_size, batch_size, kEmbeddingGramSharedBytes,
-           sorted.const_data_ptr<int64_t>(), values.const_data_ptr<T>(), starts.const_data_ptr<int64_t>(), table_rows,
-           values.size(1), batch_size, gram.mutable_data_ptr<T>());
+    launch(embedding_gram_kernel<T>, batch_size, batch_size, kBlockSumBytes, sorted.const_data_ptr<int64_t>(),
+           values.const_data_ptr<T>(), starts.const_data_ptr<int64_t>(), table_rows, values.size(1), batch_size,
+           gram.mutable_data_ptr<T>());
   };
   if (sums.scalar_type() == at::kDouble) {
     run(double{});

@@ -11,7 +11,7 @@ namespace {
 // Few models have more layers that see one vector per sample; these take several launches.
 using LayersOfLaunch = Layers<kFew>;
 
-// Of products that wait for their sum, where batches are so large that they matter.
+// The most memory that products of layers may take before they are summed; it matters for large batches.
 constexpr int64_t kMostBytes = 256 << 20;
 
 template <typename Sums>
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   reduce_layers(layers, partials, adds, gram, shared);
 }
 
-// The layers [begin, end) dealt out to some `wanted` blocks.
+// The layers [begin, end), with their tiles divided among about `wanted` blocks.
 template <typename Sums>
 LayersOfLaunch layers_of(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases,
                          size_t begin, size_t end, int64_t wanted) {
@@ -43,7 +43,7 @@ LayersOfLaunch layers_of(at::TensorList inputs, at::TensorList output_grads, con
   };
   const int64_t least = std::max<int64_t>((blocks(1) + wanted - 1) / wanted, 1);
   int64_t block_tiles = least;
-  // The last block of a factor may have little to do: rather all a bit more than a second wave of blocks.
+  // The last block of a factor may have little to do. Larger blocks are better than a second wave of blocks.
   while (blocks(block_tiles) > wanted && block_tiles < 2 * least) ++block_tiles;
 
   LayersOfLaunch layers;
@@ -72,7 +72,7 @@ at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const
   const at::Tensor gram = at::empty({rows, rows}, output_grads[0].options().dtype(dtype));
   const auto products = ghost_products_kernel<Sums>;
   const int64_t wanted = std::max<int64_t>(resident_blocks(products, shared_bytes) / pairs, 1);
-  // Each layer leaves two products at least.
+  // Each layer has at least two partial products.
   const int64_t bytes = 2 * rows * rows * static_cast<int64_t>(sizeof(T));
   const int64_t together = std::clamp<int64_t>(kMostBytes / bytes, 1, kFew / 2);
   for (size_t begin = 0; begin < inputs.size(); begin += together) {

@@ -1,8 +1,8 @@
 #pragma once
 
-// K = sum_l (A_l A_l^T + bias_l) o (E_l E_l^T) of linear layers with inputs A and output gradients E, whose per-sample
-// gradients never exist. All products of all layers are one kernel; as the two of a layer are whole only when all
-// blocks are done, their Hadamard product and the sum over layers are another.
+// K = sum_l (A_l A_l^T + bias_l) o (E_l E_l^T) of linear layers with inputs A and output gradients E, without forming
+// per-sample gradients. One kernel computes the products of all layers. The two of a layer are complete only when all
+// blocks are done, so another kernel computes their Hadamard product and the sum over layers.
 
 #include "gram.cuh"
 
@@ -11,11 +11,11 @@ namespace rgd_ext::cuda {
 template <int kCapacity>
 struct Layers {
   Table<kCapacity> factors;  // A_0, E_0, A_1, E_1, ...
-  int block_tiles;           // tiles of a block, all of one factor: it divides every first_tile, and the end of all
+  int block_tiles;           // tiles of a block, all of one factor: divides every first_tile, and the number of tiles
   bool biases[kCapacity / 2];
 };
 
-// The share of a Part is one of a factor X: partials hold X X^T, see gram().
+// partials = shares of X X^T for each factor X, one share for each block, see gram().
 template <typename Sums, int kCapacity>
 RGD_DEVICE void ghost_products(const Layers<kCapacity>& layers, typename Sums::T* partials, char* shared) {
   const int64_t begin = block_index() * layers.block_tiles;
@@ -26,7 +26,7 @@ RGD_DEVICE void ghost_products(const Layers<kCapacity>& layers, typename Sums::T
 
 constexpr int kGhostEntries = 32;
 
-// gram = the sum over layers, on top of what it holds where `adds`.
+// gram = the sum over layers, or gram += that sum if `adds`.
 template <typename T, int kCapacity>
 RGD_DEVICE void reduce_layers(const Layers<kCapacity>& layers, const T* partials, bool adds, T* gram, char* shared) {
   const Table<kCapacity>& factors = layers.factors;

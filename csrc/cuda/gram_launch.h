@@ -1,6 +1,6 @@
 #pragma once
 
-// Which sums the Gramians of a dtype and a number of samples are made with, and how many blocks of samples that takes.
+// The kind of sums that computes the Gramian of a dtype and a number of samples, and the number of blocks that takes.
 
 #include <ATen/Context.h>
 
@@ -11,7 +11,7 @@
 
 namespace rgd_ext::cuda {
 
-// Whether both of torch's ways to say so agree that the last bits of float products do not matter.
+// Whether the user allowed TF32. torch raises an error if its two settings for that disagree.
 inline bool tf32_allowed() {
   try {
     return at::globalContext().allowTF32CuBLAS();
@@ -29,8 +29,8 @@ auto with_block(int64_t rows, F use) {
                       : use(std::type_identity<Sums<S, 128>>{});
 }
 
-// use(std::type_identity<Sums>{}). Products of 2-byte types are exact in float; float itself goes to the matrix units
-// only where the user gave up its last bits with torch.backends.cuda.matmul.allow_tf32 or
+// use(std::type_identity<Sums>{}). Products of 2-byte types are exact in float, so they use the matrix units. Those of
+// float do so only if the user allowed TF32, with torch.backends.cuda.matmul.allow_tf32 or
 // torch.set_float32_matmul_precision.
 template <typename F>
 auto with_gram_sums(at::ScalarType dtype, int64_t rows, F use) {

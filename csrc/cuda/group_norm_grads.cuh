@@ -1,7 +1,8 @@
 #pragma once
 
 // Per-sample gradients of a GroupNorm's weight and bias: sum_t e_t x^_t and sum_t e_t per sample and channel. Each
-// block has one group of one sample, which lies side by side; it is read for its mean, and again, from cache, with e.
+// block has one group of one sample, which is contiguous. It reads the input for the mean, and again, from cache,
+// together with e.
 
 #include <algorithm>
 
@@ -9,20 +10,21 @@
 
 namespace rgd_ext::cuda {
 
-// Of one part of a channel, with x centred by a mean that was rounded.
+// The sums of one part of a channel, where x is centred by the rounded mean.
 template <typename T>
 struct alignas(16) ChannelSums {
   T values, squares, products, grads;  // of x, x^2, e x, e
 };
 
-constexpr int kPairsTogether = 4;  // reads of x and of e that a lane has under way
+constexpr int kPairsTogether = 4;  // reads of x and of e that a lane has in flight
 
-// A channel in parts, where there are few channels, and each part shared by a few lanes.
+// How a channel is divided: into several parts where there are few channels. A few lanes share each part.
 struct ChannelParts {
   int number, lanes;
 };
 
-// For channels that take so many reads: lanes have kPairsTogether reads each if there are enough, and not too many.
+// The division of channels that take `reads` reads: each lane has kPairsTogether of them if there are enough, and not
+// more than a short sum of them.
 constexpr ChannelParts channel_parts(int64_t channels, int64_t reads) {
   const int lanes = row_lanes((reads + kPairsTogether - 1) / kPairsTogether);
   const auto parts_of = [&](int64_t reads_of_lane) {
@@ -32,18 +34,18 @@ constexpr ChannelParts channel_parts(int64_t channels, int64_t reads) {
   return {static_cast<int>(number), lanes};
 }
 
-// A number of each warp.
+// One number for each warp.
 template <typename S>
 constexpr int64_t group_norm_shared_bytes() {
   return kWarps * sizeof(Accumulate<S>);
 }
 
-// What one lane adds up in so many reads.
+// The sums of one lane over `reads` reads.
 template <int kCount, typename S>
 RGD_DEVICE ChannelSums<Accumulate<S>> channel_sums(int64_t reads, const PairReader<kCount, S>& reader,
                                                    Accumulate<S> mean) {
   using T = Accumulate<S>;
-  constexpr int kTogether = sizeof(T) == 8 ? kPairsTogether / 2 : kPairsTogether;  // sums of double take registers
+  constexpr int kTogether = sizeof(T) == 8 ? kPairsTogether / 2 : kPairsTogether;  // sums in double take more registers
   ChannelSums<T> sums{};
   for_reads<kTogether>(reads, reader, [&](const auto& pair) {
     ChannelSums<T> terms{};
@@ -63,6 +65,26 @@ RGD_DEVICE ChannelSums<Accumulate<S>> channel_sums(int64_t reads, const PairRead
   return sums;
 }
 
+// The mean of `count` contiguous elements, by all threads of a block. It is rounded: users correct for the error.
+template <int kCount, typename S>
+RGD_DEVICE Accumulate<S> rounded_mean(const S* input, int64_t count, Accumulate<S>* shared) {
+  using T = Accumulate<S>;
+  T sum = 0;
+  const Reader<kCount, S> reader{input + thread_index() * kCount, kThreads * kCount};
+  for_reads<8>(share_of(count / kCount, thread_index(), kThreads), reader, [&](const Loaded<kCount, S>& read) {
+    T of_read = 0;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) of_read += read[c];
+    sum += of_read;
+  });
+  sum = warp_sum(sum);
+  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
+  barrier();
+  T mean = 0;
+  for (int w = 0; w < kWarps; ++w) mean += shared[w];
+  return mean / static_cast<T>(static_cast<double>(count > 0 ? count : 1));
+}
+
 // output_grad and input (B, groups, channels, positions), weight and bias (B, groups, channels), sums (B, groups,
 // parts, channels).
 template <int kCount, typename S>
@@ -75,20 +97,7 @@ RGD_DEVICE void group_norm_grads(const S* output_grad, const S* input, int64_t c
   const double size = static_cast<double>(all > 0 ? all : 1);
   T* shared = reinterpret_cast<T*>(memory);
 
-  T sum = 0;
-  const Reader<kCount, S> reader{x + thread_index() * kCount, kThreads * kCount};
-  for_reads<8>(share_of(all / kCount, thread_index(), kThreads), reader, [&](const Loaded<kCount, S>& read) {
-    T of_read = 0;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) of_read += read[c];
-    sum += of_read;
-  });
-  sum = warp_sum(sum);
-  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = sum;
-  barrier();
-  T mean = 0;  // any number nearby would do
-  for (int w = 0; w < kWarps; ++w) mean += shared[w];
-  mean /= static_cast<T>(size);
+  const T mean = rounded_mean<kCount>(x, all, shared);
 
   const int lanes = parts.lanes, lane = thread_index() % lanes, teams = kThreads / lanes;
   const int64_t units = parts.number * channels, reads = positions / kCount, step = int64_t{parts.number} * lanes;
@@ -97,7 +106,7 @@ RGD_DEVICE void group_norm_grads(const S* output_grad, const S* input, int64_t c
   int64_t channel = thread_index() / lanes;
   for (int64_t done = 0; done < units; done += teams, channel += teams) {
     for (; channel >= channels; channel -= channels) ++part;
-    const bool mine = part < parts.number;  // the rest of the warp has to wait
+    const bool mine = part < parts.number;  // other lanes stay with their warp for its shuffles
     const int64_t start = int64_t{part} * lanes + lane, offset = channel * positions + start * kCount;
     const PairReader<kCount, S> reader{x + offset, e + offset, step * kCount};
     const ChannelSums<T> found = channel_sums(mine ? share_of(reads, start, step) : 0, reader, mean);

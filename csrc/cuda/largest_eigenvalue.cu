@@ -8,7 +8,7 @@
 namespace rgd_ext::cuda {
 namespace {
 
-// Vectors of T.
+// With vectors of T.
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads)
     largest_eigenvalue_kernel(const S* __restrict__ matrix, int size, double tolerance, char* workspace, S* result,
@@ -31,7 +31,7 @@ at::Tensor largest_eigenvalue_operator(const at::Tensor& matrix, double ulp) {
   const c10::cuda::CUDAGuard guard(matrix.device());
   const at::Tensor dense = matrix.contiguous(), result = at::empty({}, matrix.options());
   const bool is_double = matrix.scalar_type() == at::kDouble;
-  // Sums in float are as exact as entries that were rounded to it.
+  // Sums in float are as exact as entries that were rounded to float.
   if (ulp < std::numeric_limits<float>::epsilon()) {
     (is_double ? run<double, double> : run<double, float>)(dense, ulp, result);
   } else {

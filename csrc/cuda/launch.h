@@ -1,6 +1,6 @@
 #pragma once
 
-// From tensors to launches: the table of matrices a kernel gets, its grid and its shared memory.
+// From tensors to launches: the table of matrices that a kernel gets, its grid and its shared memory.
 
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
@@ -17,7 +17,7 @@
 
 namespace rgd_ext::cuda {
 
-// Matrices of one launch: its parameters may take 32 KB, but fewer are faster to pass.
+// The capacities of the tables. The parameters of a kernel may take 32 KB, but smaller ones are faster to pass.
 constexpr int kFew = 24, kMany = 800;
 static_assert(sizeof(Table<kFew>) <= 4000 && sizeof(Table<kMany>) <= 32700, "with others, parameters of a kernel");
 
@@ -28,7 +28,7 @@ constexpr size_t parameter_bytes() {
   return bytes;
 }
 
-// The kernels' name of a tensor's dtype, as the argument of use(S{}).
+// use(S{}) for the type S that kernels use for a tensor's dtype.
 template <typename F>
 auto with_storage(at::ScalarType dtype, F use) {
   switch (dtype) {
@@ -54,14 +54,14 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, int
   static_assert((std::is_trivially_copyable_v<Parameters> && ...), "parameters are copied byte by byte");
   static_assert(parameter_bytes<Parameters...>() <= 32764, "more than the parameters of a kernel may take");
   if (blocks == 0 || blocks_y == 0) return;
-  if (shared_bytes > 48 << 10) resident_blocks(kernel, shared_bytes);  // allows it
+  if (shared_bytes > 48 << 10) resident_blocks(kernel, shared_bytes);  // allows that much
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
   kernel<<<grid, kThreads, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// use(table) for tables that hold all matrices that are not empty, kFew or kMany at a time. others[t] is what the
-// kernel reads or writes beside matrix t, of shape (*shape) or (k, *shape); or there are none.
+// use(table) for tables of all matrices that are not empty, kFew or kMany at a time. others[t], of shape (*shape) or
+// (k, *shape), is the `other` of matrix t; `others` may be empty.
 template <typename S, typename F>
 void for_tables(at::TensorList matrices, at::TensorList others, int lanes, F use) {
   const int64_t rows = matrices[0].size(0), width = lanes * Packet<S>::kColumns;
@@ -89,9 +89,10 @@ void for_tables(at::TensorList matrices, at::TensorList others, int lanes, F use
   }
 }
 
-// use(kernel, table, blocks, first_block) for each table: kernel_for(table) is the kernel for its capacity, `blocks` of
-// it by blocks_y run at a time, and first_block numbers them on from those of the tables before. Returns how many
-// blocks there are in all, so that each can have results of its own: call it once to count and once to launch.
+// use(kernel, table, blocks, first_block) for each table, where kernel_for(table) is the kernel for its capacity, a
+// grid of `blocks` by blocks_y runs at a time, and first_block is the number of blocks of the tables before. Returns
+// the number of blocks of all tables, so that each block can have results of its own: call it once to count and once to
+// launch.
 template <typename S, typename KernelFor, typename F>
 int64_t for_launches(at::TensorList matrices, at::TensorList others, int lanes, int64_t blocks_y, int64_t shared_bytes,
                      KernelFor kernel_for, F use) {

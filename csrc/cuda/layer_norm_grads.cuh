@@ -1,8 +1,8 @@
 #pragma once
 
 // Per-sample gradients of the weight and bias of a LayerNorm or RMSNorm over (B, places, n): sum_t e_t o x^_t and
-// sum_t e_t per sample. The places of a sample are cut into short runs. A block finds the statistics of the rows of its
-// runs and reads these rows again, from cache, for the sums over each run; another kernel adds up the runs.
+// sum_t e_t per sample. The places of a sample are divided into short runs. A block computes the statistics of the rows
+// of its runs and reads these rows again, from cache, for the sums over each run. Another kernel adds up the runs.
 
 #include <algorithm>
 
@@ -10,13 +10,13 @@
 
 namespace rgd_ext::cuda {
 
-// x^ = (x - mean) * scale + shift, where the shift makes up for what rounding the mean left.
+// x^ = (x - mean) * scale + shift, where the shift corrects for the rounding error of the mean.
 template <typename T>
 struct alignas(16) RowStatistics {
   T mean, scale, shift;
 };
 
-// Of one row, by `lanes` neighbours in a warp, of which this is `lane`; RMSNorm's if not centred.
+// The statistics of one row, by `lanes` neighbours in a warp, of which this is `lane`. RMSNorm is not centred.
 template <int kCount, typename S>
 RGD_DEVICE RowStatistics<Accumulate<S>> row_statistics(const S* row, int64_t columns, double eps, bool centred,
                                                        int lane, int lanes) {
@@ -24,7 +24,7 @@ RGD_DEVICE RowStatistics<Accumulate<S>> row_statistics(const S* row, int64_t col
   const int64_t reads = share_of(columns / kCount, lane, lanes);
   const Reader<kCount, S> reader{row + lane * kCount, lanes * kCount};
   const T share = 1 / static_cast<T>(columns);
-  T mean = 0;  // any number nearby would do
+  T mean = 0;  // need not be exact: the shift corrects for the rest
   if (centred) {
     for_reads<4>(reads, reader, [&](const Loaded<kCount, S>& x) {
       T sum = 0;
@@ -52,8 +52,8 @@ RGD_DEVICE RowStatistics<Accumulate<S>> row_statistics(const S* row, int64_t col
   return {mean, scale, -rest * scale};
 }
 
-// The places of each sample in runs of `length`, numbered on from sample to sample; the last one of a sample may be
-// shorter. A block has a few neighbouring runs.
+// The places of each sample in runs of `length`, numbered consecutively over all samples. The last run of a sample may
+// be shorter. A block has a few neighbouring runs.
 struct Runs {
   int64_t samples, places, length, of_sample, of_block;
 
@@ -63,12 +63,12 @@ struct Runs {
   constexpr int64_t first_row(int64_t run) const { return run / of_sample * places + run % of_sample * length; }
 };
 
-// As few runs as keep `resident` blocks busy, of rows that take so many reads.
+// The smallest number of runs that keeps `resident` blocks busy, for rows that take `reads` reads.
 constexpr Runs runs_of(int64_t samples, int64_t places, int64_t reads, int64_t resident) {
   const int64_t some = std::max<int64_t>(places, 1);
   const int64_t wanted = std::clamp(resident / samples, (some + kShortSum - 1) / kShortSum, some);
   const int64_t length = (some + wanted - 1) / wanted, of_sample = (some + length - 1) / length;
-  // Threads that have something to do for one run: there are two phases.
+  // Threads that one run keeps busy, in the worse of the two phases.
   const int64_t busy = std::max<int64_t>(std::min(reads, row_lanes(reads) * length), 8);
   const int64_t of_block =
       std::clamp<int64_t>(samples * of_sample / resident, 1, std::max<int64_t>(kThreads / busy, 1));
@@ -80,7 +80,8 @@ int64_t layer_norm_shared_bytes(const Runs& runs) {
   return runs.rows_of_block() * static_cast<int64_t>(sizeof(RowStatistics<Accumulate<S>>));
 }
 
-// Sums over each run, (runs, n): of type S where each sample is one run, which makes them weight and bias, else in T.
+// weight and bias = the sums over each run, (runs, n). If each sample is one run they are the results, of type S, and
+// otherwise partial sums of type T.
 template <int kCount, typename S, typename Sum>
 RGD_DEVICE void layer_norm_grads(const S* output_grad, const S* input, const Runs& runs, int64_t columns, double eps,
                                  bool centred, Sum* weight, Sum* bias, char* shared) {
@@ -92,7 +93,7 @@ RGD_DEVICE void layer_norm_grads(const S* output_grad, const S* input, const Run
 
   const int lanes = row_lanes(reads), lane = thread_index() % lanes, group = thread_index() / lanes;
   for (int64_t done = 0; done < rows; done += kThreads / lanes) {
-    const int64_t row = done + group < rows ? done + group : rows - 1;  // a warp stays together
+    const int64_t row = done + group < rows ? done + group : rows - 1;  // the whole warp has to take part
     const RowStatistics<T> found =
         row_statistics<kCount>(input + (first + row) * columns, columns, eps, centred, lane, lanes);
     if (done + group == row && lane == 0) statistics[row] = found;
@@ -119,7 +120,7 @@ RGD_DEVICE void layer_norm_grads(const S* output_grad, const S* input, const Run
   }
 }
 
-// Warps that add up the runs of a sample: each has four, if there are warps enough.
+// The number of warps that add up the runs of a sample: each has four runs if there are warps enough.
 constexpr int add_runs_warps(int64_t runs) {
   const int warps = row_lanes((runs + 3) / 4);
   return warps < kWarps ? warps : kWarps;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   reduce_rows(partials, rows, slots, results);
 }
 
-// Blocks of all tables write to slots of their own. kernel_for(table) is the kernel for its capacity.
+// Each block of every launch writes to a slot of its own. kernel_for(table) is the kernel for the table's capacity.
 template <typename S, typename F>
 at::Tensor read_statistics(at::TensorList matrices, at::TensorList means, int lanes, int64_t blocks_y,
                            int64_t shared_bytes, F kernel_for) {
@@ -76,7 +76,7 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     if (const int lanes = lanes_on_chip(matrices); lanes > 0)
       return read_statistics<S>(matrices, means, lanes, 1, moments_shared_bytes<S>(rows, lanes),
                                 []<int kCapacity>(const Table<kCapacity>&) { return moments_kernel<S, kCapacity>; });
-    // More samples than a tile on chip can hold: the mean first, then a second read for the statistics.
+    // More samples than a tile in shared memory can hold: first the mean, then a second read for the statistics.
     const std::vector<at::Tensor> own = means.empty() ? empty_like_parameters(matrices) : std::vector<at::Tensor>();
     const at::TensorList centres = means.empty() ? at::TensorList(own) : means;
     const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
@@ -86,7 +86,7 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     at::Tensor partials =
         read_statistics<S>(matrices, centres, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, 1, 2),
                            []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
-    // These centres were rounded to the dtype of G, but alignments sum to zero.
+    // The alignments should sum to zero, but these centres were rounded to the dtype of G.
     at::Tensor alignments = partials.narrow(0, 0, rows);
     alignments.sub_(alignments.mean(0));
     return partials;
@@ -109,7 +109,7 @@ at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
 
 namespace {
 
-// |g|^2 instead of g. The mean is written and read all the same: that is 2 / B of what reading G takes.
+// As moments, with |g|^2 instead of g. Writing and reading the mean takes 2 / B of the time of reading G.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> scalar_moments_operator(at::TensorList grads) {
   auto [means, alignments, squared_norms] = moments_operator(grads);
   return {read_squared_norm(means), std::move(alignments), std::move(squared_norms)};

@@ -1,7 +1,7 @@
 #pragma once
 
-// One read of G: column j of the mean needs only column j of G, so the centred products follow the mean while the tile
-// is on chip.
+// The mean and its statistics in one read of G. Column j of the mean needs only column j of G, so the centred products
+// are computed from the same tile while it is on chip.
 
 #include "products.cuh"
 
@@ -12,13 +12,14 @@ constexpr int64_t moments_shared_bytes(int64_t rows, int lanes) {
   return 2 * shared_tile_bytes(rows, lanes) + row_sums_bytes(rows, lanes, 2) + group_sums_bytes<S>();
 }
 
-// Of tiles of all samples, see fitting_lanes().
+// The lanes of a tile of all samples, see fitting_lanes(); 0 if no such tile fits.
 template <typename S>
 constexpr int lanes_for(int64_t rows, int64_t shared_limit) {
   return fitting_lanes(rows, shared_limit, [&](int lanes) { return moments_shared_bytes<S>(rows, lanes); });
 }
 
-// table.other = g, where not null; sums over the tiles of a block of <g_i - g, g> and |g_i - g|^2, see RowSums::write.
+// table.other = g, unless it is null. partials = <g_i - g, g> and |g_i - g|^2, summed over the tiles of each block, see
+// RowSums::write.
 template <typename S, int kCapacity>
 RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t slots, int64_t first_slot,
                         char* shared) {
@@ -44,7 +45,7 @@ RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t
     commit_copies();
     wait_copies<1>();
 
-    // Each thread reads what it copied itself; the barrier in sum_groups shows it the rest.
+    // Each thread reads only what it copied itself; after the barrier in sum_groups it may read the rest.
     PacketSums<S> own{};
     if (share.lane < tile.packets()) {
       const Packet<S>* packet = loaded.row(share.group) + share.lane;
@@ -60,7 +61,7 @@ RGD_DEVICE void moments(const Table<kCapacity>& table, double* partials, int64_t
 
     sums.add(loaded, tile.packets(),
              [&](T(&terms)[2], const Packet<S>& packet, int lane) { add_centred(terms, packet, mean[lane]); });
-    barrier();  // before the next copies overwrite what is read here
+    barrier();  // before the next copies overwrite this tile
   }
   sums.write(partials, table.rows, 0, slots, first_slot + block_index());
 }

@@ -1,24 +1,24 @@
 #pragma once
 
-// What the gradients of LayerNorm and GroupNorm share: rows of a contiguous tensor, read by a few lanes of a warp in
-// wide loads, several of them at a time.
+// Shared by the gradients of LayerNorm and GroupNorm: a few lanes of a warp read a row of a contiguous tensor in wide
+// loads, several of which are in flight.
 
 #include "reduce.cuh"
 
 namespace rgd_ext::cuda {
 
-// Sums of so many terms are taken in T.
+// Sums of at most this many terms are accumulated in T.
 constexpr int64_t kShortSum = 32;
 
-// Whether all rows of `columns` start on 16 bytes.
+// Whether all rows of `columns` elements start on 16 bytes.
 template <typename S>
 bool on_packets(const S* output_grad, const S* input, int64_t columns) {
   const uintptr_t starts = reinterpret_cast<uintptr_t>(output_grad) | reinterpret_cast<uintptr_t>(input);
   return starts % 16 == 0 && columns % Packet<S>::kColumns == 0;
 }
 
-// kCount neighbours in one load: of 16 bytes where every row starts on 16 bytes, of one element elsewhere. Two elements
-// of two bytes share a register until they are used.
+// kCount neighbouring elements in one load: a packet if every row starts on 16 bytes, and one element otherwise. Two
+// elements of two bytes share a register until they are used.
 template <int kCount, typename S>
 class Loaded {
   static constexpr bool kWide = kCount * sizeof(S) == 16;
@@ -50,6 +50,7 @@ class Loaded {
   Words held_;
 };
 
+// Rounds kCount neighbouring values and stores them together.
 template <int kCount, typename T, typename R>
 RGD_DEVICE void store(const T (&values)[kCount], R* to) {
   struct alignas(kCount * sizeof(R) < 16 ? kCount * sizeof(R) : 16) Rounded {
@@ -60,7 +61,7 @@ RGD_DEVICE void store(const T (&values)[kCount], R* to) {
   *reinterpret_cast<Rounded*>(to) = rounded;
 }
 
-// Reads every `step`-th element from `next` on, and its neighbours.
+// Reads kCount neighbouring elements at `next`, `next` + `step`, ...
 template <int kCount, typename S>
 struct Reader {
   const S* next;
@@ -70,7 +71,7 @@ struct Reader {
   RGD_DEVICE void advance() { next += step; }
 };
 
-// The same places of an input x and an output gradient e.
+// Reads an input x and an output gradient e at the same positions.
 template <int kCount, typename S>
 struct PairReader {
   struct Pair {
@@ -84,7 +85,7 @@ struct PairReader {
   RGD_DEVICE void advance() { x += step, e += step; }
 };
 
-// use(what is read), so many times; kTogether reads are under way before the first is used.
+// Reads and calls use(result) `times` times. kTogether reads are in flight before the first result is used.
 template <int kTogether, typename R, typename Use>
 RGD_DEVICE void for_reads(int64_t times, R reader, Use use) {
   for (; times > 0; times -= kTogether) {
@@ -100,12 +101,12 @@ RGD_DEVICE void for_reads(int64_t times, R reader, Use use) {
   }
 }
 
-// How many of `reads` are one thread's, of `step` that take turns.
+// The number of reads for one of `step` threads that take turns with `reads` reads.
 RGD_DEVICE int64_t share_of(int64_t reads, int64_t thread, int64_t step) {
   return reads / step + (thread < reads % step ? 1 : 0);
 }
 
-// Lanes, a power of two, that share the reads of a row: neighbours in a warp.
+// The number of neighbouring lanes, a power of two, that share the reads of a row.
 constexpr int row_lanes(int64_t reads) {
   int lanes = 1;
   while (lanes < kWarp && lanes < reads) lanes *= 2;

@@ -1,8 +1,8 @@
 #pragma once
 
-// What the kernel bodies know of the machine: thread indices, barriers, shuffles, asynchronous copies, the matrix
-// instruction. nvcc compiles them to the hardware's; with RGD_EXT_EMULATION a host compiler takes the same names from
-// tests/cpp/emulation.h, where every CUDA thread is a fiber. No kernel body uses anything else of CUDA.
+// The only parts of CUDA that kernel bodies use: thread indices, barriers, shuffles, asynchronous copies, the matrix
+// instruction. With RGD_EXT_EMULATION a host compiler takes the same names from tests/cpp/emulation.h, where every CUDA
+// thread is a fiber.
 
 #include <cstdint>
 #include <type_traits>
@@ -33,25 +33,25 @@ RGD_DEVICE int64_t blocks() { return gridDim.x; }
 
 RGD_DEVICE void barrier() { __syncthreads(); }
 
-// Where a call stands in the source. Only the emulation asks.
+// The source location of a call, which only the emulation uses.
 struct Place {
   RGD_DEVICE static Place current() { return {}; }
 };
 
-// The value of lane (own lane ^ mask); all lanes of the warp call it, at one place.
+// The value of lane (own lane ^ mask). All lanes of the warp have to make the same call.
 template <typename T>
 RGD_DEVICE T shuffle_xor(T value, int mask, Place = {}) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// The value of one lane; all lanes of the warp call it, with the same lane.
+// The value of one lane. All lanes of the warp have to make the same call, with the same lane.
 template <typename T>
 RGD_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
-// Starts a copy of `bytes` (4, 8 or 16) from global to shared memory, both aligned to `bytes`, of which the first
-// `valid` are read and the rest is zeroed. It has arrived after wait_copies(), and a barrier() for other threads.
+// Starts a copy of `bytes` (4, 8 or 16) from global to shared memory, both aligned to `bytes`. Only the first `valid`
+// bytes are read; the rest becomes zero. The copy has arrived after wait_copies(), for other threads after a barrier().
 template <int bytes>
 RGD_DEVICE void copy_async(void* shared, const void* global, int valid) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -63,10 +63,10 @@ RGD_DEVICE void copy_async(void* shared, const void* global, int valid) {
   }
 }
 
-// Ends a group of copies of this thread.
+// Ends a group of this thread's copies.
 RGD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `pending` of this thread's groups, the youngest, are under way.
+// Waits until only the last `pending` of this thread's groups may still be in flight.
 template <int pending>
 RGD_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -80,8 +80,8 @@ RGD_DEVICE double fused_multiply_add(double a, double b, double c) { return __fm
 
 RGD_DEVICE int log2_of(int power_of_two) { return 31 - __clz(power_of_two); }
 
-// The same value, but what is computed from it stays where it is: the compiler would compute addresses of rare writes
-// before a loop, and keep them in registers that the loop needs; and a rare conversion for every element, to select.
+// The same value, but the compiler cannot move computations with it to another place. It would compute addresses of
+// rare writes before a loop and keep them in registers that the loop needs, or convert every element to select a few.
 RGD_DEVICE int64_t computed_here(int64_t value) {
   asm volatile("" : "+l"(value));
   return value;
@@ -91,7 +91,7 @@ RGD_DEVICE double computed_here(double value) {
   return value;
 }
 
-// 16 bytes that this kernel only reads.
+// 16 bytes of global memory that no thread writes during the kernel.
 template <typename T>
 RGD_DEVICE T load_packet(const void* global) {
   static_assert(sizeof(T) == 16);
@@ -99,7 +99,7 @@ RGD_DEVICE T load_packet(const void* global) {
   return reinterpret_cast<const T&>(words);
 }
 
-// 16 bytes of shared memory in one load, whatever is done with the elements.
+// 16 bytes of shared memory, in one load even where only some of the elements are used.
 template <typename T>
 RGD_DEVICE T shared_packet(const T* shared) {
   static_assert(sizeof(T) == 16);
@@ -127,7 +127,7 @@ RGD_DEVICE float widen(Half value) { return __half2float(__ushort_as_half(value.
 RGD_DEVICE void narrow(float value, BFloat16& to) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 RGD_DEVICE void narrow(float value, Half& to) { to.bits = __half_as_ushort(__float2half_rn(value)); }
 
-// The nearest value with the ten bits of mantissa that the matrix units read of a float.
+// Rounded to the ten bits of mantissa that matrix units use of a float.
 RGD_DEVICE uint32_t to_tf32(uint32_t word) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(__uint_as_float(word)));
   return word;
@@ -163,8 +163,8 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;  // of a block
 
-// The values of a warp's lanes, or of `lanes` neighbours (a power of two), combined in a fixed order; every lane calls
-// it and gets the result.
+// The values of all lanes of a warp, or of `lanes` neighbours (a power of two), combined in a fixed order. Every lane
+// has to make the call, and gets the result.
 template <typename T, typename F>
 RGD_DEVICE T warp_combined(T value, F combine, int lanes = kWarp, Place place = Place::current()) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
@@ -183,18 +183,18 @@ RGD_DEVICE double widen(double value) { return value; }
 RGD_DEVICE void narrow(float value, float& to) { to = value; }
 RGD_DEVICE void narrow(double value, double& to) { to = value; }
 
-// What sums over S are accumulated in.
+// The type in which sums over S are accumulated.
 template <typename S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// The columns of one row that a thread moves at a time.
+// 16 bytes of one row, which a thread moves at a time.
 template <typename S>
 struct alignas(16) Packet {
   static constexpr int kColumns = 16 / sizeof(S);
   S columns[kColumns];
 };
 
-// Column c of a packet; two of bfloat16 share a word, of which each takes one instruction.
+// Column c of a packet. Two columns of bfloat16 share a word; widening either takes one instruction.
 template <typename S>
 RGD_DEVICE Accumulate<S> widen(const Packet<S>& packet, int c) {
   if constexpr (std::is_same_v<S, BFloat16>) {

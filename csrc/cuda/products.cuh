@@ -1,13 +1,13 @@
 #pragma once
 
-// Products of the samples with a few vectors, <g_i, v_j>: sums over all columns that a block reads, in double, each in
-// a slot of shared memory that one thread owns; one number per sample and block goes to global memory at the end.
+// Products of the samples with a few vectors, <g_i, v_j>. A block sums them over all columns that it reads, in double,
+// each in a slot of shared memory that one thread owns, and writes one number per sample to global memory at the end.
 
 #include "tiles.cuh"
 
 namespace rgd_ext::cuda {
 
-// Samples are split among threads by `parts`, a power of two, where there are fewer samples than threads.
+// How many threads share a sample, each with a part of the columns, if there are fewer samples than threads.
 constexpr int row_parts(int64_t rows, int lanes) {
   int parts = 1;
   while (2 * parts <= lanes && 2 * parts * rows <= kThreads) parts *= 2;
@@ -53,7 +53,8 @@ struct RowSums {
     }
   }
 
-  // After a barrier: partials[(j * all_rows + first_row + i) * slots + slot], for the samples i of this block.
+  // To be called after a barrier: partials[(j * all_rows + first_row + i) * slots + slot], for the samples i of this
+  // block.
   RGD_DEVICE void write(double* partials, int64_t all_rows, int64_t first_row, int64_t slots, int64_t slot) {
     for (int index = thread_index(); index < kSums * rows; index += kThreads) {
       const int j = index / rows, row = index % rows;
@@ -75,7 +76,7 @@ RGD_DEVICE void add_centred(Accumulate<S> (&sums)[2], const Packet<S>& packet, P
   }
 }
 
-// Products with vectors that are `lanes` packets apart from each other.
+// sums[j] += <x, v_j> of a packet x, for vectors that are `lanes` packets apart.
 template <typename S, int kVectors>
 RGD_DEVICE void add_products(Accumulate<S> (&sums)[kVectors], const Packet<S>& packet, const PacketSums<S>* vectors,
                              int lanes) {
@@ -88,7 +89,7 @@ RGD_DEVICE void add_products(Accumulate<S> (&sums)[kVectors], const Packet<S>& p
   }
 }
 
-// How a block of products() reads G: samples beyond these are other blocks' work, by block_index_y().
+// A block of products() takes at most this many samples; those beyond are for other blocks, by block_index_y().
 constexpr int64_t kProductRows = 64;
 constexpr int64_t product_rows(int64_t rows) { return rows < kProductRows ? rows : kProductRows; }
 constexpr int64_t product_blocks(int64_t rows) { return (rows + kProductRows - 1) / kProductRows; }
@@ -105,8 +106,8 @@ constexpr int product_lanes(int64_t rows, int vectors, int sums, int64_t shared_
                        [&](int lanes) { return products_shared_bytes<S>(rows, lanes, vectors, sums); });
 }
 
-// With kCentred: alignments and squared norms of g_i - m, where m is the one vector of table.other (two sums). Else the
-// products with the vectors [first, first + count) of table.other, count <= kVectors.
+// With kCentred, two sums: <g_i - m, m> and |g_i - m|^2, where m is the one vector of table.other. Otherwise the
+// products with the vectors [first, first + count) of table.other, for count <= kVectors.
 template <typename S, int kCapacity, bool kCentred, int kVectors>
 RGD_DEVICE void products(const Table<kCapacity>& table, int64_t first, int count, double* partials, int64_t slots,
                          int64_t first_slot, char* shared) {
@@ -149,7 +150,7 @@ RGD_DEVICE void products(const Table<kCapacity>& table, int64_t first, int count
         add_products<S, kVectors>(terms, packet, vectors + lane, table.lanes);
       }
     });
-    barrier();  // before the next copies overwrite what is read here
+    barrier();  // before the next copies overwrite this tile
   }
   sums.write(partials, table.rows, first_row, slots, first_slot + block_index());
 }

@@ -7,11 +7,11 @@
 
 namespace rgd_ext::cuda {
 
-// Sums of statistics over the columns, not yet over the blocks that made them: (2 * B, blocks) in double, alignments
-// above squared norms. means[t] = g, contiguous (*shape), or no means where they are not needed.
+// The statistics summed over the columns of each block, (2 * B, blocks) in double: the alignments, and below them the
+// squared norms. means[t] = g, contiguous (*shape); `means` is empty if they are not needed.
 at::Tensor read_moments(at::TensorList matrices, at::TensorList means);
 
-// Vectors of several that one read serves at a time.
+// The number of vectors that one read of G serves.
 constexpr int kTogether = 4;
 
 // results[t][first + j] = sum_i weights[j, i] matrices[t][i] for contiguous weights (count, B) in accumulate_dtype, and
@@ -24,8 +24,8 @@ at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype);
 // |v|^2, a scalar in accumulate_dtype, of tensors of any shape.
 at::Tensor read_squared_norm(at::TensorList vector);
 
-// Packets of each row in the tiles of both reads, the same so that equal weights give the bits of the mean; 0 where no
-// tile of all samples fits on chip.
+// The lanes of the tiles in both reads, the same in both so that equal weights give the bits of the mean; 0 if no tile
+// of all samples fits in shared memory.
 int lanes_on_chip(at::TensorList matrices);
 
 }  // namespace rgd_ext::cuda

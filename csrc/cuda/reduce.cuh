@@ -1,12 +1,13 @@
 #pragma once
 
-// Sums in a fixed order: of what the blocks of another kernel left, and long ones of a thread.
+// Sums in a fixed order: over the threads of a block, over the partial results of another kernel, and long sums of one
+// thread.
 
 #include "primitives.cuh"
 
 namespace rgd_ext::cuda {
 
-// Rows are dealt out to warps.
+// One warp sums each row.
 constexpr int64_t row_blocks(int64_t rows) { return (rows + kWarps - 1) / kWarps; }
 RGD_DEVICE int64_t row_of_warp() { return block_index() * kWarps + thread_index() / kWarp; }
 
@@ -18,7 +19,22 @@ RGD_DEVICE double sum_by_warp(const T* values, int64_t count) {
   return warp_sum(sum);
 }
 
-// A sum of many numbers, in T for a while and then in double, which some GPUs are slow at.
+// Bytes of shared memory that sum_by_block needs.
+constexpr int64_t kBlockSumBytes = kWarps * sizeof(double);
+
+// The sum of `own` over the threads of a block; thread 0 gets it.
+RGD_DEVICE double sum_by_block(double own, char* shared) {
+  double* sums = reinterpret_cast<double*>(shared);
+  const double of_warp = warp_sum(own);
+  if (thread_index() % kWarp == 0) sums[thread_index() / kWarp] = of_warp;
+  barrier();
+  double sum = 0;
+  if (thread_index() == 0)
+    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp];
+  return sum;
+}
+
+// A sum of many numbers: short runs are added in T, and their sums in double, which is slow on some GPUs.
 template <typename T>
 class LongSum {
  public:

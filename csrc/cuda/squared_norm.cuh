@@ -1,17 +1,16 @@
 #pragma once
 
-// |v|^2 of a vector that lies in several tensors: matrices of one row, read once, straight from global memory.
+// |v|^2 of a vector that is held in several tensors, as matrices of one row: one read, directly from global memory.
 
 #include "reduce.cuh"
 #include "tiles.cuh"
 
 namespace rgd_ext::cuda {
 
-// A packet for each thread makes a tile.
+// A tile has one packet for each thread.
 constexpr int kSquaredNormLanes = kThreads;
-constexpr int64_t kSquaredNormSharedBytes = kWarps * sizeof(double);
 
-// The sum of squares of the first `count` columns from `from` on, at most a packet.
+// The sum of the squares of `count` columns, at most those of a packet.
 template <typename S>
 RGD_DEVICE Accumulate<S> squares(const S* from, int count) {
   constexpr int kColumns = Packet<S>::kColumns;
@@ -31,9 +30,9 @@ RGD_DEVICE Accumulate<S> squares(const S* from, int count) {
   return sum;
 }
 
-// partials[first_slot + block] = the sum over the tiles of a block.
+// partials[first_slot + block] = the sum of squares in the tiles of a block.
 template <typename S, int kCapacity>
-RGD_DEVICE void squared_norm(const Table<kCapacity>& table, double* partials, int64_t first_slot, char* memory) {
+RGD_DEVICE void squared_norm(const Table<kCapacity>& table, double* partials, int64_t first_slot, char* shared) {
   const int column = thread_index() * Packet<S>::kColumns;
   LongSum<Accumulate<S>> sum;
   int64_t number = block_index();
@@ -42,14 +41,8 @@ RGD_DEVICE void squared_norm(const Table<kCapacity>& table, double* partials, in
     const Tile<S> tile = tiles[number];
     if (column < tile.count) sum.add(squares(tile.data + column, tile.count - column));
   }
-  double* shared = reinterpret_cast<double*>(memory);
-  const double of_warp = warp_sum(sum.total());
-  if (thread_index() % kWarp == 0) shared[thread_index() / kWarp] = of_warp;
-  barrier();
-  if (thread_index() > 0) return;
-  double total = 0;
-  for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
-  partials[first_slot + block_index()] = total;
+  const double total = sum_by_block(sum.total(), shared);
+  if (thread_index() == 0) partials[first_slot + block_index()] = total;
 }
 
 }  // namespace rgd_ext::cuda

@@ -1,14 +1,14 @@
 #pragma once
 
-// G as tiles of all samples by a few columns: a list of (B, n) matrices, never concatenated, described by a table that
-// travels in the parameters of a kernel (nothing to copy, nothing to keep alive for a CUDA graph).
+// G as tiles of all samples by a few columns. G is a list of (B, n) matrices, never concatenated. A table of them is
+// passed in the parameters of a kernel, so that nothing has to be copied or kept alive for a CUDA graph.
 
 #include "primitives.cuh"
 
 namespace rgd_ext::cuda {
 
-// One matrix with contiguous rows `stride` elements apart. `other` is what the kernel reads or writes beside it:
-// contiguous (n) or (k, n), of the dtype of the matrix, or null.
+// One matrix, whose rows are contiguous and `stride` elements apart. `other` is a vector (n) or vectors (k, n) that the
+// kernel reads or writes as well, contiguous and of the same dtype; or null.
 struct Matrix {
   const void* data;
   void* other;
@@ -17,7 +17,7 @@ struct Matrix {
   int64_t first_tile;
 };
 
-// `lanes` packets (a power of two, at most kThreads) of each row make a tile.
+// A tile has `lanes` packets of each row: a power of two, at most kThreads.
 template <int kCapacity>
 struct Table {
   int64_t rows;
@@ -43,7 +43,7 @@ struct Tile {
   }
 };
 
-// Tiles by number, near `first` to begin with: neighbours are looked up one after the other.
+// Tiles by number. The search for the matrix starts at that of the last tile, or of `first`.
 template <typename S, int kCapacity>
 struct Tiles {
   const Table<kCapacity>& table;
@@ -58,7 +58,7 @@ struct Tiles {
 
   RGD_DEVICE int width() const { return table.lanes * Packet<S>::kColumns; }
 
-  // One past the last tile of the matrix found last.
+  // One past the last tile of the matrix of the last tile.
   RGD_DEVICE int64_t end() const {
     const Matrix& found = table.matrix[matrix];
     return found.first_tile + (found.columns + width() - 1) / width();
@@ -76,8 +76,7 @@ struct Tiles {
   }
 };
 
-// How the threads of a block share a tile of so many lanes: one has packet `lane` of the samples `group`, `group` +
-// `groups`, ...
+// The share of this thread in a tile: packet `lane` of the samples `group`, `group` + `groups`, ...
 struct Share {
   int lane, group, groups;
 
@@ -86,15 +85,15 @@ struct Share {
         group(thread_index() >> log2_of(lanes)),
         groups(kThreads >> log2_of(lanes)) {}
 
-  // How many these samples are.
+  // The number of these samples.
   template <typename Integer>
   RGD_DEVICE Integer samples(Integer rows) const {
     return (rows - group + groups - 1) >> log2_of(groups);
   }
 };
 
-// A tile in shared memory: rows of `lanes` packets, 16 bytes apart from each other so that a warp that reads one column
-// of 8 rows meets 8 different banks. Columns past the end of a matrix are zero.
+// A tile in shared memory: rows of `lanes` packets with a gap of 16 bytes between them, so that a warp that reads one
+// column of 8 rows uses 8 different groups of banks. Columns past the end of a matrix are zero.
 template <typename S>
 struct SharedTile {
   Packet<S>* packets;
@@ -105,20 +104,21 @@ struct SharedTile {
 
 constexpr int64_t shared_tile_bytes(int64_t rows, int lanes) { return rows * (lanes + 1) * 16; }
 
-// The most there is any use for: 512 bytes of each row, and of few rows more, for tiles of 32 KB. What a tile costs
-// whatever its size would otherwise be most of the work.
+// The most lanes that a tile may have: 512 bytes of each row, and more if there are few rows, for tiles of 32 KB. In
+// smaller tiles the fixed cost of a tile would be most of the work.
 constexpr int widest_lanes(int64_t rows) {
   int lanes = 32;
   while (lanes < kThreads && rows * lanes * 16 < 32 << 10) lanes *= 2;
   return lanes;
 }
 
-// The lanes for a kernel whose blocks need bytes(lanes) of shared memory and may have `shared_limit`; 0 where none fit.
-// Rather two blocks on a multiprocessor, so that one computes while the other waits, as long as 128 bytes of each row
-// lie beside each other.
+// The lanes of a tile for a kernel whose blocks need bytes(lanes) of shared memory and may have `shared_limit`; 0 if
+// none fit. Two blocks on a multiprocessor, one of which computes while the other waits, are preferred to wider tiles
+// as long as a tile has 128 bytes of each row.
 template <typename F>
 constexpr int fitting_lanes(int64_t rows, int64_t shared_limit, F bytes) {
-  constexpr int64_t kReserved = 1 << 10;  // for each block, and there is as much more than one block may have
+  // The system reserves this for each block; a multiprocessor has as much more than one block may have.
+  constexpr int64_t kReserved = 1 << 10;
   for (int lanes = widest_lanes(rows); lanes >= 8; lanes /= 2)
     if (2 * (bytes(lanes) + kReserved) <= shared_limit + kReserved) return lanes;
   for (int lanes = widest_lanes(rows); lanes >= 4; lanes /= 2)
@@ -141,14 +141,14 @@ RGD_DEVICE T* take(char*& shared, int64_t bytes) {
   return taken;
 }
 
-// Starts copying `rows` samples of a tile, from `first` on: all threads of the block share the work.
+// Starts copying `rows` samples of a tile, from `first` on. All threads of the block have to make the call.
 template <typename S>
 RGD_DEVICE void copy_tile(const Tile<S>& tile, int64_t first, int64_t rows, SharedTile<S> to) {
   constexpr int kColumns = Packet<S>::kColumns;
   const Share share(to.lanes);
   const int left = tile.count - share.lane * kColumns;
   const int valid = left < 0 ? 0 : left < kColumns ? left : kColumns;
-  // Nothing is read past the end of the tile, but a copy needs an address.
+  // Past its end nothing is read, but a copy needs a valid address.
   const S* from = valid > 0 ? tile.row(first + share.group) + share.lane * kColumns : tile.data;
   const int64_t step = valid > 0 ? share.groups * tile.stride : 0;
   Packet<S>* packet = to.row(share.group) + share.lane;
@@ -173,12 +173,12 @@ RGD_DEVICE void copy_tile(const Tile<S>& tile, int64_t first, int64_t rows, Shar
   }
 }
 
-// Sums over the columns of a packet.
+// A sum for each column of a packet.
 template <typename S>
 struct alignas(16) PacketSums {
   Accumulate<S> columns[Packet<S>::kColumns];
 
-  // The first `count` of them.
+  // Writes the first `count` of them.
   RGD_DEVICE void write(S* to, int count) const {
     if (count >= Packet<S>::kColumns && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
       Packet<S> packet;
@@ -207,9 +207,9 @@ constexpr int64_t group_sums_bytes() {
   return kThreads * sizeof(PacketSums<S>);
 }
 
-// Of what threads hold of a tile for their lane and their samples: the sums over all groups, in their order. They stay
-// in `shared`, those of lane l as shared[l], and go to use(lane, sums) for the first `packets` lanes. Every kernel that
-// sums over samples does it here, so that equal weights give the bits of the mean.
+// Adds the sums that each thread has for its lane and its samples over all groups, in order. The results of lane l are
+// left in shared[l] and passed to use(l, sums), for the first `packets` lanes. Every kernel that sums over samples
+// calls this, so that equal weights give the bits of the mean.
 template <typename S, typename F>
 RGD_DEVICE void sum_groups(const PacketSums<S>& own, int lanes, int packets, PacketSums<S>* shared, F use) {
   const int groups = Share(lanes).groups, lane = thread_index();

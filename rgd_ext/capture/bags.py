@@ -81,7 +81,7 @@ def _of_maxima(
         include_last_offset=False,
         padding_idx=module.padding_idx,
     )
-    # Sorted, a row that a bag holds twice is beside itself. How many there are is not for the host to know.
+    # After sorting, the entries of a row that is in a bag twice are adjacent. Counting them would make the host wait.
     pairs, order = (rows * bags.number + bag).sort()
     is_first = torch.ones_like(counts)
     is_first[1:] = pairs[1:] != pairs[:-1]

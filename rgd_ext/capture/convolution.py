@@ -45,7 +45,7 @@ class Convolution(Blockwise):
 
     @property
     def _is_native(self) -> bool:
-        """Whether the operators on convolutions serve: their compiled kernels are for the CPU."""
+        """Whether to call the operators on convolutions, whose compiled kernels are for the CPU."""
         return self.output_grads.is_cpu
 
     @property
@@ -82,17 +82,21 @@ class Convolution(Blockwise):
         return self._ordinary() + Cost(stream=read, calls=1, held=read)
 
     def _ordinary(self) -> Cost:
-        # The measured rate is that of samples' own gradients. cuDNN's sum over all samples has that of a product.
+        """SGD's weight gradient.
+
+        The measured rate of convolutions is that of per-sample gradients. For the sum over all samples cuDNN has the
+        rate of a product.
+        """
         return Cost(convolution=self._operations) if self._is_native else Cost(product=self._operations)
 
     def _copied(self) -> int:
-        """Bytes that unfolding the inputs writes."""
+        """The bytes that unfolding the inputs writes."""
         columns = self.batch_size * self._places * self.shape[1:].numel() * self.geometry.groups
         return 0 if self.geometry.is_pointwise else columns * self.inputs.itemsize
 
     @property
     def _unfolds(self) -> bool:
-        """Whether products with unfolded inputs form gradients in less time than cuDNN, with every sample a group."""
+        """Whether products with unfolded inputs are faster than a cuDNN convolution with every sample a group."""
         if self._is_native:
             return False
         return _unfolding_is_faster(
@@ -109,7 +113,7 @@ class Convolution(Blockwise):
 
     def _formed(self, empty: Empty) -> Tensor:
         unfolds = self._unfolds
-        # Measured: with one output channel per group the native kernel fills no vector.
+        # Measured: with one output channel per group the native kernel does not fill a vector register.
         is_thin = self.output_grads.shape[1] == self.geometry.groups
         if not unfolds and (is_thin or not self._is_native):
             return reference.conv_weight_grads_as_groups(self.output_grads, self.inputs, self.geometry)
@@ -126,7 +130,7 @@ class Convolution(Blockwise):
             return
         dtype = accumulate_dtype(self.output_grads.dtype)
         output_grads, inputs = self.output_grads.to(dtype), self.inputs.to(dtype)
-        # Of some input channels each, so that every one of them is unfolded once.
+        # Each block has some of the input channels, so that every channel is unfolded only once.
         each = self.batch_size * self.shape[0] * self.shape[2:].numel()
         for some in inputs.split(max(1, block_elements(inputs.device) // each), 1):
             out = inputs.new_empty(self.batch_size, self.shape[0], some.shape[1], *self.shape[2:])
@@ -159,7 +163,7 @@ class Convolution(Blockwise):
 
 
 def _by_unfolding(operations: int, copied: int) -> Cost:
-    return Cost(product=operations, stream=2 * copied, calls=4 * (1 + copied // reference.COLUMNS))
+    return Cost(product=operations, stream=2 * copied, calls=4 * (1 + copied // reference.UNFOLDED_BYTES))
 
 
 @lru_cache

@@ -75,11 +75,11 @@ class Rows:
         """K_ij = sum over rows r of <h_i, h_j> there."""
         if self.output_grads.is_cpu:
             return self._gram_by_rows()
-        sums = _Sums(self)
+        sums = _SummedEntries(self)
         return torch.ops.rgd_ext.embedding_gram(sums.keys, sums.values, self.shape[0], self.batch_size)
 
     def _gram_by_rows(self) -> Tensor:
-        """`gram`, row by row for those that equally many samples use."""
+        """`gram`, with one product for all rows that the same number of samples use."""
         batch_size, width = self.batch_size, self.output_grads.shape[1]
         used, place = (self.indices * batch_size + self.samples).unique(return_inverse=True)
         _, row, sharers = (used // batch_size).unique_consecutive(return_inverse=True, return_counts=True)
@@ -124,17 +124,17 @@ class Rows:
         if rows.is_cpu:
             rows.index_add_(0, self.keys(), self.output_grads)
         else:
-            sums = _Sums(self)
-            rows[sums.keys] += sums.at(sums.keys).to(rows)  # entries with one key write the same
+            sums = _SummedEntries(self)
+            rows[sums.keys] += sums.at(sums.keys).to(rows)  # equal keys write equal values
         return contributions
 
     def keys(self) -> Tensor:
-        """The row of each entry in the contributions of all samples, one below the other, (N,)."""
+        """The row of each entry if the tables of all samples are stacked, (N,)."""
         return self.indices + self.samples * self.shape[0]
 
 
-class _Sorted:
-    """Entries in the order of their rows.
+class _SortedEntries:
+    """The entries in the order of their rows.
 
     Args:
         entries: on the CPU.
@@ -153,14 +153,14 @@ class _Sorted:
         block.view(batch_size * number, width).index_add_(0, places, self._grads[first:last].to(block))
 
 
-class _Sums:
-    """The entries of each sample and row added up, without a number that the host reads: a CUDA graph can hold it.
+class _SummedEntries:
+    """The entries of each sample and row added up, without making the host wait, so that it fits a CUDA graph.
 
-    How many sums there are depends on the indices, so there is a place for each entry.
+    The number of sums depends on the indices, so there is room for one per entry.
 
     Attributes:
         keys: of the entries, ascending, (N,).
-        values: the sum of those with a key, where it is the first time, and zeros elsewhere, (N, n).
+        values: (N, n): the sum of all entries with a key where that key comes first, and zeros elsewhere.
     """
 
     def __init__(self, entries: Rows) -> None:
@@ -171,14 +171,14 @@ class _Sums:
         self.values = sum_rows(grads.to(accumulate_dtype(grads.dtype)), places, len(keys))
 
     def at(self, keys: Tensor) -> Tensor:
-        """The sums of the entries with these keys, (number of keys, n); zeros where there are none."""
+        """The sums of the entries with these keys, (number of keys, n), which are zero for other keys."""
         if not len(self.keys):
             return self.values.new_zeros(len(keys), self.values.shape[1])
         places = torch.searchsorted(self.keys, keys).clamp_(max=len(self.keys) - 1)
         return self.values[places].masked_fill_((self.keys[places] != keys)[:, None], 0)
 
     def add_to(self, block: Tensor, start: int) -> None:
-        """As that of `_Sorted`."""
+        """Add those in the rows from `start` on to `block`, (B, number of rows, n)."""
         batch_size, number, width = block.shape
         samples, rows = torch.arange(batch_size, device=block.device), torch.arange(number, device=block.device)
         keys = samples[:, None] * self._table_rows + rows + start
@@ -218,7 +218,7 @@ class Tied(Blockwise):
         return Dense(self.rows.add_to(self.outer.formed(empty)), is_own=True)
 
     def blocks(self) -> Iterator[Tensor]:
-        entries = (_Sorted if self.example.is_cpu else _Sums)(self.rows)
+        entries = (_SortedEntries if self.example.is_cpu else _SummedEntries)(self.rows)
         start = 0
         for block in self.outer.blocks():
             entries.add_to(block, start)

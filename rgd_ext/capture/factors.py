@@ -156,9 +156,9 @@ class Blockwise:
         return total
 
     def _on_blocks(self, number: int, needs_gram: bool) -> Cost:
-        """Statistics of gradients of `number` elements, and how often blocks are asked for."""
+        """The cost of the statistics of gradients with `number` elements, a block at a time."""
         device = self.output_grads.device
-        # On a GPU blocks are past the caches: each is written and read.
+        # On a GPU a block does not fit in the caches: it is written to memory and read again.
         stream = 0 if device.type == "cpu" else 2 * number * accumulate_dtype(self.output_grads.dtype).itemsize
         blocks = 1 + number // block_elements(device)
         return Cost(gram=self.batch_size * number * needs_gram, stream=stream, calls=3 * blocks)
@@ -171,7 +171,7 @@ class Outer(Blockwise):
         inputs: A, (B, T, n), or (B, n) for T = 1.
         output_grads: E, (B, T, m), or (B, m).
         shape: of the parameter, m n elements.
-        dtype: of the h_i. A and E may be of 16 bits where they are float32, under autocast on CUDA, for T > 1.
+        dtype: of the h_i. Under autocast on CUDA, A and E may be of 16 bits where the h_i are float32, for T > 1.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Outer(Blockwise):
         return accumulate_dtype(self.dtype)
 
     def _operands(self) -> tuple[Tensor, Tensor]:
-        """A and E for products in the accumulation dtype, for which CUDA needs no wider numbers."""
+        """A and E for products in the accumulation dtype; CUDA needs no conversion for these."""
         if self.output_grads.is_cuda:
             return self.inputs, self.output_grads
         return self.inputs.to(self._accumulated), self.output_grads.to(self._accumulated)
@@ -285,8 +285,8 @@ class Outer(Blockwise):
         return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
 
     def _combine_mixed(self, weights: Tensor) -> Tensor:
-        # A weight is 1 and a small correction, which 16 bits would lose: two products instead of one. The inputs are
-        # weighted: in float16 small gradients have fewer bits, and of a head there are fewer.
+        # 16 bits would lose the small difference of a weight from 1, so there are two products instead of one. The
+        # inputs are weighted: small gradients have fewer bits in float16, and a head has fewer inputs than outputs.
         weighted = (self.inputs * weights.view(-1, 1, 1)).flatten(0, 1)
         return product_with_wider(self.output_grads.flatten(0, 1).T, weighted).view(self.shape)
 
@@ -361,7 +361,7 @@ class Bias:
 
 
 def of_dtype(linear: dict[str, Outer | Bias], dtype: torch.dtype) -> dict[str, Outer | Bias]:
-    """The contributions of a linear layer in another dtype than that of its inputs and output gradients."""
+    """The contributions of a linear layer, in another dtype than that of its inputs and output gradients."""
     for factor in linear.values():
         (factor.weight if isinstance(factor, Bias) else factor).dtype = dtype
     return linear

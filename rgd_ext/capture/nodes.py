@@ -78,7 +78,7 @@ class Record:
         return grad.ndim == 2 and x.dtype == dtype and next(iter(self.parameters.values())).dtype == dtype
 
     def _multiplies_as_they_are(self, grad: Tensor, dtype: torch.dtype) -> bool:
-        """Whether it is a linear layer of sequences under autocast, whose products CUDA's matrix units take."""
+        """Whether CUDA's matrix units can multiply it in 16 bits: a linear layer on sequences, under autocast."""
         is_mixed = dtype == accumulate_dtype(grad.dtype) != grad.dtype
         return is_mixed and grad.is_cuda and self.kind == "linear" and grad.shape[1:-1].numel() > 1
 
@@ -87,7 +87,7 @@ class Record:
         # Under autocast gradients arrive in low precision; contributions are in the dtype of the parameters.
         dtype = next(iter(self.parameters.values())).dtype
         if self._multiplies_as_they_are(grad, dtype):
-            # The inputs are rounded as for the forward's product.
+            # The inputs are rounded as they were for the product in the forward.
             return of_dtype(self.rule((inputs[0].to(grad.dtype),), grad), dtype)
         inputs = [x.to(dtype) if x.dtype != dtype and x.is_floating_point() else x for x in inputs]
         return self.rule(tuple(inputs), grad if grad.dtype == dtype else grad.to(dtype))

@@ -79,13 +79,13 @@ def now(devices: Iterable[torch.device]) -> float:
 
 
 class _Work(NamedTuple):
-    """What is measured.
+    """The sizes of the measured calls.
 
     Attributes:
         product: m, k and n of a product of matrices.
         convolution: samples, channels, and places along a side.
         stream, gram: shapes of gradients.
-        calls, seconds: as many calls follow each other, and more where they take less than so long.
+        calls, seconds: at least this many calls are timed together, and enough to take at least this long.
     """
 
     product: tuple[int, int, int]
@@ -97,8 +97,8 @@ class _Work(NamedTuple):
 
 
 _ON_CPU = _Work((256, 1024, 512), (8, 32, 16), (16, 1 << 20), (64, 1 << 16), calls=2, seconds=0)
-# Enough for 132 multiprocessors, and more than a cache of 126 MB holds; each call takes longer than its launch, and all
-# in a row longer than it takes to wait for them, some 10 us.
+# Enough work for 132 multiprocessors, and more data than a cache of 126 MB holds. Each call takes longer than its
+# launch, and all together take much longer than the synchronisation, some 10 us.
 _ON_GPU = _Work((2048, 2048, 2048), (64, 64, 16), (64, 1 << 20), (128, 1 << 18), calls=1, seconds=2e-3)
 
 

@@ -134,7 +134,7 @@ def embedding(module: nn.Embedding, inputs: tuple[Tensor, ...], output_grad: Ten
     if module.padding_idx is not None:
         output_grad = output_grad.masked_fill((indices == module.padding_idx)[..., None], 0)
     if module.scale_grad_by_freq:
-        # bincount would have the host wait for the largest index. Sums of integers are the same in any order.
+        # bincount would make the host wait for the largest index. Integer sums do not depend on the order of atomics.
         ones = torch.ones_like(indices).flatten()
         counts = ones.new_zeros(module.num_embeddings).index_add_(0, indices.flatten(), ones)
         output_grad = output_grad / counts[indices][..., None]

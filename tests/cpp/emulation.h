@@ -54,7 +54,7 @@ struct Fiber {
   void* fake_stack;
   bool done;
   std::string waits_at;                   // a barrier, or "" when it can run
-  std::optional<Place> exchanges;         // where it waits for the other lanes of its warp
+  std::optional<Place> exchanges;         // the shuffle at which it waits for the other lanes of its warp
   std::vector<std::vector<Copy>> copies;  // groups, the last one open
 };
 
@@ -117,7 +117,8 @@ class Machine {
  private:
   bool coin() { return random_() & 1; }
 
-  // Whether the thread waits there. A fiber that is abandoned would leak what it holds, so no string is left to it.
+  // Whether the thread waits at the barrier. The fiber itself must own no string, which it would leak if it is
+  // abandoned.
   bool stops_at(const std::string& barrier) {
     barriers.insert(barrier);
     if (barrier == ignored_barrier) return false;
@@ -157,7 +158,8 @@ class Machine {
     failure_.clear();
   }
 
-  // Lets a warp's lanes go on that have all come to one exchange. No lane may be elsewhere then: not every GPU waits.
+  // Lets the lanes of a warp continue that have all arrived at one exchange. No lane may wait or end elsewhere: a GPU
+  // may not wait for it.
   void open_exchange(int warp) {
     const auto begin = fibers_.begin() + warp, end = begin + kWarp;
     const auto first = std::find_if(begin, end, [](const Fiber& fiber) { return fiber.exchanges.has_value(); });
@@ -267,7 +269,7 @@ using emulation::Place;
 
 inline void barrier(Place place = Place::current()) { emulation::machine.wait_at(place); }
 
-// Every lane's value, as seen by each lane of the warp. All of them have to call it at one place.
+// Every lane's value, as seen by each lane of the warp. All lanes have to make the same call.
 template <typename T, typename F>
 auto with_warp(const T& value, const Place& place, F use) {
   static_assert(sizeof(T) <= emulation::Machine::kSlotBytes);
@@ -371,7 +373,7 @@ inline void narrow(float value, Half& to) {
 
 inline uint32_t to_tf32(uint32_t word) { return (word + 0x1000) & ~0x1fffu; }
 
-// As the matrix units hand their sums to float.
+// Rounded towards zero, as the sums of the matrix units are.
 inline float truncated(double value) {
   const auto nearest = static_cast<float>(value);
   return std::abs(nearest) > std::abs(value) ? std::nextafter(nearest, 0.0F) : nearest;

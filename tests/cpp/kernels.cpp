@@ -168,7 +168,7 @@ double check_squared_norm(const Shape& shape, unsigned seed) {
   const Problem<S> problem({1, shape.columns, kSquaredNormLanes, shape.blocks, shape.padding});
   const int64_t slots = problem.blocks() + 2;
   Doubles partials(slots, 0.0);
-  machine.run(problem.blocks(), 1, kSquaredNormSharedBytes, seed,
+  machine.run(problem.blocks(), 1, kBlockSumBytes, seed,
               [&](char* shared) { squared_norm<S>(problem.table, partials.data(), 1, shared); });
   const Doubles want{dot(problem.rows[0], problem.rows[0])};
   return error(reduced<Accumulate<S>>(partials, 1, slots, seed), want, 0) / sum_precision<S>();
@@ -410,7 +410,7 @@ struct NormProblem {
   }
 };
 
-// By reads of 16 bytes where all rows start there, and of one element.
+// With reads of 16 bytes if all rows start on 16 bytes, and with reads of one element.
 template <typename S, typename F>
 double by_reads(int64_t columns, F deviation) {
   constexpr int kColumns = Packet<S>::kColumns;
@@ -498,8 +498,8 @@ double check_layer_norm(const Shape& shape, unsigned seed) {
                      [&](auto count) { return check_layer_norm_by<S, kCentred, count>(shape, seed); });
 }
 
-// Some more samples than blocks, of about as many entries as rows, some of them in one row of the table. What must not
-// be read is NaN.
+// Slightly more samples than blocks; about as many entries as rows, some of them in the same row of the table. Sums
+// that must not be read are NaN.
 template <typename T>
 double check_embedding_gram(const Shape& shape, unsigned seed) {
   const int64_t batch_size = shape.blocks + 1, columns = shape.columns[0], table_rows = shape.rows / 2 + 1;
@@ -523,14 +523,14 @@ double check_embedding_gram(const Shape& shape, unsigned seed) {
   }
   const std::unique_ptr<int64_t[]> sorted(new int64_t[keys.size()]);
   std::copy(keys.begin(), keys.end(), sorted.get());
-  machine.run(batch_size, batch_size, kEmbeddingGramSharedBytes, seed, [&](char* shared) {
+  machine.run(batch_size, batch_size, kBlockSumBytes, seed, [&](char* shared) {
     embedding_gram(sorted.get(), sums.get(), starts.data(), table_rows, columns, batch_size, gram.get(), shared);
   });
   const Doubles want = pairs(batch_size, [&](int64_t i, int64_t j) { return dot(grads[i], grads[j]); });
   return error(Doubles(gram.get(), gram.get() + batch_size * batch_size), want, 0) / sum_precision<T>();
 }
 
-// What the kernel finds for a reflection of a diagonal matrix, with one entry changed.
+// The kernel's result for a reflection of a diagonal matrix, with one entry changed.
 template <typename T, typename S>
 double found_eigenvalue(const Doubles& eigenvalues, double change, int64_t shared_bytes, unsigned seed) {
   const auto size = static_cast<int>(eigenvalues.size());
@@ -561,7 +561,7 @@ double found_eigenvalue(const Doubles& eigenvalues, double change, int64_t share
 template <typename T, typename S>
 double check_largest_eigenvalue(const Shape& shape, unsigned seed) {
   constexpr int64_t kMuch = 227 << 10, kLittle = 12 << 10;
-  // Of float, what rgd_ext/metric.py says of rounding on a GPU.
+  // For float, the rounding error that rgd_ext/metric.py assumes on a GPU.
   constexpr double kUlps = std::is_same_v<T, float> ? 4 : 2000;
   const double scale = std::pow(10, (std::is_same_v<S, float> ? 35 : 280) * (static_cast<int>(seed % 3) - 1));
   Doubles gradual, close;
@@ -624,7 +624,7 @@ std::vector<Kernel> kernels_of(const std::string& dtype) {
   return kernels;
 }
 
-// What the command line asks for: kernels whose name contains it.
+// Set by the command line: only kernels whose name contains this run.
 std::string chosen;
 
 std::vector<Kernel> all_kernels() {
@@ -672,15 +672,15 @@ void test_normalisations() {
   expect_agreement(
       norms,
       {{1, {96}, 4, 70, 0}, {0, {5}, 4, 3, 0}, {700, {24}, 8, 2, 0}, {39, {2104}, 4, 1, 0}, {2, {17000}, 4, 1, 0}});
-  // What rounding a mean leaves is not lost.
+  // The rounding error of the mean is corrected.
   std::erase_if(norms, [](const Kernel& kernel) {
     return !kernel.name.starts_with("float") || kernel.name.ends_with("rms norm");
   });
   expect_agreement(norms, {{.rows = 40, .columns = {128}, .lanes = 4, .blocks = 2, .padding = 0, .mean = 1e4F}});
 }
 
-// Sums of so many terms move on while the kernel runs. Of terms of one sign, which show a bias: the matrix units round
-// towards zero.
+// Sums of so many terms move to the partial results while the kernel runs. The terms have one sign, so that they show
+// the bias of the matrix units, which round towards zero.
 void test_long_sums() {
   const auto check = [](const Check& check, int64_t rows, int64_t columns) {
     const Shape shape{.rows = rows, .columns = {columns}, .lanes = 8, .blocks = 1, .padding = 0, .positive = true};
@@ -706,7 +706,7 @@ void test_equal_weights_give_the_mean_bitwise(const Shape& shape) {
   expect(first.written(0) == second.written(0), "equal weights give the mean bitwise, " + describe(shape));
 }
 
-// What a wrong kernel does is noticed: each of these is wrong in one way.
+// The emulation notices errors in kernels: each of these has one.
 void test_wrong_kernels_are_caught() {
   const auto run = [](auto kernel) { machine.run(1, 1, 0, 0, [&](char*) { kernel(thread_index() % kWarp); }); };
   const auto one_ends = [](int lane) { return lane == 5 ? 0 : warp_sum(1.0); };
@@ -725,7 +725,7 @@ void test_wrong_kernels_are_caught() {
   expect_error([&] { run(one_multiplies_alone); }, "a lane ended before its warp's exchange at kernels.cpp:");
 }
 
-// Blocks run in any order: a kernel in which one needs what another has left is wrong for some seed.
+// Blocks run in any order: a kernel in which one block uses the results of another fails for some seed.
 void test_blocks_do_not_wait_for_each_other() {
   const int64_t columns = 3, rows = 2;
   bool in_turn = true;

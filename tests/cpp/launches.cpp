@@ -1,6 +1,6 @@
-// What the launches of the streaming kernels take, for every number of samples, every dtype and the shared memory of
-// every architecture: it fits, and keeps enough bytes under way to read at the memory's rate. `launch_tests ROWS`
-// prints the launches of so many samples, for bench/machine_code.py.
+// The launches of the streaming kernels and of gram, for every number of samples, every dtype and every architecture:
+// their shared memory fits, and they keep enough bytes in flight to read at the memory's rate. `launch_tests ROWS`
+// prints the launches for ROWS samples, for bench/machine_code.py.
 
 #include <algorithm>
 #include <iostream>
@@ -18,38 +18,38 @@ using namespace rgd_ext::cuda;
 
 struct Multiprocessor {
   std::string name;
-  int64_t block_bytes, shared_bytes;  // of shared memory: what a block may have, and what there is
+  int64_t block_bytes, shared_bytes;  // of shared memory: the limit of a block, and all there is
   int64_t threads, number;
-  int64_t needed;  // bytes that are under way at the memory's rate
+  int64_t needed;  // bytes that have to be in flight to read at the memory's rate
 };
 
-// The fastest memory of each, and about a microsecond until a byte arrives: A100 2.0 TB/s, RTX 3090 0.9, RTX 4090 1.0,
-// H200 4.3, RTX 5090 1.8.
+// For the GPU with the fastest memory of each architecture (A100 2.0 TB/s, RTX 3090 0.9, RTX 4090 1.0, H200 4.3, RTX
+// 5090 1.8), and a latency of about a microsecond.
 const std::vector<Multiprocessor> multiprocessors = {
     {"sm_80", 163 << 10, 164 << 10, 2048, 108, 19 << 10}, {"sm_86", 99 << 10, 100 << 10, 1536, 82, 12 << 10},
     {"sm_89", 99 << 10, 100 << 10, 1536, 128, 8 << 10},   {"sm_90", 227 << 10, 228 << 10, 2048, 132, 32 << 10},
     {"sm_120", 99 << 10, 100 << 10, 1536, 170, 11 << 10},
 };
 constexpr int64_t kSystemBytes = 1 << 10;  // of each block's shared memory
-constexpr int64_t kColumns = 1 << 20;      // of a G that is worth all blocks
-constexpr int64_t kFewSamples = 4;         // fewer do not fill what a block has under way
+constexpr int64_t kColumns = 1 << 20;      // of a G that is large enough for all blocks
+constexpr int64_t kFewSamples = 4;         // fewer samples do not fill the tiles that a block has in flight
 
 struct Launch {
   std::string kernel;
   int64_t shared_bytes;
-  int64_t by_registers;     // blocks that registers leave room for, which tests/test_cuda_build.py checks
-  int64_t block_under_way;  // bytes that a block has asked for while it works on others
-  int64_t results;          // bytes that a block leaves for each sample
+  int64_t by_registers;     // blocks that the registers are enough for, which tests/test_cuda_build.py checks
+  int64_t block_in_flight;  // bytes that a block has requested while it works on others
+  int64_t results;          // bytes of partial results that a block writes for each sample
 
   int64_t blocks(const Multiprocessor& on) const {
     return std::min({on.shared_bytes / (shared_bytes + kSystemBytes), on.threads / kThreads, by_registers});
   }
-  int64_t under_way(const Multiprocessor& on) const { return blocks(on) * block_under_way; }
+  int64_t in_flight(const Multiprocessor& on) const { return blocks(on) * block_in_flight; }
 };
 
 template <typename Sums>
 Launch gram(const std::string& kernel, int64_t rows) {
-  // Off the diagonal of K two tiles are under way, on it three.
+  // Two tiles are in flight off the diagonal of K, and three on it.
   const int64_t side = (rows + Sums::Shape::kBlock - 1) / Sums::Shape::kBlock, pairs = side * (side + 1) / 2;
   return {kernel, gram_shared_bytes<Sums>(), Sums::kBlocksPerMultiprocessor,
           (pairs > 1 ? 2 : 3) * Sums::Shape::kTileBytes, rows * int64_t{sizeof(typename Sums::T)} / pairs};
@@ -100,8 +100,8 @@ void test_launches(const std::string& dtype) {
             launch.kernel + " of " + std::to_string(rows) + " samples of " + dtype + " on " + on.name + ": ";
         expect(launch.shared_bytes <= on.block_bytes, what + std::to_string(launch.shared_bytes) + " bytes do not fit");
         expect(launch.blocks(on) >= 1, what + "no block runs");
-        expect(rows < kFewSamples || launch.under_way(on) >= on.needed,
-               what + std::to_string(launch.under_way(on)) + " bytes under way");
+        expect(rows < kFewSamples || launch.in_flight(on) >= on.needed,
+               what + std::to_string(launch.in_flight(on)) + " bytes in flight");
         const int64_t results = launch.results * launch.blocks(on) * on.number;
         expect(results <= kColumns * int64_t{sizeof(S)} / 10, what + std::to_string(results) + " bytes of results");
       }

@@ -1,6 +1,6 @@
-"""The kernels worth a closer look, once each on sizes that fill a GPU, between the marks that ncu waits for.
+"""Runs a few operators once each, at sizes that fill a GPU, for Nsight Compute: only these calls are profiled.
 
-`ncu --profile-from-start off --clock-control none python -m bench.profiled [DEVICE]`, cuda by default.
+`ncu --profile-from-start off --clock-control none python -m bench.ncu_run [DEVICE]`, cuda by default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
-from .examples import EXAMPLES, call
+from .operator_inputs import INPUTS, call
 
 SAMPLES, TOKENS, IMAGES = (128, 1_000_000), (8, 1024, 768), (64, 128, 32, 32)
 RUNS = [
@@ -27,8 +27,8 @@ RUNS = [
 def run(device: str) -> None:
     for name, shape, dtype in RUNS:
         grads = [torch.randn(shape, device=device).add_(0.1).to(dtype)]
-        arguments = EXAMPLES[name](grads)
-        call(name, arguments)  # loads the kernels
+        arguments = INPUTS[name](grads)
+        call(name, arguments)  # loads the kernels, outside the profile
         with torch.cuda.profiler.profile() if device == "cuda" else nullcontext():
             call(name, arguments)
             if device == "cuda":

@@ -1,4 +1,4 @@
-"""What a call runs on the device, by torch's profiler."""
+"""A profile of one training step by torch.profiler: kernel launches, and the kernels that take the most time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ROWS = 15
 
 
 def profiled(call: Callable[[], object], device: str) -> tuple[int, str]:
-    """How many kernels a call launches, and a table of what takes the most time of the device."""
+    """The number of kernel launches in a call, and a table of the operators that take the most time on the device."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities, acc_events=True) as recorded:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
     averages = recorded.key_averages()
-    # cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx
+    # The driver's and the runtime's calls: cudaLaunchKernel, cudaLaunchKernelExC, cuLaunchKernel, cuLaunchKernelEx.
     launches = sum(average.count for average in averages if "LaunchKernel" in average.key)
     order = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     return launches, averages.table(sort_by=order, row_limit=ROWS, max_name_column_width=80)

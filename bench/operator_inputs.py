@@ -1,4 +1,4 @@
-"""Arguments for every operator: the one list behind the smoke test, compute-sanitizer's run and ncu's."""
+"""Arguments for every operator, shared by the smoke test, the compute-sanitizer run and the ncu run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Grads = list[Tensor]
 
 
 def random(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Random numbers on the device of `like`, made on the CPU: on the device only the operator is to run."""
+    """Random numbers on the device of `like`, made on the CPU so that only the operator runs on the device."""
     return torch.randn(shape).add_(0.2).to(like.device, dtype or like.dtype)
 
 
@@ -35,13 +35,13 @@ def gramian(grads: Grads) -> Tensor:
 
 
 def statistics(grads: Grads) -> tuple[Tensor, ...]:
-    """What `sample_weights` takes, with epsilon and ulp."""
+    """The arguments of `sample_weights`: statistics of the Gramian, epsilon and ulp."""
     found = [part.to(grads[0].device) for part in reference.gram_moments(gramian(grads).cpu())[:3]]
     return *found, torch.tensor(0.1, dtype=torch.float64).to(grads[0].device), 1e-7
 
 
 def layers(grads: Grads) -> tuple[Grads, Grads, list[bool]]:
-    """Linear layers, whose inputs are as wide as the tensors of `grads`, and their outputs as those in reverse."""
+    """Linear layers whose inputs are as wide as the tensors of `grads`, and whose outputs are as wide in reverse."""
     inputs = [g.flatten(1) for g in grads]
     return inputs, [random(x, *x.shape) for x in reversed(inputs)], [index % 2 == 0 for index in range(len(grads))]
 
@@ -57,14 +57,14 @@ def norm(grads: Grads) -> tuple[Tensor, Tensor]:
 
 
 def small_layers(grads: Grads) -> tuple:
-    """One of each kind that `layer_grads` knows."""
+    """One layer of each kind that `layer_grads` supports."""
     kinds = ["linear", "layer_norm", "rms_norm", "group_norm"]
     e, x = ([random(grads[0], len(grads[0]), 6, n) for n in widths] for widths in ((3, 8, 8, 8), (5, 8, 8, 8)))
     return kinds, e, x, [0, 0, 0, 2], [0.0, 1e-5, 1e-5, 1e-5], [True, True, False, True]
 
 
-# By operator of torch.ops.rgd_ext.
-EXAMPLES: dict[str, Callable[[Grads], tuple]] = {
+# The arguments of each operator of torch.ops.rgd_ext, made from a list of per-sample gradients.
+INPUTS: dict[str, Callable[[Grads], tuple]] = {
     "moments": lambda g: (g,),
     "scalar_moments": lambda g: (g,),
     "squared_norm": lambda g: ([one[0] for one in g],),
@@ -88,19 +88,19 @@ EXAMPLES: dict[str, Callable[[Grads], tuple]] = {
 
 
 def compiled(device: str) -> list[str]:
-    """The operators that have a kernel of their own for `device`."""
+    """The operators that have a compiled kernel for `device`."""
     key = device.upper()
-    return [name for name in EXAMPLES if torch._C._dispatch_has_kernel_for_dispatch_key(f"rgd_ext::{name}", key)]
+    return [name for name in INPUTS if torch._C._dispatch_has_kernel_for_dispatch_key(f"rgd_ext::{name}", key)]
 
 
 def call(name: str, arguments: tuple) -> object:
-    """The operator's result, or the argument it writes into, its last."""
+    """The result of an operator, or its last argument where it writes into that."""
     result = getattr(torch.ops.rgd_ext, name)(*arguments)
     return arguments[-1] if result is None else result
 
 
 def exact(name: str, arguments: tuple) -> object:
-    """The same by the operator's definition, in float64 on the CPU."""
-    wide = tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), arguments)
-    result = getattr(reference, name)(*wide)
-    return wide[-1] if result is None else result
+    """The result of the operator's definition in `reference`, in float64 on the CPU."""
+    in_float64 = tree_map_only(Tensor, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu(), arguments)
+    result = getattr(reference, name)(*in_float64)
+    return in_float64[-1] if result is None else result
