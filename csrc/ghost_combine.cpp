@@ -2,6 +2,7 @@
 #include <ATen/core/List.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/sub.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -9,6 +10,14 @@
 
 namespace rgd_ext {
 namespace {
+
+// As in rgd_ext/reference.py.
+at::Tensor product_with_wider(const at::Tensor& left, const at::Tensor& right) {
+  const at::ScalarType wide = right.scalar_type(), narrow = left.scalar_type();
+  if (left.is_cpu()) return at::mm(left.to(wide), right);
+  const at::Tensor high = right.to(narrow), low = at::sub(right, high).to(narrow);
+  return at::mm(left, high, wide).add_(at::mm(left, low, wide));
+}
 
 // PyTorch's own products, on any device: small models pay for the calls, which cost less here than from Python.
 std::vector<at::Tensor> ghost_combine(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases,
@@ -21,14 +30,19 @@ std::vector<at::Tensor> ghost_combine(at::TensorList inputs, at::TensorList outp
                     ": pass ", first.size(0), " floating-point weights on ", first.device());
   // Nothing here is differentiated: small models pay for every operator that looks whether it is.
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::Tensor column = weights.to(first.scalar_type()).unsqueeze(1);
+  const at::ScalarType dtype = first.scalar_type(), sums = accumulate_dtype(dtype);
+  const at::Tensor column = weights.to(sums).unsqueeze(1);
   std::vector<at::Tensor> results;
   results.reserve(2 * inputs.size());
   for (size_t layer = 0; layer < inputs.size(); ++layer) {
     const at::Tensor weighted = at::mul(output_grads[layer], column);
     // The bias first: the product drives from the caches what the two share.
-    if (biases[layer]) results.push_back(weighted.sum(0));
-    if (inputs[layer].size(1) > 0) results.push_back(at::mm(weighted.t(), inputs[layer]));
+    if (biases[layer]) results.push_back(weighted.sum(0).to(dtype));
+    if (inputs[layer].size(1) == 0) continue;
+    if (dtype == sums)
+      results.push_back(at::mm(weighted.t(), inputs[layer]));
+    else
+      results.push_back(product_with_wider(output_grads[layer].t(), at::mul(inputs[layer], column)).to(dtype));
   }
   return results;
 }

@@ -137,6 +137,9 @@ class Tridiagonal {
       }
       value_ = x - at.f.value * at.first / at.squared_norm;
       if (std::hypot(at.f.value, rest) <= allowed) return true;
+      // Where s_1 is small, rounding can take x past the zero of f before the residual is small enough. A step from
+      // there would lead to the next zero.
+      if (!(at.f.value > 0)) return true;
       const double next = x - step(at.f);
       if (!(next < x)) return true;  // converged to rounding
       x = next;

@@ -94,10 +94,9 @@ def ghost_combine(
     """For each layer sum_i w_i e_i if it has a bias, and sum_i w_i e_i a_i^T if it has inputs."""
     results = []
     for a, e, bias in zip(inputs, output_grads, biases, strict=True):
-        weighted = e * weights[:, None].to(e.dtype)
-        # The bias first: the product drives from the caches what the two share.
-        results += [weighted.sum(0)] if bias else []
-        results += [weighted.T @ a] if a.shape[1] else []
+        column = weights[:, None].to(accumulate_dtype(e.dtype))
+        results += [(e * column).sum(0).to(e.dtype)] if bias else []
+        results += [product_with_wider(e.T, a * column).to(e.dtype)] if a.shape[1] else []
     return results
 
 
@@ -122,7 +121,7 @@ def sample_weights(
 def eigenvalues(matrix: Tensor) -> Tensor:
     """Eigenvalues of a symmetric positive semi-definite matrix, ascending; NaN where it is not finite."""
     # Eigenvalue routines raise on non-finite input; a GradScaler overflow has to flow through instead.
-    finite = matrix.sum().isfinite()
+    finite = matrix.sum(dtype=torch.float64).isfinite()
     found = torch.linalg.eigvalsh(torch.where(finite, matrix, 0.0).double()).clamp(min=0)
     return torch.where(finite, found, torch.nan).to(matrix.dtype)
 
@@ -289,9 +288,12 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None 
 
 
 def product_with_wider(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, of matrices, in the dtype of `right`, which is split in two if `left` is narrower."""
-    if left.dtype == right.dtype:
-        return torch.mm(left, right)
+    """left @ right, of matrices, in the dtype of `right`, which is split in two on a GPU if `left` is narrower.
+
+    A sample's weight is 1 and a small correction, which 16 bits would lose.
+    """
+    if left.dtype == right.dtype or left.is_cpu:
+        return torch.mm(left.to(right.dtype), right)
     high = right.to(left.dtype)
     low = (right - high).to(left.dtype)
     return product(left, high, right.dtype).add_(product(left, low, right.dtype))

@@ -104,6 +104,19 @@ def test_every_bag_may_hold_one_entry_or_none():
     assert not captured_grad(model, *flattened(x, 0 * lengths))[: ROWS * WIDTH].any()
 
 
+def test_indices_that_add_up_like_lengths_are_not_taken_for_them():
+    """Verification would call the model with no offsets, which crashes torch."""
+    model, x, lengths = classifier(mode="sum"), torch.tensor([[3, 3], [0, 1], [2, 3]]), torch.tensor([0, 2, 1])
+    expected = expected_of(copy.deepcopy(model), x, lengths)
+    text, offsets = flattened(x, lengths)
+
+    def forward(m, offsets, text):
+        return m.inner(text, offsets)
+
+    with pytest.warns(UserWarning, match="could not be verified completely"):
+        assert_close(captured_grad(Net(forward, inner=model), offsets, text), expected)
+
+
 @pytest.mark.parametrize("is_flat", [False, True], ids=["rows", "flat"])
 @pytest.mark.parametrize("mode", ["mean", "max"])
 def test_one_bag_at_a_time_is_one_sample(mode, is_flat):

@@ -1,4 +1,4 @@
-"""Linear layers of sequences under autocast on a GPU, whose products are of 16 bits. Nothing here needs one."""
+"""Contributions of 16 bits, and linear layers under autocast on a GPU, whose products are. Nothing here needs one."""
 
 import copy
 from functools import partial
@@ -14,10 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgd_ext
 from rgd_ext.capture import factors
+from rgd_ext.capture.captured import CapturedGradients
+from rgd_ext.capture.convolution import Convolution
+from rgd_ext.capture.embedding import Rows
 from rgd_ext.capture.factors import Bias, Ghost, Outer
 from rgd_ext.capture.nodes import Record
 from rgd_ext.capture.rules import linear
 from rgd_ext.capture.sums import add, join, merge
+from rgd_ext.reference import Geometry
 
 B, T, N, M = 5, 7, 6, 4
 SHAPE = torch.Size((M, N))
@@ -77,6 +81,32 @@ def test_a_small_correction_of_the_weights_is_not_rounded_away(dtype, scale, dev
     rest = found - factor.combine(torch.ones_like(corrections))
     # All that 16 bits hold of the weights would be 1.
     assert relative_error(rest, torch.einsum("b,bmn->mn", corrections.double(), grads)) < 3e-2
+
+
+# Inputs of a sample, and contributions from inputs and output gradients.
+INPUTS = {
+    "sequences": (lambda: torch.randn(B, T, N), lambda x, e: Outer(x, e, SHAPE)),
+    "vectors": (lambda: torch.randn(B, N), lambda x, e: Outer(x, e[:, 0].contiguous(), SHAPE)),
+    "embedding": (lambda: torch.randint(3, (B, T)), lambda x, e: Rows.of_sequences(x.long(), e, torch.Size((3, M)))),
+    "convolution": (
+        lambda: torch.randn(B, N, T + 2),
+        lambda x, e: Convolution(e.mT, x, torch.Size((M, N, 3)), Geometry((3,), (1,), (0,), (1,), 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_small_correction_is_all_that_is_left_of_opposite_gradients(kind, dtype, device):
+    inputs, contributions = INPUTS[kind]
+    x, e, correction = inputs().to(dtype), torch.randn(B, T, M).to(dtype), 1e-3 * torch.rand(B)
+    pairs = (x, x), (e, -e), (1 + correction, 1 - correction)
+    x, e, weights = (torch.cat(pair).to(device) for pair in pairs)
+    factor, grads = contributions(x, e), contributions(x.double(), e.double()).dense()
+    for found in (factor.combine(weights), CapturedGradients([factor]).combine(weights / (2 * B))[0]):
+        assert found.dtype == dtype
+        assert_close(found, torch.einsum("b,b...->...", weights.double(), grads))
 
 
 def test_sums_unions_and_merged_samples_stay_in_the_dtype_of_the_parameter():

@@ -133,9 +133,24 @@ def test_ghost_combine_is_the_combination_of_explicit_gradients(name, dtype, dev
             result = next(found)
             assert result.dtype == dtype
             assert result.shape == wanted.shape
-            # A product in half precision is rounded before it is summed.
             assert_close(result, wanted, dtype)
     assert next(found, None) is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ghost_combine_keeps_what_is_small_in_the_weights(dtype, device):
+    # Of opposite gradients nothing else is left.
+    a, e, correction = torch.randn(6, 5), torch.randn(6, 4), 1e-3 * torch.rand(6)
+    a, e = (torch.cat([a, a]).to(device, dtype), torch.cat([e, -e]).to(device, dtype))
+    weights = torch.cat([1 + correction, 1 - correction]).to(device)
+    weighted = weights.double()[:, None] * e.double()
+    for operator in (ops.ghost_combine, reference.ghost_combine):
+        for result, wanted in zip(
+            operator([a], [e], [True], weights), (weighted.sum(0), weighted.T @ a.double()), strict=True
+        ):
+            assert result.dtype == dtype
+            assert_close(result, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -623,6 +638,21 @@ def test_largest_eigenvalue_of_float32_close_to_its_limits(name, scale, device):
     wanted = torch.linalg.eigvalsh(matrix.double())[-1].clamp(min=0)
     found = ops.largest_eigenvalue(matrix.to(device)).double().cpu()
     assert abs(found - wanted) <= 3 * rounding(torch.float32, torch.device(device)) * wanted
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_largest_eigenvalue_whatever_its_vector(device):
+    # Some of these vectors are all but orthogonal to the one that the search starts from.
+    angles = torch.linspace(0, torch.pi, 4000, dtype=torch.float64, device=device)
+    ones, zeros = torch.ones_like(angles), torch.zeros_like(angles)
+    vectors = torch.stack([angles.cos(), angles.sin(), zeros], 1)
+    matrices = vectors[:, :, None] * vectors[:, None] + torch.stack([zeros, zeros, ones / 2], 1).diag_embed()
+    assert_close(torch.stack([ops.largest_eigenvalue(matrix) for matrix in matrices]), ones)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_largest_eigenvalue_beyond_float32_is_infinite(device):
+    assert ops.largest_eigenvalue(torch.full((4, 4), 3e38, device=device)) == torch.inf
 
 
 @pytest.mark.skipif(not rgd_ext.build_info()["compiled"], reason="the reference is as exact as can be")

@@ -42,7 +42,7 @@ at::Tensor largest_eigenvalue(const at::Tensor& matrix, double ulp) {
   const Scratch<lanczos::Tridiagonal::Row> projection(size);
   const double value = scale * lanczos::largest_eigenvalue(size, lanczos::tolerance(ulp), multiply, remove,
                                                            workspace.data(), projection.data());
-  return at::full({}, value < 0 ? 0 : value, matrix.options());
+  return at::full({}, value < 0 ? 0 : value, wide.options()).to(matrix.scalar_type());  // may be infinite in float32
 }
 
 }  // namespace

@@ -167,7 +167,7 @@ class CapturedGradients:
         while others:
             index, factor = others.popitem()
             is_sparse = self._releases and isinstance(factor, Rows) and factor.is_sparse
-            there = weights.to(factor.example)
+            there = _beside(weights, factor.example)
             result[index] = factor.combine_sparse(there) if is_sparse else factor.combine(there)
             del factor
         for indices, group in self._dense.values():
@@ -183,6 +183,11 @@ class CapturedGradients:
             return joined
         first, last = self._first_given, self._first_given + len(self._given_tensors)
         return [*joined[:first], *self._given.apart(joined[first:last]), *joined[last:]]
+
+
+def _beside(weights: Tensor, example: Tensor) -> Tensor:
+    """`weights` for contributions like `example`."""
+    return weights.to(example.device, accumulate_dtype(example.dtype))
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:

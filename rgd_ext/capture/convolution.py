@@ -155,8 +155,10 @@ class Convolution(Blockwise):
         return (output[(..., *used)] * self.output_grads).flatten(1).sum(1)
 
     def combine(self, weights: Tensor) -> Tensor:
+        # Of 16 bits in float32: a weight is 1 and a small correction, which they would lose.
         weighted = self.output_grads * weights.view(-1, *[1] * (self.output_grads.ndim - 1))
-        return reference.conv_weight_grad(weighted, self.inputs, self.geometry)
+        gradient = reference.conv_weight_grad(weighted, self.inputs.to(weighted.dtype), self.geometry)
+        return gradient.to(self.output_grads.dtype)
 
     def dense(self) -> Tensor:
         return self._formed(fresh)

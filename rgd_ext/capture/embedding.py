@@ -106,11 +106,12 @@ class Rows:
         return sum_rows(products, self.samples, self.batch_size)
 
     def combine(self, weights: Tensor) -> Tensor:
-        return sum_rows(self._weighted(weights), self.indices, self.shape[0])
+        return sum_rows(self._weighted(weights), self.indices, self.shape[0]).to(self.output_grads.dtype)
 
     def combine_sparse(self, weights: Tensor) -> Tensor:
         """`combine` as torch leaves a sparse gradient: one entry for each of these."""
-        return torch.sparse_coo_tensor(self.indices[None], self._weighted(weights), self.shape, check_invariants=False)
+        values = self._weighted(weights).to(self.output_grads.dtype)
+        return torch.sparse_coo_tensor(self.indices[None], values, self.shape, check_invariants=False)
 
     def _weighted(self, weights: Tensor) -> Tensor:
         return self.output_grads * weights[self.samples, None]

@@ -80,7 +80,7 @@ class Unformed(Factor, Protocol):
         ...
 
     def combine(self, weights: Tensor) -> Tensor:
-        """sum_i w_i h_i, (*shape), for weights in the dtype and on the device of the contributions."""
+        """sum_i w_i h_i, (*shape), for weights in the accumulation dtype and on the device of the contributions."""
         ...
 
 
@@ -279,16 +279,16 @@ class Outer(Blockwise):
 
     def combine(self, weights: Tensor) -> Tensor:
         # One plain weight-gradient product over all samples, as in the backward of SGD.
-        if self.dtype != self.output_grads.dtype:
-            return self._combine_mixed(weights)
+        if self._accumulated != self.output_grads.dtype:
+            return self._combine_halves(weights)
         weighted = self.output_grads * weights.view(-1, 1, 1)
         return torch.mm(weighted.flatten(0, 1).T, self.inputs.flatten(0, 1)).view(self.shape)
 
-    def _combine_mixed(self, weights: Tensor) -> Tensor:
+    def _combine_halves(self, weights: Tensor) -> Tensor:
         # 16 bits would lose the small difference of a weight from 1, so there are two products instead of one. The
         # inputs are weighted: small gradients have fewer bits in float16, and a head has fewer inputs than outputs.
         weighted = (self.inputs * weights.view(-1, 1, 1)).flatten(0, 1)
-        return product_with_wider(self.output_grads.flatten(0, 1).T, weighted).view(self.shape)
+        return product_with_wider(self.output_grads.flatten(0, 1).T, weighted).view(self.shape).to(self.dtype)
 
     def dense(self) -> Tensor:
         return self.formed(fresh)

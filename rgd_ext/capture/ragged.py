@@ -12,8 +12,8 @@ from torch import Tensor
 from .alone import Cut, Reading, taken
 from .batch import tensors_in
 
-# A vector of whole numbers, the length of a flat one, and B -> where the samples start and the last one ends, (B + 1,).
-_Read: TypeAlias = Callable[[Tensor, int, int], Tensor | None]
+# A vector of whole numbers, a flat one, and B -> where the samples start and the last one ends, (B + 1,).
+_Read: TypeAlias = Callable[[Tensor, Tensor, int], Tensor | None]
 
 
 def ragged_readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Reading]:
@@ -23,7 +23,7 @@ def ragged_readings(args: tuple, kwargs: dict, batch_size: int) -> Iterator[Read
         cuts: list[Cut | None] = [_rows if x.ndim and x.shape[0] == batch_size else None for x in tensors]
         pairs = _pairs(tensors, batch_size, read)
         for flat, owner in pairs:
-            bounds = read(tensors[owner], len(tensors[flat]), batch_size)
+            bounds = read(tensors[owner], tensors[flat], batch_size)
             cuts[flat], cuts[owner] = partial(_entries, bounds), partial(cut, bounds)
         if pairs:
             yield partial(taken, (args, kwargs), cuts)
@@ -34,9 +34,8 @@ def _pairs(tensors: Sequence[Tensor], batch_size: int, read: _Read) -> list[tupl
     vectors = [n for n, x in enumerate(tensors) if x.ndim == 1 and x.layout == torch.strided]
 
     def fits(owner: int, flat: int) -> bool:
-        x = tensors[owner]
-        is_possible = owner != flat and not x.dtype.is_floating_point and 0 <= len(x) - batch_size <= 1
-        return is_possible and read(x, len(tensors[flat]), batch_size) is not None
+        is_possible = owner != flat and _may_be_bounds(tensors[owner], batch_size)
+        return is_possible and read(tensors[owner], tensors[flat], batch_size) is not None
 
     owners = [n for n in vectors if any(fits(n, flat) for flat in vectors)]
     others = [n for n in vectors if n not in owners]
@@ -47,14 +46,21 @@ def _pairs(tensors: Sequence[Tensor], batch_size: int, read: _Read) -> list[tupl
     return pairs if len(flats) == len(owners) and all(fits(owner, flat) for flat, owner in pairs) else []
 
 
-def _bounds_of_offsets(x: Tensor, length: int, batch_size: int) -> Tensor | None:
-    bounds = torch.cat([x.long().cpu(), torch.tensor([length])])
+def _may_be_bounds(x: Tensor, batch_size: int) -> bool:
+    return not x.dtype.is_floating_point and 0 <= len(x) - batch_size <= 1
+
+
+def _bounds_of_offsets(x: Tensor, flat: Tensor, batch_size: int) -> Tensor | None:
+    bounds = torch.cat([x.long().cpu(), torch.tensor([len(flat)])])
     return bounds[: batch_size + 1] if bounds[0] == 0 and (bounds.diff() >= 0).all() else None
 
 
-def _bounds_of_lengths(x: Tensor, length: int, batch_size: int) -> Tensor | None:
+def _bounds_of_lengths(x: Tensor, flat: Tensor, batch_size: int) -> Tensor | None:
+    # Indices may add up to the number of offsets: offsets that are cut like a flat vector crash torch.
+    if _may_be_bounds(flat, batch_size) and _bounds_of_offsets(flat, x, batch_size) is not None:
+        return None
     bounds = torch.cat([torch.tensor([0]), x.long().cpu().cumsum(0)])
-    return bounds if len(x) == batch_size and bounds[-1] == length and (x >= 0).all() else None
+    return bounds if len(x) == batch_size and bounds[-1] == len(flat) and (x >= 0).all() else None
 
 
 def _rows(x: Tensor, samples: Tensor) -> Tensor:
