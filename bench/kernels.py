@@ -26,7 +26,7 @@ from .measure import Clock, call_each, fastest, host_clock, interleave
 from .memory import extra_memory
 from .report import reason, show, write_json
 from .result import HEADER, Result, progress, section
-from .selection import chosen
+from .selection import chosen, run_cases
 
 LAUNCHED = "precondition, launched from Python"
 CPU_BYTES = 2**31
@@ -148,21 +148,18 @@ def run(
             record = {"benchmark": "kernels", "device": device, "ceilings": found, "failures": failures}
             write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
 
-    try:
-        for case in wanted.values():
-            why = "left out by --no-compile" if no_compile else why_no_compile(case, device, quick)
-            try:
-                results.append(bench(case, device, rounds, why))
-            except Exception as problem:
-                failures.append(f"{case.name}: {reason(problem)}")
-                continue
-            failures += results[-1].failures
-            progress(results[-1])
-            save()  # what is measured stays if the rest is cut off
-            gc.collect()
-    except KeyboardInterrupt:
-        failures.append("interrupted: the cases that follow are missing")
+    def measured(_: str, case: Case) -> Result:
+        why = "left out by --no-compile" if no_compile else why_no_compile(case, device, quick)
+        return bench(case, device, rounds, why)
 
+    def report(result: Result) -> None:
+        results.append(result)
+        failures.extend(result.failures)
+        progress(result)
+        save()  # what is measured stays if the rest is cut off
+        gc.collect()
+
+    run_cases(wanted, measured, report, failures)
     save()
     show(HEADER, [section(result) for result in results], f"kernels, {device}")
     print({name: value for name, value in found.items() if name != "milliseconds"})

@@ -25,7 +25,7 @@ from .candidates import without_tf32
 from .environment import clocks
 from .measure import Clock, Samples, call_each, host_clock, interleave, ratio_text
 from .report import Section, reason, show, write_json
-from .selection import chosen
+from .selection import chosen, run_cases
 
 HEADER = ("case", "way", "median us", "GB/s of inputs", "time / operator (quartiles)", "error")
 OPERATOR = "operator"
@@ -196,20 +196,20 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
     torch.manual_seed(0)
     results: list[Result] = []
     failures = []
-    try:
-        for name, case in chosen(cases(device, quick), only).items():
-            try:
-                results.append(bench(name, case, device, quick))
-            except Exception as problem:
-                failures.append(f"{name}: {reason(problem)}")
-                continue
-            failures += failures_of(results[-1])
-            times = {way: f"{1e3 * statistics.median(t):.4g} us" for way, t in results[-1].milliseconds.items()}
-            print(f"{name}: {times}; left out: {results[-1].left_out}", flush=True)
-            if json:
-                record = {"benchmark": "operators", "device": device, "failures": failures}
-                write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
-    except KeyboardInterrupt:
-        failures.append("interrupted: the cases that follow are missing")
+
+    def save() -> None:
+        if json:
+            record = {"benchmark": "operators", "device": device, "failures": failures}
+            write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
+
+    def report(result: Result) -> None:
+        results.append(result)
+        failures.extend(failures_of(result))
+        times = {way: f"{1e3 * statistics.median(t):.4g} us" for way, t in result.milliseconds.items()}
+        print(f"{result.case}: {times}; left out: {result.left_out}", flush=True)
+        save()  # so that results stay if the rest is interrupted
+
+    run_cases(chosen(cases(device, quick), only), partial(bench, device=device, quick=quick), report, failures)
+    save()
     show(HEADER, [section(result) for result in results], f"operators, {device}")
     return failures

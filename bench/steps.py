@@ -19,8 +19,8 @@ from .environment import clocks
 from .measure import host_clock, interleave, synchronize
 from .memory import limited_memory
 from .models import Case, cases
-from .report import reason, show, write_json
-from .selection import chosen
+from .report import show, write_json
+from .selection import chosen, run_cases
 from .step_profile import profiled
 from .step_result import HEADER, Result, section
 from .training_steps import OURS, UNDER_AUTOCAST
@@ -79,18 +79,13 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
             record = {"benchmark": "steps", "device": device, "failures": failures}
             write_json(json, record | {"models": [asdict(result) for result in results]}, before)
 
-    try:
-        for name, case in chosen(cases(quick, device), only).items():
-            try:
-                results.append(bench(name, case, device, quick))
-            except Exception as problem:
-                failures.append(f"{name}: {reason(problem)}")
-                continue
-            show(HEADER, [section(results[-1])], f"training step, {device}")
-            for arm, profile in results[-1].profiles.items():
-                print(f"{name}: {arm}\n{profile}", flush=True)
-            save()  # so that results stay if the rest is interrupted
-    except KeyboardInterrupt:
-        failures.append("interrupted: the models that follow are missing")
+    def report(result: Result) -> None:
+        results.append(result)
+        show(HEADER, [section(result)], f"training step, {device}")
+        for arm, profile in result.profiles.items():
+            print(f"{result.model}: {arm}\n{profile}", flush=True)
+        save()  # so that results stay if the rest is interrupted
+
+    run_cases(chosen(cases(quick, device), only), partial(bench, device=device, quick=quick), report, failures)
     save()
     return failures

@@ -455,3 +455,26 @@ def test_tensors_and_one_tensor_lie_in_the_same_memory():
     assert all((t.data_ptr() - buffer.tensors[0].data_ptr()) % ALIGNMENT == 0 for t in buffer.tensors)
     buffer.flat[0].zero_()
     assert not buffer.tensors[0].any()
+
+
+def test_cases_that_fail_or_are_interrupted_leave_the_others():
+    from bench.selection import run_cases
+
+    def bench(name, case):
+        if case is not None:
+            raise case
+        return name
+
+    cases = {
+        "first": None,
+        "second": ValueError("too large"),
+        "third": None,
+        "fourth": KeyboardInterrupt(),
+        "fifth": None,
+    }
+    results, failures = [], []
+    run_cases(cases, bench, results.append, failures)
+    assert results == ["first", "third"]
+    assert failures[0].startswith("second: ")
+    assert "too large" in failures[0]
+    assert failures[1:] == ["interrupted: the cases that follow are missing"]
