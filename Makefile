@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench cpp sanitize cuda clean FORCE
+.PHONY: demo test lint lint-python lint-format lint-types lint-cpp bench cpp sanitize cuda clean FORCE
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
@@ -16,9 +16,19 @@ test: export OMP_WAIT_POLICY = passive
 test: $(BUILT)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/.requirements
+# .pre-commit-config.yaml runs the same ones.
+lint: lint-python lint-format lint-types lint-cpp
+
+lint-python: $(VENV)/.requirements
 	$(BIN)/ruff check .
+
+lint-format: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
+
+lint-types: $(VENV)/.requirements
+	$(BIN)/mypy
+
+lint-cpp: $(VENV)/.requirements
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 bench: $(BUILT)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The first run on a machine with an NVIDIA GPU: builds, checks and measures in one call of less than ten minutes,
 # without a network:
-#     bench/gpu_check.sh [FOLDER for results, default bench/results]
-# writes gpu_check.tar.gz, with all logs and records, and summary.txt there, and updates both after every step.
+#     bench/gpu_check.sh [FOLDER]
+# writes gpu_check.tar.gz, with all logs and records, and summary.txt to FOLDER, by default bench/results, and updates
+# both after every step.
 #
 # PYTHON names a python with a CUDA build of torch, and STEPS the steps to run. Each step has a mark, in seconds after
 # the start, by which it has to end. Time that a step does not use is left to the next one, and a step that is late or
@@ -68,7 +69,7 @@ limited() { # NAME MILLISECONDS COMMAND...: the command with its output in NAME.
     local name=$1 limit=$2 start child status told=
     start=$(now)
     shift 2
-    # What is in the background ignores interrupts, but timeout catches them, so that its command has the default again.
+    # A background process ignores interrupts, but timeout catches them, so its command has the default action again.
     timeout --signal=INT --kill-after="$(seconds $grace)" "$(seconds "$limit")" "$@" >"$WORK/$name.log" 2>&1 &
     child=$!
     trap 'told=1; kill -INT $child' TERM # timeout passes it on to all that the command started
@@ -150,15 +151,16 @@ step build 110 env -u TORCH_CUDA_ARCH_LIST RGD_EXT_BUILD=cuda MAX_JOBS="$(nproc)
 step info 130 "$PYTHON" -c 'import sys, rgd_ext; i = rgd_ext.build_info(); print(i); sys.exit(not i["cuda"])'
 [[ $failed -eq 0 ]] || finish
 
-start environment 130 "$PYTHON" -m bench.environment "$WORK/environment.json"
-step smoke 130 env OMP_NUM_THREADS=1 "$PYTHON" -m bench.smoke
+start environment 130 "$PYTHON" -m bench.measuring.environment "$WORK/environment.json"
+step smoke 130 env OMP_NUM_THREADS=1 "$PYTHON" -m bench.gpu.smoke
 
-# None of these steps is timed, so they run in parallel.
+# No times are measured in these steps, so they run in parallel.
 if [[ -n $(missing pytest) ]]; then
     absent tests pytest
 elif chosen tests; then
     files=()
-    for file in $(grep -lE 'mark\.gpu|\bDEVICES\b' tests/test_*.py); do
+    shopt -s globstar
+    for file in $(grep -lE 'mark\.gpu|\bDEVICES\b' tests/**/test_*.py); do
         # shellcheck disable=SC2046
         without=$(PYTHONPATH=$PYTHONPATH:$PWD/tests missing $(sed -nE 's/^(import|from) ([A-Za-z_]+).*/\2/p' "$file"))
         if [[ -z $without ]]; then files+=("$file"); else say "tests: without $file: no $without"; fi
@@ -177,11 +179,11 @@ for tool in memcheck racecheck initcheck; do
         continue
     fi
     for dtypes in "float32 float64" "bfloat16 float16"; do
-        # With the allocator's cache, an access past a tensor would go unnoticed into its neighbour.
+        # Without the allocator's cache, an access past the end of a tensor does not hit another tensor unnoticed.
         # shellcheck disable=SC2086
         start "$tool-${dtypes%% *}" 260 env OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 1 --print-limit 20 \
-            "$PYTHON" -m bench.sanitized_run cuda $dtypes
+            "$PYTHON" -m bench.gpu.sanitized_run cuda $dtypes
     done
 done
 finish_started
@@ -194,7 +196,7 @@ step operators 490 "$PYTHON" -m bench operators --device cuda --json "$WORK/oper
 if command -v ncu >/dev/null; then
     step ncu 530 ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
         --section Occupancy --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
-        --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.ncu_run
+        --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.gpu.ncu_run
 else
     absent ncu ncu
 fi

@@ -1,8 +1,9 @@
 """The operators on materialised per-sample gradients against plain PyTorch, torch.compile and reading G.
 
-Every arm is first compared with float64; one that does not agree is left out, and is a failure if it is ours.
-Eager and read are the fastest of several ways (bench/arms.py), chosen by a first pass. On CUDA a time is that of a
-graph replay on cold buffers, but for the row launched from Python. GB/s counts the bytes that the fused operator moves.
+Every arm is first compared with float64. An arm that does not agree is left out, and it is a failure if it is ours.
+Eager and read are the fastest of several ways (bench/gradients/arms.py), chosen by a first pass. On CUDA, times are
+those of a graph replay on cold buffers, except in the row launched from Python. GB/s counts the bytes that the fused
+operator moves.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ import torch
 
 import rgd_ext
 
-from . import cuda_timing
-from .agreement import error, exact
-from .arms import TWO_READS, Arm, arms, why_no_compile
-from .cases import Buffer, Case, cases, fill
-from .environment import clocks
-from .measure import Clock, call_each, fastest, host_clock, interleave
-from .memory import extra_memory
-from .report import reason, show, write_json
-from .result import HEADER, Result, progress, section
-from .selection import chosen, run_cases
+from .gradients.arms import TWO_READS, Arm, arms, why_no_compile
+from .gradients.cases import Buffer, Case, cases, fill
+from .gradients.reference import exact
+from .gradients.result import HEADER, Result, progress, section
+from .gradients.roofline import draw
+from .measuring import cuda_timing
+from .measuring.agreement import error
+from .measuring.inputs import dtype_name
+from .measuring.memory import extra_memory
+from .measuring.report import Record, reason, show
+from .measuring.selection import chosen, run_cases
+from .measuring.timing import Clock, call_each, fastest, host_clock, interleave
 
 LAUNCHED = "precondition, launched from Python"
 CPU_BYTES = 2**31
 QUICK_BYTES = 2**26
 CEILING_BYTES = 2**32
-MILLISECONDS = 10_000  # per case; slow ones have fewer rounds, five at least
+MILLISECONDS = 10_000  # per case; slow cases have fewer rounds, but at least five
 
 
 def grads_of(arm: Arm, buffer: Buffer) -> list[torch.Tensor]:
@@ -40,7 +43,7 @@ def grads_of(arm: Arm, buffer: Buffer) -> list[torch.Tensor]:
 
 
 def agreeing(ways: dict[str, Arm], buffer: Buffer, epsilon: torch.Tensor, result: Result) -> dict[str, Arm]:
-    """The arms that run and agree with float64; records errors and memory, and why others are left out."""
+    """The arms that run and agree with float64. Notes errors, memory and why others are left out in `result`."""
     want = {flat: exact(buffer.flat if flat else buffer.tensors, epsilon) for flat in {a.flat for a in ways.values()}}
     kept = {}
     for name, arm in ways.items():
@@ -62,34 +65,30 @@ def agreeing(ways: dict[str, Arm], buffer: Buffer, epsilon: torch.Tensor, result
     return kept
 
 
-def clocks_of(ways: dict[str, Arm], buffers: list[Buffer], on_cuda: bool, result: Result) -> dict[str, Clock]:
-    """A clock per arm: on CUDA a graph over all buffers, or calls from Python where it cannot be captured."""
-    found, graphs = {}, cuda_timing.Graphs() if on_cuda else None
+def clocks_of(ways: dict[str, Arm], buffers: list[Buffer], device: str, result: Result) -> dict[str, Clock]:
+    """A clock for each arm, and on CUDA one for calls of `precondition` from Python."""
+    found, timer = {}, cuda_timing.timer(device)
     for name, arm in ways.items():
         inputs = [grads_of(arm, buffer) for buffer in buffers]
-        run = partial(call_each, arm.call, inputs)
-        if graphs is None:
-            found[name] = host_clock(run, len(inputs))
-            continue
-        found[name], problem = graphs.clock_or_calls(arm.call, inputs)
+        found[name], problem = timer(arm.call, inputs)
         if problem is not None:
             result.leave_out(f"{name} as a graph", reason(problem), arm.ours)
-        if name == "precondition":
-            found[LAUNCHED] = host_clock(run, len(inputs), torch.cuda.synchronize)
+        if name == "precondition" and device == "cuda":
+            found[LAUNCHED] = host_clock(partial(call_each, arm.call, inputs), len(inputs), torch.cuda.synchronize)
     return found
 
 
 def bench(case: Case, device: str, rounds: int, no_compile: str | None) -> Result:
     """Agreement and times of all arms on one case."""
-    copies = cuda_timing.number_of_buffers(case.bytes) if device == "cuda" else 1
-    dtype = str(case.dtype).removeprefix("torch.")
+    copies = cuda_timing.number_of_buffers(case.bytes, device)
+    dtype = dtype_name(case.dtype)
     result = Result(case.name, case.batch_size, len(case.sizes), case.weights, dtype, case.bytes, copies)
     buffers = [fill(case, device) for _ in range(copies)]
-    # So that the direction differs from the mean by about as much as it is large.
+    # The direction then differs from the mean by about the size of the mean.
     epsilon = torch.full((), 3 / case.weights**0.5, device=device)
     if no_compile:
         result.leave_out("compile", no_compile)
-    torch._dynamo.reset()  # or the recompile limit is reached after a few cases
+    torch._dynamo.reset()  # otherwise torch.compile gives up after a few cases
     ways = agreeing(arms(case, epsilon, not no_compile), buffers[0], epsilon, result)
 
     moved = {
@@ -98,7 +97,7 @@ def bench(case: Case, device: str, rounds: int, no_compile: str | None) -> Resul
         "moments": case.bytes + case.weights * case.dtype.itemsize,
         "gram": case.bytes + 4 * case.batch_size**2,
     }
-    timed = clocks_of(ways, buffers, device == "cuda", result)
+    timed = clocks_of(ways, buffers, device, result)
     first = interleave(timed, rounds=3, warm_up=1)
     for role in ("eager", "read"):
         names = [name for name in timed if name.startswith(f"{role}:")]
@@ -112,7 +111,7 @@ def bench(case: Case, device: str, rounds: int, no_compile: str | None) -> Resul
 
 
 def ceilings(size: int, device: str, rounds: int) -> dict[str, object]:
-    """Bandwidths measured on `size` bytes: reading, and on CUDA copying (bytes read plus bytes written)."""
+    """Measured bandwidths of reading `size` bytes, and on CUDA of copying them (bytes read plus bytes written)."""
     grads = fill(Case("ceiling", 16, [size // 64], torch.float32), device).flat[0]
     reads = {name: lambda f=read: f(grads) for name, read in TWO_READS.items()}
     clock = (lambda run: cuda_timing.device_clock(run, 1)) if device == "cuda" else host_clock
@@ -131,7 +130,7 @@ def run(
     device: str, quick: bool, json: str | None, plot: str | None, only: Sequence[str], no_compile: bool
 ) -> list[str]:
     """Run the cases that `only` chooses, print a table, write raw samples and a plot; returns what failed."""
-    on_cuda, before = device == "cuda", clocks()
+    on_cuda, record = device == "cuda", Record(json, "kernels", device)
     rounds = 5 if quick else 30 if on_cuda else 15
     max_bytes = torch.cuda.get_device_properties().total_memory // 4 if on_cuda else CPU_BYTES
     max_bytes = QUICK_BYTES if quick else max_bytes
@@ -144,9 +143,7 @@ def run(
         failures.append("rgd_ext is built without CUDA: what is called fused here is plain PyTorch")
 
     def save() -> None:
-        if json:
-            record = {"benchmark": "kernels", "device": device, "ceilings": found, "failures": failures}
-            write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
+        record.write(ceilings=found, failures=failures, cases=[asdict(result) for result in results])
 
     def measured(_: str, case: Case) -> Result:
         why = "left out by --no-compile" if no_compile else why_no_compile(case, device, quick)
@@ -156,7 +153,7 @@ def run(
         results.append(result)
         failures.extend(result.failures)
         progress(result)
-        save()  # what is measured stays if the rest is cut off
+        save()  # the results so far are kept if the run is interrupted
         gc.collect()
 
     run_cases(wanted, measured, report, failures)
@@ -164,7 +161,5 @@ def run(
     show(HEADER, [section(result) for result in results], f"kernels, {device}")
     print({name: value for name, value in found.items() if name != "milliseconds"})
     if plot:
-        from .roofline import draw
-
         draw(results, found, plot)
     return failures

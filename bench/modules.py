@@ -1,11 +1,10 @@
 """Every module of torch.nn that has parameters: a training step of RGD against one of SGD.
 
-The module is the model, and of the size that small models have; B = 32.
+The module is the whole model, of the size that it would have in a small network; B = 32.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +16,14 @@ from torch.nn.utils import parametrizations
 
 import rgd_ext
 
-from .environment import clocks
-from .measure import Samples, host_clock, interleave, ratio, ratio_text, synchronize
-from .report import reason, show, write_json
-from .selection import chosen
+from .measuring.report import Record, reason, show
+from .measuring.selection import chosen
+from .measuring.timing import Samples, host_clock, interleave, ratio, ratio_text, synchronize
+from .training.arms import Arm, Training, rgd, sgd
+from .training.peers import Backward
 
 HEADER = ("module", "SGD ms", "RGD ms", "RGD / SGD (quartiles)", "remark")
-# From here on a warning has to say so.
+# A module whose steps take this many times those of SGD must have issued a warning.
 SLOW = 100
 B, LENGTH, WIDTH = 32, 32, 256
 
@@ -31,7 +31,7 @@ Case = tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]
 
 
 def numbers(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
-    """One input of B samples."""
+    """A function that makes one input of B samples."""
     return lambda: (torch.randn(B, *shape),)
 
 
@@ -48,7 +48,7 @@ def labelled() -> tuple[Tensor, Tensor]:
 
 
 class Adaptive(nn.Module):
-    """The losses of the samples; as one unit, since the head goes by the values of the targets."""
+    """The losses of the samples. The module is one unit, because the values of the targets choose its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,12 +124,12 @@ def cases() -> dict[str, Case]:
     }
 
 
-# Without a forward of their own; of several machines; and one that gives the mean loss only.
+# Modules without a forward of their own, one for several machines, and one that returns the mean loss only.
 EXCEPTIONS = {"ParameterDict", "ParameterList", "RNNBase", "RNNCellBase", "SyncBatchNorm", "LinearCrossEntropyLoss"}
 
 
 def with_parameters() -> set[str]:
-    """The names of torch.nn's classes whose instances have parameters, without those that are initialised later."""
+    """The names of the classes of torch.nn whose instances have parameters, without the lazy ones."""
     classes = {name: kind for name, kind in vars(nn).items() if isinstance(kind, type) and issubclass(kind, nn.Module)}
     return {name for name, kind in classes.items() if _makes_parameters(kind) and not name.startswith("Lazy")}
 
@@ -141,36 +141,34 @@ def _makes_parameters(kind: type[nn.Module]) -> bool:
     return any(maker in body for body in bodies for maker in makers)
 
 
-class Step:
-    """A training step of a module."""
+def squares(module: nn.Module, *inputs: Tensor) -> Backward:
+    """The backward of the mean square of the output; of its first tensor, if there are several."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], is_ours: bool) -> None:
-        self.module, self.inputs = copy.deepcopy(module), inputs
-        make = partial(rgd_ext.RGD, batch_norm="contribution") if is_ours else torch.optim.SGD
-        self.optimizer = make(self.module if is_ours else self.module.parameters(), lr=1e-6)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        output = self.module(*self.inputs)
+    def backward() -> None:
+        output = module(*inputs)
         first = output if isinstance(output, Tensor) else output[0]
         first.square().mean().backward()
-        self.optimizer.step()
+
+    return backward
+
+
+ARMS = {"SGD": Arm(sgd, squares), "RGD": Arm(rgd, squares)}
 
 
 def bench(case: Case, device: str, rounds: int) -> tuple[Samples, str]:
-    """Milliseconds of steps, and the warnings of ours."""
+    """Milliseconds of steps, and the warnings that RGD issued."""
     module, inputs = case[0]().to(device), tuple(x.to(device) for x in case[1]())
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        arms = {"SGD": Step(module, inputs, False), "RGD": Step(module, inputs, True)}
+        arms = {name: Training(arm, module, *inputs) for name, arm in ARMS.items()}
         wait = synchronize(device)
         samples = interleave({name: host_clock(arm, 1, wait) for name, arm in arms.items()}, rounds)
     return samples, "; ".join({str(warning.message).partition("\n")[0] for warning in found})
 
 
 def row(name: str, samples: Samples, remark: str) -> list[str]:
-    """Of the table."""
-    times = [f"{sorted(samples[arm])[len(samples[arm]) // 2]:.3g}" for arm in ("SGD", "RGD")]
+    """A row of the table."""
+    times = [f"{sorted(samples[arm])[len(samples[arm]) // 2]:.3g}" for arm in ARMS]
     return [name, *times, ratio_text(samples, "RGD", "SGD"), remark]
 
 
@@ -180,7 +178,7 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
     Returns what failed: a class of torch.nn without a case, a module that is refused, or one that is slow without a
     warning.
     """
-    before, results = clocks(), {}
+    record, results = Record(json, "modules", device), {}
     torch.manual_seed(0)
     known = {name.partition(",")[0] for name in cases()}
     failures = [f"torch.nn.{name} has no case" for name in sorted(with_parameters() - known - EXCEPTIONS)]
@@ -196,6 +194,5 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
         if ratio(samples, "RGD", "SGD")[0] >= SLOW and not remark:
             failures.append(f"{name}: slow, without a warning")
     show(HEADER, [rows], f"a training step of a module, float32, B = {B}, {device}")
-    if json:
-        write_json(json, {"benchmark": "modules", "device": device, "milliseconds": results}, before)
+    record.write(milliseconds=results)
     return failures

@@ -1,8 +1,8 @@
 """Operators at the sizes of layers and Gramians, each against other ways to compute the same result.
 
 Every way is first compared with float64. A way that does not agree is left out; if it is the operator, that is a
-failure. On CUDA the time is that of a graph replay on cold buffers, or of calls from Python where a way cannot be
-captured, and convolutions use TF32, as is torch's default.
+failure. On CUDA, times are those of a graph replay on cold buffers, or of calls from Python where a way cannot be
+captured, and convolutions use TF32, which is torch's default.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from rgd_ext import ops, reference
+from rgd_ext import convolutions as conv
+from rgd_ext import ops
+from rgd_ext.ops import DEFAULTS
 
-from . import cuda_timing
-from .agreement import error
-from .candidates import without_tf32
-from .environment import clocks
-from .measure import Clock, Samples, call_each, host_clock, interleave, ratio_text
-from .report import Section, reason, show, write_json
-from .selection import chosen, run_cases
+from .gradients.cases import DTYPES
+from .measuring import cuda_timing
+from .measuring.agreement import TOLERANCE, error, without_tf32
+from .measuring.inputs import dtype_name, random
+from .measuring.report import Record, Section, reason, show
+from .measuring.selection import chosen, run_cases
+from .measuring.timing import Clock, Samples, interleave, ratio_text
 
 HEADER = ("case", "way", "median us", "GB/s of inputs", "time / operator (quartiles)", "error")
 OPERATOR = "operator"
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}
 MILLISECONDS = 1_000  # per case
-MOST_BUFFERS = 16  # a small input, such as a Gramian, was just written by the kernel before, and need not be cold
+MOST_BUFFERS = 16  # in a training step, the kernel before has just written a small input, so it may be in the cache
 
 
 @dataclass(frozen=True)
 class Case:
-    """Ways to compute a function of `inputs()`, the operator's first. `exact` is called with float64 inputs."""
+    """Ways to compute a function of `inputs()`, first that of the operator. `exact` is called with float64 inputs."""
 
     inputs: Callable[[], tuple[Tensor, ...]]
     exact: Callable[..., object]
@@ -54,12 +55,13 @@ class Result:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def random(number: int, shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(shape, device=device).add_(0.1).to(dtype) for _ in range(number))
+def several(number: int, *arguments: object) -> tuple[Tensor, ...]:
+    """So many tensors of one shape, dtype and device."""
+    return tuple(random(*arguments) for _ in range(number))
 
 
 def gramian(batch_size: int, device: str) -> tuple[Tensor]:
-    (rows,) = random(1, (batch_size, 4 * batch_size), torch.float32, device)
+    rows = random((batch_size, 4 * batch_size), torch.float32, device)
     return (rows @ rows.T,)
 
 
@@ -68,24 +70,24 @@ def gramians(batch_sizes: Sequence[int], device: str) -> Iterator[tuple[str, Cas
         ways = {OPERATOR: ops.largest_eigenvalue, "eigvalsh": lambda k: torch.linalg.eigvalsh(k)[-1]}
         yield (
             f"lambda_max, B = {size}",
-            Case(partial(gramian, size, device), partial(reference.largest_eigenvalue, ulp=0), ways),
+            Case(partial(gramian, size, device), partial(DEFAULTS["largest_eigenvalue"], ulp=0), ways),
         )
-    ways = {OPERATOR: ops.gram_moments, "PyTorch": reference.gram_moments}
-    yield f"moments of a Gramian, B = {size}", Case(partial(gramian, size, device), reference.gram_moments, ways)
+    ways = {OPERATOR: ops.gram_moments, "PyTorch": DEFAULTS["gram_moments"]}
+    yield f"moments of a Gramian, B = {size}", Case(partial(gramian, size, device), DEFAULTS["gram_moments"], ways)
 
 
 def products(sizes: dict[int, int], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Case]]:
     for batch_size, columns in sizes.items():
-        inputs = partial(random, 1, (batch_size, columns), dtype, device)
+        inputs = partial(several, 1, (batch_size, columns), dtype, device)
         ways = {OPERATOR: ops.gram, "G @ G.T": lambda g: g @ g.T}
         yield f"Gramian, B = {batch_size}, n = {columns:.0e}", Case(inputs, lambda g: g @ g.T, ways)
 
 
 def norms(images: Sequence[int], tokens: Sequence[int], dtype: torch.dtype, device: str) -> Iterator[tuple[str, Case]]:
     def case(shape: Sequence[int], name: str, *options: object) -> Case:
-        ways = {OPERATOR: getattr(ops, name), "PyTorch": getattr(reference, name)}
+        ways = {OPERATOR: getattr(ops, name), "PyTorch": DEFAULTS[name]}
         with_options = {way: lambda e, x, f=function: f(e, x, *options) for way, function in ways.items()}
-        return Case(partial(random, 2, shape, dtype, device), with_options["PyTorch"], with_options)
+        return Case(partial(several, 2, shape, dtype, device), with_options["PyTorch"], with_options)
 
     yield f"GroupNorm, 8 groups, {tuple(images)}", case(images, "group_norm_grads", 8, 1e-5)
     yield f"LayerNorm, {tuple(tokens)}", case(tokens, "layer_norm_grads", 1e-5, True)
@@ -103,7 +105,7 @@ def convolutions(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: st
 
     def by_unfolding(e: Tensor, x: Tensor) -> Tensor:
         grads = e.new_empty(len(e), e.shape[1], x.shape[1], 3, 3)
-        reference.conv_weight_grads_by_unfolding(e, x, reference.Geometry(*geometry, 1), grads)
+        conv.conv_weight_grads_by_unfolding(e, x, conv.Geometry(*geometry, 1), grads)
         return grads
 
     # On CUDA the operator runs a cuDNN convolution in which every sample is a group.
@@ -113,7 +115,7 @@ def convolutions(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: st
         "F.unfold": by_f_unfold,
     }
     for shape in shapes:
-        yield f"Conv2d 3 x 3, {tuple(shape)}", Case(partial(random, 2, shape, dtype, device), by_f_unfold, ways)
+        yield f"Conv2d 3 x 3, {tuple(shape)}", Case(partial(several, 2, shape, dtype, device), by_f_unfold, ways)
 
 
 def cases(device: str, quick: bool) -> dict[str, Case]:
@@ -122,13 +124,13 @@ def cases(device: str, quick: bool) -> dict[str, Case]:
     images, tokens = ((4, 16, 8, 8), (4, 16, 32)) if quick else ((64, 128, 32, 32), (8, 1024, 768))
     shapes = [(4, 8, 6, 6)] if quick else [(64, 64, 32, 32), (64, 256, 8, 8)]
     sizes = {8: 1000} if quick else {8: 10**7, 128: 10**6}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for kind in (
             norms(images, tokens, dtype, device),
             products(sizes, dtype, device),
             convolutions(shapes, dtype, device),
         ):
-            found |= {f"{name}, {str(dtype).removeprefix('torch.')}": case for name, case in kind}
+            found |= {f"{name}, {dtype_name(dtype)}": case for name, case in kind}
     return found
 
 
@@ -150,11 +152,9 @@ def agreeing(case: Case, inputs: tuple[Tensor, ...], result: Result) -> dict[str
 
 
 def clocks_of(ways: dict[str, Callable], buffers: list[tuple], device: str, result: Result) -> dict[str, Clock]:
-    if device == "cpu":
-        return {name: host_clock(lambda w=way: call_each(w, buffers), len(buffers)) for name, way in ways.items()}
-    found, graphs = {}, cuda_timing.Graphs()
+    found, timer = {}, cuda_timing.timer(device)
     for name, way in ways.items():
-        found[name], problem = graphs.clock_or_calls(way, buffers)
+        found[name], problem = timer(way, buffers)
         if problem is not None:
             result.left_out[f"{name} as a graph"] = reason(problem)
     return found
@@ -164,8 +164,8 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     """Agreement and times of all ways on one case."""
     inputs = case.inputs()
     size = sum(part.nbytes for part in tree_leaves(inputs))
-    copies = cuda_timing.number_of_buffers(size) if device == "cuda" else 1
-    buffers = [inputs, *(case.inputs() for _ in range(min(copies, MOST_BUFFERS) - 1))]
+    copies = min(cuda_timing.number_of_buffers(size, device), MOST_BUFFERS)
+    buffers = [inputs, *(case.inputs() for _ in range(copies - 1))]
     result = Result(name, size)
     timed = clocks_of(agreeing(case, inputs, result), buffers, device, result)
     first = interleave(timed, rounds=1, warm_up=1)
@@ -192,22 +192,20 @@ def failures_of(result: Result) -> list[str]:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the cases that `only` chooses, print a table and write the raw samples; returns what failed."""
-    before = clocks()
+    record = Record(json, "operators", device)
     torch.manual_seed(0)
     results: list[Result] = []
     failures = []
 
     def save() -> None:
-        if json:
-            record = {"benchmark": "operators", "device": device, "failures": failures}
-            write_json(json, record | {"cases": [asdict(result) for result in results]}, before)
+        record.write(failures=failures, cases=[asdict(result) for result in results])
 
     def report(result: Result) -> None:
         results.append(result)
         failures.extend(failures_of(result))
         times = {way: f"{1e3 * statistics.median(t):.4g} us" for way, t in result.milliseconds.items()}
         print(f"{result.case}: {times}; left out: {result.left_out}", flush=True)
-        save()  # so that results stay if the rest is interrupted
+        save()  # the results so far are kept if the run is interrupted
 
     run_cases(chosen(cases(device, quick), only), partial(bench, device=device, quick=quick), report, failures)
     save()

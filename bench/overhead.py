@@ -1,6 +1,6 @@
-"""What the capture costs per layer: the time of a step above SGD's, on layers that have next to nothing to compute.
+"""What the capture costs per layer: the time of a step above that of SGD, on layers with very little to compute.
 
-From the difference between a shallow and a deep model, which leaves out what a step costs once.
+It is computed from the difference between a shallow and a deep model, which leaves out the fixed cost of a step.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .candidates import compare_with_float64
-from .environment import clocks
-from .measure import Samples, host_clock, interleave, synchronize
-from .report import Section, show, write_json
-from .step_result import Result
-from .steps import CONSECUTIVE, repeat
-from .training_steps import OURS, Training
+from .measuring.report import Record, Section, show
+from .measuring.timing import Samples, host_clock, interleave, synchronize
+from .training.arms import CONSECUTIVE, OURS, Training, repeat
+from .training.candidates import compare_with_float64
+from .training.result import Result
 
 SHALLOW, DEEP = 10, 50
 
-# Of one layer, and the shape of its inputs.
+# By name: a function that makes the layer, and the shape of its inputs.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear(8, 8)": (partial(nn.Linear, 8, 8), (4, 8)),
     "Linear(8, 8), sequences": (partial(nn.Linear, 8, 8), (4, 5, 8)),
@@ -33,13 +31,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def stack(build: Callable[[], nn.Module], depth: int, x: Tensor) -> nn.Module:
-    """Layers with an activation after each, and a classifier."""
+    """So many layers, each followed by an activation, and a classifier."""
     layers = [module for _ in range(depth) for module in (build(), nn.ReLU())]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(x[0].numel(), 3)).to(x.device)
 
 
 def bench(build: Callable[[], nn.Module], shape: tuple[int, ...], device: str, rounds: int) -> dict[str, Samples]:
-    """Milliseconds of a step by depth and optimizer."""
+    """Milliseconds of a step, by depth and optimizer."""
     x, y = torch.randn(shape, device=device), torch.randint(3, shape[:1], device=device)
     compare_with_float64(stack(build, 2, x), x, y, Result(""))
     wait, timed = synchronize(device), {}
@@ -71,11 +69,10 @@ def section(layer: str, samples: dict[str, Samples]) -> Section:
 
 def run(device: str, quick: bool, json: str | None) -> list[str]:
     """Run all layers, print a table and write the raw samples; a direction that is not exact raises."""
-    before = clocks()
+    record = Record(json, "overhead", device)
     torch.manual_seed(0)
     results = {name: bench(*layer, device, rounds=3 if quick else 60) for name, layer in LAYERS.items()}
     header = ("layer", "optimizer", "us per layer", "us above SGD (quartiles)")
     show(header, [section(*result) for result in results.items()], f"a layer's part of a training step, {device}")
-    if json:
-        write_json(json, {"benchmark": "overhead", "device": device, "milliseconds": results}, before)
+    record.write(milliseconds=results)
     return []

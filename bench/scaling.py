@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from . import models
-from .architectures import group_norm, resnet
-from .environment import clocks
-from .measure import Samples, host_clock, interleave, ratio_text, synchronize
-from .report import Section, show, write_json
-from .selection import chosen
-from .training_steps import OURS, Training
+from .measuring.report import Record, Section, show
+from .measuring.selection import chosen
+from .measuring.timing import Samples, host_clock, interleave, ratio_text, synchronize
+from .training import models
+from .training.architectures import group_norm, resnet
+from .training.arms import OURS, Training
+from .training.growth import Series, draw
 
 HEADER = ("cost against", "", "SGD ms", "RGD ms", "RGD / SGD (quartiles)")
 ARMS = {"SGD": OURS["SGD"], "RGD": OURS["RGD Spectral"]}
@@ -25,28 +23,8 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 POINT_TIME = 6_000  # milliseconds
 
 
-@dataclass
-class Series:
-    """Steps of one kind of network, by what grows."""
-
-    name: str
-    grows: str
-    build: Callable[[int], models.Example]
-    sizes: tuple[int, ...]
-    milliseconds: dict[int, Samples] = field(default_factory=dict)
-
-    def medians(self, arm: str) -> list[float]:
-        """Milliseconds by size."""
-        return [statistics.median(samples[arm]) for samples in self.milliseconds.values()]
-
-    def exponent(self, arm: str) -> float:
-        """p of a cost that grows as size^p, fitted to the three largest sizes."""
-        logs = ([math.log(value) for value in values[-3:]] for values in (self.sizes, self.medians(arm)))
-        return statistics.linear_regression(*logs).slope
-
-
 def series() -> list[Series]:
-    """Batch sizes and depths."""
+    """The networks whose batch grows, and those whose depth grows."""
 
     def deep_resnet(depth: int) -> models.Example:
         return models.on_images(resnet(depth, norm=group_norm), 16)
@@ -60,7 +38,7 @@ def series() -> list[Series]:
 
 
 def measure(build: Callable[[], models.Example], device: str, rounds: int) -> Samples:
-    """Times of a step by arm, each after one of the same arm."""
+    """Times of a step by arm. Each follows another step of the same arm, which is not timed."""
     model, x, y = (part.to(device) for part in build())
     trainings = {name: Training(arm, model, x, y) for name, arm in ARMS.items()}
     timed = {name: host_clock(one, 1, synchronize(device), settle=one) for name, one in trainings.items()}
@@ -70,7 +48,7 @@ def measure(build: Callable[[], models.Example], device: str, rounds: int) -> Sa
 
 
 def section(row: Series) -> Section:
-    """Rows of a table, a size each; the last are the exponents."""
+    """Rows of a table: one for each size, and a last one with the exponents."""
     rows = []
     for size, samples in row.milliseconds.items():
         times = [f"{statistics.median(samples[arm]):.2f}" for arm in ARMS]
@@ -80,7 +58,7 @@ def section(row: Series) -> Section:
 
 def run(device: str, quick: bool, json: str | None, plot: str | None, only: Sequence[str]) -> list[str]:
     """Run the series that `only` chooses, print tables, write raw samples and a plot; returns what failed."""
-    before = clocks()
+    record = Record(json, "scaling", device)
     torch.manual_seed(0)
     rows = list(chosen({row.name: row for row in series()}, only).values())
     for row in rows:
@@ -89,11 +67,7 @@ def run(device: str, quick: bool, json: str | None, plot: str | None, only: Sequ
             rounds = QUICK_ROUNDS if quick else ROUNDS
             row.milliseconds[size] = measure(partial(row.build, size), device, rounds)
         show(HEADER, [section(row)], f"scaling, {device}")
-    if json:
-        records = [{"name": row.name, "grows": row.grows, "milliseconds": row.milliseconds} for row in rows]
-        write_json(json, {"benchmark": "scaling", "device": device, "series": records}, before)
+    record.write(series=[{"name": row.name, "grows": row.grows, "milliseconds": row.milliseconds} for row in rows])
     if plot:
-        from .growth import draw
-
         draw(rows, plot)
     return []

@@ -1,43 +1,36 @@
 """A training step of RGD, and of other packages along its direction, against one of SGD: time and peak memory.
 
-Float32 where the name says nothing else; on CUDA convolutions use TF32 as torch does by default, but where directions
-are compared. Ours are compared with float64 on a few samples, those of the others with ours on the batch. Times are
-those of the host, launches included, up to when the device is done. Memory is counted over two first steps, beside what
-is allocated before them. On CUDA also the kernels launched in a step, and a profile of it.
+Models are in float32 unless the name of the case says otherwise. On CUDA, convolutions use TF32, which is torch's
+default, except where directions are compared. Our directions are compared with float64 on a few samples, and those of
+the other packages with ours on the whole batch. Times are by the host's clock until the device is idle, and include
+launches. Memory is the peak of the first two steps, minus what is allocated before them. On CUDA, the kernel launches
+of a step are counted as well, and a profile of it is printed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
 import torch
 
-from .candidates import candidates, compare_with_float64
-from .environment import clocks
-from .measure import host_clock, interleave, synchronize
-from .memory import limited_memory
-from .models import Case, cases
-from .report import show, write_json
-from .selection import chosen, run_cases
-from .step_profile import profiled
-from .step_result import HEADER, Result, section
-from .training_steps import OURS, UNDER_AUTOCAST
+from .measuring.memory import limited_memory
+from .measuring.profiling import profiled
+from .measuring.report import Record, show
+from .measuring.selection import chosen, run_cases
+from .measuring.timing import host_clock, interleave, synchronize
+from .training.arms import CONSECUTIVE, OURS, UNDER_AUTOCAST, repeat
+from .training.candidates import candidates, compare_with_float64
+from .training.models import Case, cases
+from .training.result import HEADER, Result, section
 
-# A training makes one step after the other: what a change of arms does to caches and heap is not its price. It is
-# little where a step takes long.
-CONSECUTIVE = 4
-LONG = 500  # milliseconds
+# Steps that take longer than these milliseconds are timed one by one: a change of arms adds little to them.
+LONG = 500
 
-# By device, milliseconds for all of our arms on a model, and for each peer; and the fewest and the most rounds.
+# For each device, milliseconds for all of our arms on a model, and for each peer.
 OURS_TIME, PEER_TIME = {"cpu": 20_000, "cuda": 4_000}, {"cpu": 10_000, "cuda": 2_000}
-LEAST, MOST, QUICK = 3, 60, 5
-
-
-def repeat(step: Callable[[], None]) -> None:
-    for _ in range(CONSECUTIVE):
-        step()
+LEAST, MOST, QUICK = 3, 60, 5  # rounds
 
 
 def bench(name: str, case: Case, device: str, quick: bool) -> Result:
@@ -69,22 +62,20 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the models that `only` chooses, print tables and write the raw samples; returns what failed."""
-    before = clocks()
+    record = Record(json, "steps", device)
     torch.manual_seed(0)
     results: list[Result] = []
     failures = []
 
     def save() -> None:
-        if json:
-            record = {"benchmark": "steps", "device": device, "failures": failures}
-            write_json(json, record | {"models": [asdict(result) for result in results]}, before)
+        record.write(failures=failures, models=[asdict(result) for result in results])
 
     def report(result: Result) -> None:
         results.append(result)
         show(HEADER, [section(result)], f"training step, {device}")
         for arm, profile in result.profiles.items():
             print(f"{result.model}: {arm}\n{profile}", flush=True)
-        save()  # so that results stay if the rest is interrupted
+        save()  # the results so far are kept if the run is interrupted
 
     run_cases(chosen(cases(quick, device), only), partial(bench, device=device, quick=quick), report, failures)
     save()

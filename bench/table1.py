@@ -1,25 +1,15 @@
-"""Table 1 of the paper in exact numbers: weights d, samples N, and the bound N - 1 on the rank of D beside d."""
+"""Table 1 of the paper in exact numbers: weights d, samples N, and the bound N - 1 on the rank of D compared with d."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
-from . import report
-from .architectures import densenet, resnet, wide_resnet
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A network, its exact number of weights, and the number the paper prints."""
-
-    build: Callable[[], nn.Module]
-    weights: int
-    paper: str
+from .measuring.report import Section, show
+from .training.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -35,12 +25,6 @@ class Data:
         return sum(self.parts.values())
 
 
-ARCHITECTURES = {
-    "ResNet-110": Architecture(resnet, 1_727_962, "1.7 M"),
-    "Wide ResNet-16-8": Architecture(wide_resnet, 10_961_370, "11 M"),
-    "DenseNet-40 (k = 12)": Architecture(densenet, 1_019_722, "1 M"),
-    "DenseNet-100 (k = 24)": Architecture(partial(densenet, 100, 24), 27_249_082, "27.2 M"),
-}
 DATA = {
     "CIFAR": Data({"training": 50_000, "test": 10_000}, "60 K"),
     "SVHN": Data({"training": 73_257, "extra": 531_131}, "600 K"),
@@ -57,19 +41,19 @@ def count(build: Callable[[], nn.Module]) -> int:
 def run() -> list[str]:
     """Print N and d; returns what disagrees with the counts written here."""
     counts = {name: count(architecture.build) for name, architecture in ARCHITECTURES.items()}
-    report.show(("data", "N", "paper", "rank D at most", "what is counted"), [_data_rows()], "Samples")
+    show(("data", "N", "paper", "rank D at most", "what is counted"), [_data_rows()], "Samples")
     header = ("architecture", "d", "paper", *(f"rank / d, {name}" for name in DATA))
-    report.show(header, [_architecture_rows(counts)], "Weights, and the most of their dimensions that D can span")
+    show(header, [_architecture_rows(counts)], "Weights, and the most of their dimensions that D can span")
     wrong = {name: d for name, d in counts.items() if d != ARCHITECTURES[name].weights}
     return [f"{name} has {d:,} weights, not {ARCHITECTURES[name].weights:,}" for name, d in wrong.items()]
 
 
-def _data_rows() -> report.Section:
+def _data_rows() -> Section:
     parts = {name: " + ".join(f"{size:,} {part}" for part, size in data.parts.items()) for name, data in DATA.items()}
     return [[name, f"{d.size:>7,}", d.paper, f"{d.size - 1:>7,}", parts[name]] for name, d in DATA.items()]
 
 
-def _architecture_rows(counts: dict[str, int]) -> report.Section:
+def _architecture_rows(counts: dict[str, int]) -> Section:
     return [
         [name, f"{d:>10,}", ARCHITECTURES[name].paper, *(f"{(data.size - 1) / d:>6.1%}" for data in DATA.values())]
         for name, d in counts.items()

@@ -10,15 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import rgd_ext
-
-from .environment import clocks
-from .measure import Samples, host_clock, interleave, synchronize
-from .memory import extra_memory
-from .models import Case, Example, cases, loss
-from .report import Section, show, write_json
-from .selection import chosen
-from .training_steps import LR
+from .measuring.memory import extra_memory
+from .measuring.report import Record, Section, show
+from .measuring.selection import chosen
+from .measuring.timing import Samples, host_clock, interleave, synchronize
+from .training.arms import Arm, Training, ordinary, rgd, step
+from .training.models import Case, Example, cases
 
 HEADER = ("model", "first step, verified, ms", "not verified, ms", "difference, in steps", "later steps", "peak memory")
 ARMS = {"verified": True, "not verified": False}
@@ -40,36 +37,26 @@ def with_dropout(case: Case) -> Case:
     return Case(build)
 
 
-def optimizer_of(model: nn.Module, verify: bool) -> rgd_ext.RGD:
-    return rgd_ext.RGD(model, LR, batch_norm="contribution", verify=verify)
-
-
-def step(model: nn.Module, optimizer: rgd_ext.RGD, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    loss(model(x), y).backward()
-    optimizer.step()
-
-
 def first_step(model: nn.Module, x: Tensor, y: Tensor, verify: bool) -> None:
     """Capture, make a step, and remove the capture."""
-    optimizer = optimizer_of(model, verify)
-    step(model, optimizer, x, y)
+    optimizer = rgd(model, verify=verify)
+    step(optimizer, ordinary(model, x, y))
     optimizer.zero_grad()
     optimizer.preconditioner.remove()
 
 
 def bench(case: Case, device: str, rounds: int) -> tuple[Samples, dict[str, int]]:
-    """Milliseconds of steps, and bytes that the first one takes at its peak."""
+    """Milliseconds of first and later steps, and the peak memory of a first step."""
     model, x, y = case.build()
     model, x, y = model.to(device), x.to(device), y.to(device)
     wait, timed, memory = synchronize(device), {}, {}
     for name, verify in ARMS.items():
-        first, trained = copy.deepcopy(model), copy.deepcopy(model)
-        run = partial(first_step, first, x, y, verify)
+        run = partial(first_step, copy.deepcopy(model), x, y, verify)
         run()
         memory[name] = extra_memory(run, device)
         timed[f"first, {name}"] = host_clock(run, 1, wait)
-        timed[f"later, {name}"] = host_clock(partial(step, trained, optimizer_of(trained, verify), x, y), 1, wait)
+        later = Training(Arm(partial(rgd, verify=verify)), model, x, y)
+        timed[f"later, {name}"] = host_clock(later, 1, wait)
     return interleave(timed, rounds), memory
 
 
@@ -86,13 +73,12 @@ def section(name: str, samples: Samples, memory: dict[str, int]) -> Section:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the models that `only` chooses, print a table and write the raw samples."""
-    before = clocks()
+    record = Record(json, "verification", device)
     torch.manual_seed(0)
     models = dict(list(cases(quick).items())[:3])
     models |= {f"{name}, dropout": with_dropout(case) for name, case in models.items()}
     found = {name: bench(case, device, 3 if quick else 30) for name, case in chosen(models, only).items()}
     show(HEADER, [section(name, *result) for name, result in found.items()], f"verification, {device}")
-    if json:
-        results = {name: {"milliseconds": samples, "bytes": memory} for name, (samples, memory) in found.items()}
-        write_json(json, {"benchmark": "verification", "device": device, "results": results}, before)
+    results = {name: {"milliseconds": samples, "bytes": memory} for name, (samples, memory) in found.items()}
+    record.write(results=results)
     return []

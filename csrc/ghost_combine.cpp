@@ -11,7 +11,7 @@
 namespace rgd_ext {
 namespace {
 
-// As in rgd_ext/reference.py.
+// As in rgd_ext/linalg.py.
 at::Tensor product_with_wider(const at::Tensor& left, const at::Tensor& right) {
   const at::ScalarType wide = right.scalar_type(), narrow = left.scalar_type();
   if (left.is_cpu()) return at::mm(left.to(wide), right);

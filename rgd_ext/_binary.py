@@ -8,7 +8,6 @@ import torch
 
 from . import ops  # noqa: F401  kernels are registered for operators that exist
 
-_C = None
 _REMEDY = "Build it again: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -20,12 +19,14 @@ def check_torch(compiled: str, running: str) -> None:
 
 if importlib.util.find_spec("rgd_ext._C") is not None:
     try:
-        from . import _C
+        from . import _C as _C
     except ImportError as error:
         raise ImportError(
             f"the compiled extension of rgd_ext does not load with torch {torch.__version__}: {error}. {_REMEDY}"
         ) from error
     check_torch(_C.build_info()["torch"], torch.__version__)
+else:
+    _C = None  # type: ignore[assignment]  # to type checkers, which read its stub, it is always there
 
 
 def build_info() -> dict[str, object]:

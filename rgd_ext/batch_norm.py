@@ -1,4 +1,4 @@
-"""Batch normalisation couples the samples of a batch: recognising it, and a layer to put in its place."""
+"""Batch normalisation, which couples the samples of a batch: how to find it, and how to replace it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def check_frozen(layers: dict[str, _BatchNorm], remedies: str = REMEDIES) -> Non
 def convert_batch_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
     """A copy of `model` with every batch normalisation replaced by group normalisation (Wu and He, 2018).
 
-    Scale and shift are kept. A layer of n channels gets gcd(n, num_groups) groups, fewer where groups of one channel
-    each would be left, since on inputs without further dimensions those normalise every value to zero.
+    Scale and shift are kept. A layer of n channels gets gcd(n, num_groups) groups; or fewer if these would have one
+    channel each, since such groups normalise every value to zero in inputs without further dimensions.
 
     Args:
         model: not captured.
-        num_groups: the most groups a layer gets.
+        num_groups: the largest number of groups of a layer.
 
     Raises:
         TypeError: if `model` is not a module.

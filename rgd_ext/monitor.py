@@ -1,9 +1,10 @@
-"""A record of a training: one row of a CSV file per step, of what the diffusion metric saw in it."""
+"""A record of a training: the statistics of the diffusion metric in each step, as rows of a CSV file."""
 
 from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from io import FileIO
 from numbers import Integral, Real
 from pathlib import Path
@@ -33,7 +34,7 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
 class Writer(Protocol):
-    """What is asked of a `torch.utils.tensorboard.SummaryWriter`."""
+    """The method of a `torch.utils.tensorboard.SummaryWriter` that a `Monitor` calls."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Record one number."""
@@ -46,11 +47,12 @@ class Monitor:
     Columns: step, batch_size (B), loss, epsilon (in 1/|gradient|^2), lambda_max, trace and rayleigh (of D, in
     |gradient|^2), cosine (of the angle between direction and gradient), effective_sample_size (in samples), grad_norm,
     direction_norm, negative_weights (how many), and the minimum, quartiles and maximum of the weights B w_i, which are
-    1 for SGD. A cell is empty where there is no number: loss if none was given, lambda_max without the Gramian. The
-    gradient is that of the loss `backward` was called on, in its scale (sum or mean, times that of a GradScaler).
+    1 for SGD. A cell is empty where there is no number: that of the loss if none was given, and that of lambda_max
+    without the Gramian. The gradient is that of the loss on which `backward` was called, in its scale (sum or mean,
+    times that of a GradScaler).
 
-    Each row is appended by one unbuffered write, so a killed run leaves whole rows; should a crash of the machine tear
-    the last, it is dropped when the file is next opened. An existing file is continued.
+    Each row is appended by one unbuffered write, so a run that is killed leaves whole rows. If a crash of the machine
+    leaves a part of the last row, it is dropped when the file is opened again. An existing file is continued.
 
     Args:
         handle: of the captured model, from `rgd_ext.precondition` or `RGD(...).preconditioner`.
@@ -75,7 +77,7 @@ class Monitor:
         array([16.])
     """
 
-    def __init__(self, handle: Preconditioner, path: str | os.PathLike, *, writer: Writer | None = None) -> None:
+    def __init__(self, handle: Preconditioner, path: str | os.PathLike[str], *, writer: Writer | None = None) -> None:
         if not isinstance(handle, Preconditioner):
             raise TypeError(
                 f"handle is of type {type(handle).__name__}: pass what rgd_ext.precondition(model) returned, or"
@@ -84,7 +86,8 @@ class Monitor:
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer is of type {type(writer).__name__}, without add_scalar: pass a SummaryWriter")
         self.handle, self.path, self.writer = handle, Path(path), writer
-        self._logged = lambda: None  # a weak reference to the Stats of the last row
+        # A weak reference to the Stats of the last row.
+        self._logged: Callable[[], Stats | None] = lambda: None
         self._file = FileIO(self.path, "a+")
         try:
             self._step = self._resume()
@@ -95,7 +98,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -107,8 +110,9 @@ class Monitor:
 
         Args:
             loss: of this step: a number, or a tensor with one element.
-            step: its number; by default one more than the row before, from 0. A number that does not exceed those of
-                earlier rows (training went back to a checkpoint) takes their place in `read` and in plots.
+            step: the number of the step; by default one more than that of the row before, from 0. Where it does not
+                exceed those of earlier rows, as after going back to a checkpoint, the new row takes their place in
+                `read` and in plots.
 
         Raises:
             RuntimeError: if no backward has run since the last row, or ever, or the monitor is closed.
@@ -146,7 +150,7 @@ class Monitor:
             raise OSError(f"only a part of a row fitted into {self.path}, and was taken back: make room on the disk")
 
     def _resume(self) -> int:
-        """The step after the last one in the file, which gets a header and loses a torn last line."""
+        """Write the header of an empty file, or drop a torn last line; returns the step after the last in the file."""
         self._file.seek(0)
         content = self._file.read()
         if _HEADER.startswith(content):
@@ -170,7 +174,7 @@ class Monitor:
 
 
 def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
-    """The numbers there are, by column, from one transfer."""
+    """The values of the columns that have one, read from the device in one transfer."""
     weights = stats.weights * stats.batch_size
     scalars = {name: getattr(stats, attribute) for name, attribute in STATS.items()}
     if isinstance(loss, Tensor):
@@ -180,7 +184,7 @@ def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
     elif not isinstance(loss, Real | None):
         raise TypeError(f"loss is of type {type(loss).__name__}: pass a number or a tensor with one element")
     scalars = {name: value.to(weights).reshape(()) for name, value in scalars.items() if value is not None}
-    # Made on the device, where a list would have to be waited for.
+    # Made on the device, since the host would wait for the copy of a list.
     levels = torch.linspace(0, 1, len(QUANTILES), dtype=weights.dtype, device=weights.device)
     values = torch.cat([torch.stack([*scalars.values()]), weights.quantile(levels)]).tolist()
     measured = dict(zip([*scalars, *QUANTILES], values, strict=True))
@@ -191,10 +195,10 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.9g}"  # nine digits hold a float32
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The columns of a file that `Monitor` wrote, or is writing: float64 arrays, NaN where a cell is empty.
 
-    A torn last line is left out, and so are rows that a later one with the same or a smaller step has replaced.
+    A torn last line is left out, and so are rows that a later row with the same or a smaller step replaces.
 
     Raises:
         OSError: if the file cannot be read.
@@ -205,7 +209,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}: pass a file that rgd_ext.Monitor wrote")
-    step, rows = names.index("step"), []
+    step = names.index("step")
+    rows: list[list[float]] = []
     for number, line in enumerate(lines, 2):
         try:
             row = [float(cell or "nan") for cell in line.split(",")]

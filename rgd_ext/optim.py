@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from .capture import Preconditioner, precondition
-from .capture.preconditioner import is_captured
-from .capture.steps import unwritten
-from .metric import Inverse, Policy
+from .capture.captures import is_captured
+from .capture.steps import pending_directions
+from .metric import Epsilon, Inverse
 
 
 class RGD(torch.optim.SGD):
@@ -19,9 +19,9 @@ class RGD(torch.optim.SGD):
 
     Everything but the direction is `torch.optim.SGD`: momentum, weight decay, parameter groups, schedulers, state_dict,
     hooks, `maximize`, `foreach`, `fused`. The direction is in `.grad` after every `backward()`; what the handle only
-    collects (`accumulate`, `defer`) has to be written before `step()`, a RuntimeError otherwise. A copy of model and
-    optimizer is not captured and goes on with plain gradients: capture it anew. A second `RGD(model)`, as of a trainer
-    that is run twice, takes the capture over, and the first one refuses to step.
+    collects (`accumulate`, `defer`) has to be written before `step()`, which raises RuntimeError otherwise. A copy of
+    model and optimizer is not captured and goes on with plain gradients: capture it anew. A second `RGD(model)`, as of
+    a trainer that is run twice, takes the capture over, and the first one refuses to step.
 
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
@@ -46,55 +46,63 @@ class RGD(torch.optim.SGD):
         16
     """
 
-    # No default in the class: wrappers of Lightning are subclasses of it, which ask the optimizer for what they lack.
+    # The class has no default for it: Lightning wraps an optimizer in a subclass of its class, which looks up in the
+    # optimizer only the attributes that it lacks itself.
     preconditioner: Preconditioner | None
 
     def __init__(
         self,
-        model,
+        model: nn.Module | ParamsT,
         lr: float | torch.Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float | torch.Tensor = 0,
         nesterov: bool = False,
         *,
-        epsilon: Policy | float | None = None,
+        epsilon: Epsilon | None = None,
         inverse: Inverse | None = None,
         batch_norm: Literal["error", "contribution"] | None = None,
         memory_budget: float | None = None,
         verify: bool | None = None,
         batch_dim: int | None = 0,
-        **others,
+        **others: Any,
     ) -> None:
-        options = {"epsilon": epsilon, "inverse": inverse, "batch_norm": batch_norm}
+        options: dict[str, Any] = {"epsilon": epsilon, "inverse": inverse, "batch_norm": batch_norm}
         options |= {"memory_budget": memory_budget, "verify": verify}
         options = {name: value for name, value in options.items() if value is not None}
         options |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
-        is_model = isinstance(model, nn.Module)
-        if options and not is_model:
+        handle: Preconditioner | None = None
+        if isinstance(model, nn.Module):
+            # SGD checks its arguments before the model is captured.
+            torch.optim.SGD(model.parameters(), lr, momentum, dampening, weight_decay, nesterov, **others)
+            handle = precondition(model, **options)
+            parameters: ParamsT = model.parameters()
+        elif options:
             raise TypeError(
                 f"RGD got {', '.join(options)} with parameters: pass the model, or give them to rgd_ext.precondition"
             )
-        if is_model:  # what SGD refuses is refused before anything is captured
-            torch.optim.SGD(model.parameters(), lr, momentum, dampening, weight_decay, nesterov, **others)
-        handle = precondition(model, **options) if is_model else None
-        parameters = model.parameters() if is_model else model
+        else:
+            parameters = model
         super().__init__(parameters, lr, momentum, dampening, weight_decay, nesterov, **others)
         self.preconditioner = handle
         if handle is not None:
-            handle.owner = weakref.ref(self)
+            handle.belongs_to(self)
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("preconditioner", None)  # of a copy
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has no annotations there
+        self.__dict__.setdefault("preconditioner", None)  # a copy has no capture
 
-    def state_dict(self) -> dict:
-        """As that of `torch.optim.SGD`, which can load it; what the handle has to remember is in 'preconditioner'."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `torch.optim.SGD`, which can load it, and under 'preconditioner' that of the handle, if any."""
         memory = {} if self.preconditioner is None else self.preconditioner.state_dict()
         return super().state_dict() | ({"preconditioner": memory} if memory else {})
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """From `state_dict`, or that of a `torch.optim.SGD`; ValueError if it does not fit, and nothing has changed."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from `state_dict`, or from that of a `torch.optim.SGD`.
+
+        Raises:
+            ValueError: if the state does not fit; nothing is changed then.
+        """
         if self.preconditioner is None:
             super().load_state_dict(state_dict)
             return
@@ -107,12 +115,12 @@ class RGD(torch.optim.SGD):
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer.zero_grad`; drops also what was collected and not written, of the whole model."""
-        for union in unwritten(self):
-            union.drop()
+        """As `torch.optim.Optimizer.zero_grad`; also drops what was collected and not written, of the whole model."""
+        for direction in pending_directions(self):
+            direction.drop()
         super().zero_grad(set_to_none)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; ValueError for trainable parameters that are not captured."""
         params = param_group["params"]
         if isinstance(params, torch.Tensor):

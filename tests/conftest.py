@@ -50,10 +50,21 @@ def pytest_runtest_logfinish(nodeid):
 
 @pytest.fixture
 def model():
+    """A small MLP in float64."""
     return mlp().double()
 
 
 @pytest.fixture
 def handle(model):
+    """The handle of `model`, which is captured."""
     with rgd_ext.precondition(model) as handle:
         yield handle
+
+
+@pytest.fixture
+def one_thread():
+    """For tests whose tensors are too small for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -6,10 +6,13 @@ from torch import nn
 
 
 def mlp():
+    """Linear layers with an activation in place among others."""
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 class Attention(nn.Module):
+    """Self-attention by torch's function, from one product for queries, keys and values."""
+
     def __init__(self, width, heads, causal):
         super().__init__()
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -23,6 +26,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, width, heads, causal):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -72,6 +77,8 @@ class ViT(nn.Module):
 
 
 class Residual(nn.Module):
+    """A residual block with group normalisation and activations in place."""
+
     def __init__(self, channels, out, stride):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
@@ -89,6 +96,7 @@ class Residual(nn.Module):
 
 
 def resnet():
+    """Two residual blocks between a convolution and a linear layer."""
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1, bias=False),
         Residual(4, 4, 1),
@@ -100,6 +108,8 @@ def resnet():
 
 
 class LSTMClassifier(nn.Module):
+    """Outputs and last states of stacked layers in both directions, of padded tokens."""
+
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(11, 5, padding_idx=0)
@@ -127,6 +137,22 @@ class Net(nn.Module):
         return self._forward(self, *inputs)
 
 
+def two_layers(forward):
+    """A `Net` with linear layers `a`, of 5 inputs, and `b`, of 4."""
+    return Net(forward, a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+
+
+class Encoder(nn.Module):
+    """Tokens and positions, which all samples share, in front of a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(11, 4), nn.Embedding(20, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.tokens(x) + self.positions(torch.arange(x.shape[1])))
+
+
 class Siamese(nn.Module):
     """One encoder called twice."""
 
@@ -140,10 +166,12 @@ class Siamese(nn.Module):
 
 
 def images(batch):
+    """One input of single-channel images."""
     return [torch.randn(batch, 1, 8, 8)]
 
 
 def tokens(batch):
+    """One input of sequences of tokens."""
     return [torch.randint(11, (batch, 9))]
 
 

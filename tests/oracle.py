@@ -9,20 +9,24 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 
 
 def relative_error(value, expected):
+    """Of all elements together, in float64."""
     value, expected = value.double(), expected.double()
     return ((value - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 def assert_close(value, expected, dtype=None):
+    """The relative error is within the tolerance of the dtype."""
     error = relative_error(value, expected)
     assert error < TOLERANCE[dtype or value.dtype], f"relative error {error:.2e}"
 
 
 def flat(tensors):
+    """All elements as one vector."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def flat_grad(model):
+    """The gradients of all trainable parameters as one vector."""
     return flat(p.grad for p in model.parameters() if p.requires_grad)
 
 

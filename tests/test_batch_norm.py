@@ -1,4 +1,4 @@
-"""convert_batch_norm."""
+"""`rgd_ext.convert_batch_norm` replaces batch by group normalisation of the same scale and shift."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_mode_precision_and_frozen_parameters_are_kept():
     assert rgd_ext.convert_batch_norm(nn.BatchNorm2d(8, affine=False)).weight is None
 
 
-def test_bad_input():
+def test_bad_input_is_refused_by_its_value():
     with pytest.raises(TypeError, match="int"):
         rgd_ext.convert_batch_norm(3)
     with pytest.raises(ValueError, match="num_groups is 0"):

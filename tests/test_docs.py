@@ -1,7 +1,7 @@
-"""Examples in docstrings, in the README and in the guides run, and the README names what exists."""
+"""Examples in docstrings, in the README and in the guides run; links and names in the pages lead to what exists."""
 
 import doctest
-import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -10,17 +10,19 @@ import pytest
 import torch
 
 import rgd_ext
+from rgd_ext.commands.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 GUIDES = sorted(ROOT.glob("docs/*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *GUIDES]
 MODULES = [
     m.name for m in pkgutil.walk_packages(rgd_ext.__path__, "rgd_ext.") if not m.name.endswith(("__main__", "_C"))
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)
     results = doctest.testmod(module, extraglobs={"torch": torch, "rgd_ext": rgd_ext})
     assert results.failed == 0
@@ -33,7 +35,7 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))
-def test_readme_examples(code):
+def test_examples_in_the_readme_run(code):
     exec(compile(code, README, "exec"), {})
 
 
@@ -47,6 +49,51 @@ def test_blocks_of_a_guide_run_one_after_the_other(page):
 def test_readme_begins_with_the_two_commands():
     commands = [line.partition("#")[0].strip() for line in blocks(README, "sh")[0].strip().splitlines()]
     assert commands == ["make demo", "make test"]
+
+
+def prose(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
+        target = page.parent / path if path else page
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_and_files_in_a_page_exist(page):
+    for name in re.findall(r"\brgd_ext(?:\.\w+)+", page.read_text()):
+        pkgutil.resolve_name(name)
+    for path in re.findall(r"(?<!/)\b(?:rgd_ext|csrc|tests|bench)/[\w/]+\.\w+", page.read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_that_a_page_places_in_a_file_are_there(page):
+    text = page.read_text()
+    for name, path in re.findall(r"`([\w.]+)`(?:\*\*)?\s+(?:there\s+)?(?:in|of|\()\s*`([\w/]+\.\w+)`", text):
+        word = name.rpartition(".")[2]
+        assert re.search(rf"^ *(?:def |class |struct )?{word}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_a_page_exist(page):
+    text = page.read_text()
+    targets = re.findall(r"^([\w ]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`|\| )make (\w+)", text, re.MULTILINE)) <= {*" ".join(targets).split()}
+    commands = {command.__name__.rpartition(".")[2] for command in COMMANDS}
+    assert set(re.findall(r"python -m rgd_ext ([a-z]\w*)", text)) <= commands
+    for module in re.findall(r"python -m (bench[.\w]*)", text) + re.findall(r"python -m bench ([a-z]\w*)", text):
+        assert importlib.util.find_spec(module if module.startswith("bench") else f"bench.{module}"), module
 
 
 def test_public_names_have_docstrings():

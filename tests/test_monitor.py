@@ -1,8 +1,7 @@
-"""The record of a training, what survives of it when the run is killed, and its figure."""
+"""The record of a training, and what survives of it when the run is killed."""
 
 import csv
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -11,14 +10,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from models import mlp
+from monitoring import HEADER, backward, write
 
 import rgd_ext
-from rgd_ext import monitor, plot
-from rgd_ext.__main__ import main
-
-HEADER = ",".join(monitor.COLUMNS) + "\n"
+from rgd_ext import monitor
 
 
 class Scalars(list):
@@ -31,19 +27,6 @@ class Scalars(list):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.csv"
-
-
-def backward(model, batch=8):
-    model.zero_grad()
-    loss = model(torch.randn(batch, 6, dtype=torch.float64)).square().mean()
-    loss.backward()
-    return loss
-
-
-def write(path, *steps, **cells):
-    cells = {"batch_size": 8, **cells}
-    rows = [",".join(str(cells.get(name, step)) for name in monitor.COLUMNS) + "\n" for step in steps]
-    path.write_text(HEADER + "".join(rows))
 
 
 def steps_in(path):
@@ -319,89 +302,3 @@ def test_wrong_handle_and_writer_are_refused_before_a_file_is_made(model, path):
     with pytest.raises(TypeError, match="writer is of type str, without add_scalar"):
         rgd_ext.Monitor(optimizer.preconditioner, path, writer="runs")
     assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "lacks the columns step, "),
-        ("step,loss\n0,1\n", "lacks the columns batch_size, epsilon"),
-        (HEADER.rstrip("\n"), "lacks the columns step, "),
-        (HEADER, "holds no row yet"),
-        (HEADER + "0,1", "holds no row yet"),
-        (HEADER + "0,1\n", "line 2 of .* is damaged, '0,1': delete it"),
-        (HEADER + "x" + ",1" * 16 + "\n", "line 2 of .* is damaged"),
-        ("\0\xff\n", "lacks the columns step, "),
-    ],
-)
-def test_files_that_cannot_be_plotted_say_why(content, message, path, capsys):
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=message):
-        monitor.read(path)
-    assert main(["plot", str(path)]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not path.with_suffix(".png").exists()
-
-
-def test_missing_file_is_one_line(path, capsys):
-    assert main(["plot", str(path)]) == 1
-    assert "No such file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("steps", [1, 60])
-@pytest.mark.parametrize("policy", [rgd_ext.Spectral(0.5), rgd_ext.Spectral(-0.5), rgd_ext.Trace(0.5)], ids=str)
-def test_plot_draws_what_there_is(policy, steps, model, path, capsys):
-    with rgd_ext.precondition(model, epsilon=policy) as handle, rgd_ext.Monitor(handle, path) as record:
-        for _ in range(steps):
-            record.log(backward(model))
-    with path.open("a") as file:
-        file.write("7,1.")
-    assert main(["plot", str(path)]) == 0
-    figure = path.with_suffix(".png")
-    assert capsys.readouterr().out == f"{figure.resolve()}\n"
-    assert imread(figure).shape[:2] == (1680, 1080)
-
-
-def test_plot_of_identical_samples_without_loss(path, tmp_path):
-    zeros = dict.fromkeys(("epsilon", "lambda_max", "trace", "rayleigh"), 0)
-    write(path, 0, 1, loss="", **zeros)
-    plot.draw(monitor.read(path), tmp_path / "x.png")
-
-
-def test_long_run_is_drawn_by_medians(path, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plot, "_loss", lambda axes, run: drawn.append(run))
-    write(path, *range(2 * plot.POINTS + 1), loss=math.inf)
-    plot.draw(monitor.read(path), tmp_path / "x.png")
-    steps = drawn[0]["step"].tolist()
-    assert (len(steps), steps[:2], steps[-1]) == (334, [1, 4], 2 * plot.POINTS - 0.5)
-    write(path, *range(plot.POINTS))
-    plot.draw(monitor.read(path), tmp_path / "x.png")
-    assert drawn[1]["step"].tolist() == list(range(plot.POINTS))
-
-
-def test_bounds_that_hold_in_every_step_hold_in_a_long_run_as_drawn(path, tmp_path, monkeypatch):
-    largest = np.exp(np.random.default_rng(0).normal(size=4 * plot.POINTS))
-    largest[5] = 0  # D = 0 in one step
-    epsilon = np.where(largest > 0, -0.5 / np.where(largest > 0, largest, 1), 0)
-    batch_size = np.where(np.arange(len(largest)) % 3, 8, 64)
-    columns = {"epsilon": epsilon, "lambda_max": largest, "batch_size": batch_size, "effective_sample_size": batch_size}
-    drawn, line = {}, plot._line
-
-    def record(axes, run, values, label, colour):
-        drawn[label] = values
-        line(axes, run, values, label, colour)
-
-    monkeypatch.setattr(plot, "_line", record)
-    write(path, *range(len(largest)))
-    plot.draw(monitor.read(path) | columns, tmp_path / "x.png")
-    bound = drawn[r"$1 / \lambda_{\max}(D)$"]
-    np.testing.assert_allclose(drawn[r"$|\epsilon|$"][2:], bound[2:] / 2)
-    assert np.isfinite(bound).all()
-    assert (drawn["effective sample\nsize / B"] == 1).all()
-
-
-def test_plot_goes_where_it_is_told(path, tmp_path):
-    write(path, 0, 1)
-    assert main(["plot", str(path), "--out", str(tmp_path / "other.png")]) == 0
-    assert sorted(os.listdir(tmp_path)) == ["other.png", "run.csv"]

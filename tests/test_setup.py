@@ -1,4 +1,4 @@
-"""What setup.py refuses, and how it says so. `--version` runs all of its decisions and builds nothing."""
+"""setup.py refuses what it cannot build. `--version` runs all of its decisions and builds nothing."""
 
 import os
 import shutil

@@ -11,11 +11,11 @@
 
 namespace rgd_ext::cpu {
 
-// Output channels, and places, that are handled at a time. Measured: the gradients of the output there stay in L1
-// while all taps meet them.
+// How many output channels and places are handled at a time. Measured: their output gradients stay in L1 while all taps
+// are multiplied by them.
 constexpr int64_t kChannels = 64, kPositions = 64;
 
-// Numbers per dimension of space.
+// One number per dimension of space.
 using Space = std::array<int64_t, 3>;
 
 inline int64_t volume(const Space& sizes) { return sizes[0] * sizes[1] * sizes[2]; }

@@ -1,7 +1,7 @@
 #pragma once
 
 // Per-sample gradients of layers, from their inputs and output gradients of one dtype, written where the caller wants
-// them. The bits depend on no number of threads.
+// them. The bits do not depend on the number of threads.
 
 #include <ATen/core/Tensor.h>
 
@@ -10,7 +10,7 @@
 
 namespace rgd_ext::cpu {
 
-// Where gradients go: those of sample i from `column` on in row i of a matrix with contiguous rows.
+// Where gradients are written: those of sample i to row i of a matrix with contiguous rows, from `column` on.
 struct Place {
   template <typename S>
   S* row(int64_t sample) const {

@@ -1,6 +1,6 @@
 #pragma once
 
-// The two reads of G, shared by the operators: statistics, then a combination of the rows.
+// The two passes over G that operators have in common: the statistics, and then a combination of the rows.
 
 #include <ATen/core/Tensor.h>
 
@@ -11,7 +11,7 @@
 
 namespace rgd_ext::cpu {
 
-// |g|^2, and (B,) the alignments <g_i - g, g> and the squared norms |g_i - g|^2.
+// |g|^2, and of shape (B,) the alignments <g_i - g, g> and the squared norms |g_i - g|^2.
 using Moments = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 // Of `matrices` with contiguous rows; and means[t] = g, contiguous (*shape). Where they are not needed there are no

@@ -21,6 +21,7 @@ std::tuple<at::Tensor, at::Tensor> sample_weights(const at::Tensor& squared_grad
     double trace = 0;
     for (int64_t i = 0; i < batch_size; ++i) trace += norms.const_data_ptr<scalar_t>()[i];
     trace /= batch_size;
+    // The threshold is trace_rounding of rgd_ext/linalg.py.
     const bool is_zero = trace <= 8 * ulp * *squared_grad_norm.const_data_ptr<scalar_t>();
     const scalar_t value = is_zero ? 0 : *epsilon.const_data_ptr<scalar_t>();
     *chosen.mutable_data_ptr<scalar_t>() = value;

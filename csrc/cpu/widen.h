@@ -4,8 +4,8 @@
 
 namespace rgd_ext::cpu {
 
-// The rows of a tile in the accumulation type, from `scratch`, of rows * padded_columns(columns) elements, where they
-// had to be converted.
+// A tile in the accumulation type. Where it has to be converted, it is written to `scratch`, which has room for
+// rows * padded_columns(columns) elements.
 template <typename S, typename T = accumulate_t<S>>
 Tile<T> widened(const Tile<S>& tile, T* scratch) {
   if constexpr (std::is_same_v<S, T>) {

@@ -19,13 +19,12 @@ __global__ void __launch_bounds__(kThreads, kOutputs == 1 ? 4 : 2)
 template <typename S, int kOutputs>
 void launch_combine(at::TensorList matrices, const at::Tensor& weights, int64_t first, at::TensorList results) {
   const int lanes = lanes_on_chip(matrices), count = static_cast<int>(weights.size(0));
-  const int64_t shared_bytes = group_sums_bytes<S>();
-  for_launches<S>(
-      matrices, results, lanes > 0 ? lanes : widest_lanes(matrices[0].size(0)), 1, shared_bytes,
-      []<int kCapacity>(const Table<kCapacity>&) { return combine_kernel<S, kCapacity, kOutputs>; },
-      [&](auto kernel, const auto& table, int64_t blocks, int64_t) {
-        launch(kernel, blocks, 1, shared_bytes, table, weights.const_data_ptr<Accumulate<S>>(), first, count);
-      });
+  const auto launches =
+      launches_of<S>(matrices, results, lanes > 0 ? lanes : widest_lanes(matrices[0].size(0)), 1, group_sums_bytes<S>(),
+                     []<int kCapacity>(const Table<kCapacity>&) { return combine_kernel<S, kCapacity, kOutputs>; });
+  launches.for_each([&](auto kernel, const auto& table, int64_t blocks, int64_t) {
+    launch(kernel, blocks, 1, launches.shared_bytes, table, weights.const_data_ptr<Accumulate<S>>(), first, count);
+  });
 }
 
 std::vector<at::Tensor> combine_operator(at::TensorList grads, const at::Tensor& weights) {

@@ -23,21 +23,14 @@ __global__ void __launch_bounds__(kThreads, kVectors == 1 ? 4 : 2)
 // <g_i, v_j> for the vectors [first, first + count), (kVectors, B) in accumulate_dtype; zero past the last.
 template <typename S, int kVectors>
 at::Tensor read_products(at::TensorList matrices, at::TensorList vectors, int64_t first, int count) {
-  const int64_t rows = matrices[0].size(0), blocks_y = product_blocks(rows);
+  const int64_t rows = matrices[0].size(0);
   const int lanes = product_lanes<S>(rows, kVectors, kVectors, current_device().shared_bytes);
-  const int64_t shared_bytes = products_shared_bytes<S>(rows, lanes, kVectors, kVectors);
-  const auto launches = [&](auto use) {
-    const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) {
-      return products_kernel<S, kCapacity, kVectors>;
-    };
-    return for_launches<S>(matrices, vectors, lanes, blocks_y, shared_bytes, kernel_for, use);
-  };
-  const int64_t slots = launches([](auto&&...) {});
+  const auto launches = launches_of<S>(
+      matrices, vectors, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, kVectors, kVectors),
+      []<int kCapacity>(const Table<kCapacity>&) { return products_kernel<S, kCapacity, kVectors>; });
+  const int64_t slots = launches.blocks();
   const at::Tensor partials = at::empty({kVectors * rows, slots}, matrices[0].options().dtype(at::kDouble));
-  launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
-    launch(kernel, blocks, blocks_y, shared_bytes, table, first, count, partials.mutable_data_ptr<double>(), slots,
-           first_block);
-  });
+  launches.run(first, count, partials.mutable_data_ptr<double>(), slots);
   return reduced(partials, accumulate_dtype(matrices[0].scalar_type())).view({kVectors, rows});
 }
 

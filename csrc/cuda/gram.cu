@@ -25,18 +25,14 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Sums>
 at::Tensor read_gram(at::TensorList matrices) {
   using T = typename Sums::T;
-  const int64_t rows = matrices[0].size(0), pairs = block_pairs<Sums>(rows), shared_bytes = gram_shared_bytes<Sums>();
-  const auto launches = [&](auto use) {
-    const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) { return gram_kernel<Sums, kCapacity>; };
-    return for_launches<typename Sums::Storage>(matrices, {}, Sums::Shape::kLanes, pairs, shared_bytes, kernel_for,
-                                                use);
-  };
-  const int64_t shares = launches([](auto&&...) {});
+  const int64_t rows = matrices[0].size(0);
+  const auto launches = launches_of<typename Sums::Storage>(
+      matrices, {}, Sums::Shape::kLanes, block_pairs<Sums>(rows), gram_shared_bytes<Sums>(),
+      []<int kCapacity>(const Table<kCapacity>&) { return gram_kernel<Sums, kCapacity>; });
+  const int64_t shares = launches.blocks();
   const at::TensorOptions options = matrices[0].options().dtype(accumulate_dtype(matrices[0].scalar_type()));
   const at::Tensor partials = at::empty({shares, rows, rows}, options), result = at::empty({rows, rows}, options);
-  launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
-    launch(kernel, blocks, pairs, shared_bytes, table, partials.mutable_data_ptr<T>(), first_block);
-  });
+  launches.run(partials.mutable_data_ptr<T>());
   launch(reduce_gram_kernel<T>, reduce_blocks<kGramEntries>(rows), 1, kReduceSharedBytes, partials.const_data_ptr<T>(),
          rows, shares, result.mutable_data_ptr<T>());
   return result;

@@ -31,6 +31,16 @@ constexpr int64_t gram_shared_bytes() {
   return kBytes;
 }
 
+// use(std::type_identity<Sums<S, kBlock>>{}) for the smallest kBlock that has room for all samples, or the largest.
+template <template <typename, int> class Sums, typename S, typename F>
+auto with_block(int64_t rows, F use) {
+  return rows <= 8    ? use(std::type_identity<Sums<S, 8>>{})
+         : rows <= 16 ? use(std::type_identity<Sums<S, 16>>{})
+         : rows <= 32 ? use(std::type_identity<Sums<S, 32>>{})
+         : rows <= 64 ? use(std::type_identity<Sums<S, 64>>{})
+                      : use(std::type_identity<Sums<S, 128>>{});
+}
+
 // Moves the sums of a thread block to partials[(share * rows + i) * rows + j]: writes them there if they are the first,
 // and adds them otherwise. `slices` is shared memory for the sums of all warps, if each has a slice of the columns.
 template <typename Sums>

@@ -20,15 +20,6 @@ inline bool tf32_allowed() {
   }
 }
 
-template <template <typename, int> class Sums, typename S, typename F>
-auto with_block(int64_t rows, F use) {
-  return rows <= 8    ? use(std::type_identity<Sums<S, 8>>{})
-         : rows <= 16 ? use(std::type_identity<Sums<S, 16>>{})
-         : rows <= 32 ? use(std::type_identity<Sums<S, 32>>{})
-         : rows <= 64 ? use(std::type_identity<Sums<S, 64>>{})
-                      : use(std::type_identity<Sums<S, 128>>{});
-}
-
 // use(std::type_identity<Sums>{}). Products of 2-byte types are exact in float, so they use the matrix units. Those of
 // float do so only if the user allowed TF32, with torch.backends.cuda.matmul.allow_tf32 or
 // torch.set_float32_matmul_precision.

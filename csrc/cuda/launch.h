@@ -89,22 +89,48 @@ void for_tables(at::TensorList matrices, at::TensorList others, int lanes, F use
   }
 }
 
-// use(kernel, table, blocks, first_block) for each table, where kernel_for(table) is the kernel for its capacity, a
-// grid of `blocks` by blocks_y runs at a time, and first_block is the number of blocks of the tables before. Returns
-// the number of blocks of all tables, so that each block can have results of its own: call it once to count and once to
-// launch.
-template <typename S, typename KernelFor, typename F>
-int64_t for_launches(at::TensorList matrices, at::TensorList others, int lanes, int64_t blocks_y, int64_t shared_bytes,
-                     KernelFor kernel_for, F use) {
-  int64_t first_block = 0;
-  for_tables<S>(matrices, others, lanes, [&](const auto& table) {
-    const auto kernel = kernel_for(table);
-    const int64_t resident = std::max<int64_t>(resident_blocks(kernel, shared_bytes) / blocks_y, 1);
-    const int64_t blocks = std::min(table.tiles, resident);
-    use(kernel, table, blocks, first_block);
-    first_block += blocks;
-  });
-  return first_block;
+// One kernel on all matrices: a launch for each table of for_tables(), with a grid of blocks by blocks_y of which all
+// run at a time. kernel_for(table) is the instance of the kernel for the table's capacity.
+template <typename S, typename KernelFor>
+struct Launches {
+  at::TensorList matrices, others;
+  int lanes;
+  int64_t blocks_y, shared_bytes;
+  KernelFor kernel_for;
+
+  // use(kernel, table, blocks, first_block) for each launch, where first_block is the number of blocks of those before.
+  // Returns the number of blocks of all launches.
+  template <typename F>
+  int64_t for_each(F use) const {
+    int64_t first_block = 0;
+    for_tables<S>(matrices, others, lanes, [&](const auto& table) {
+      const auto kernel = kernel_for(table);
+      const int64_t resident = std::max<int64_t>(resident_blocks(kernel, shared_bytes) / blocks_y, 1);
+      const int64_t blocks = std::min(table.tiles, resident);
+      use(kernel, table, blocks, first_block);
+      first_block += blocks;
+    });
+    return first_block;
+  }
+
+  // The number of blocks of all launches: each block can write to a slot of its own.
+  int64_t blocks() const {
+    return for_each([](auto&&...) {});
+  }
+
+  // Launches kernel(table, arguments..., first_block). Slot first_block + block_index() is that of a block.
+  template <typename... Arguments>
+  void run(const Arguments&... arguments) const {
+    for_each([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
+      launch(kernel, blocks, blocks_y, shared_bytes, table, arguments..., first_block);
+    });
+  }
+};
+
+template <typename S, typename KernelFor>
+Launches<S, KernelFor> launches_of(at::TensorList matrices, at::TensorList others, int lanes, int64_t blocks_y,
+                                   int64_t shared_bytes, KernelFor kernel_for) {
+  return {matrices, others, lanes, blocks_y, shared_bytes, kernel_for};
 }
 
 }  // namespace rgd_ext::cuda

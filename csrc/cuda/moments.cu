@@ -35,18 +35,13 @@ __global__ void __launch_bounds__(kThreads)
   reduce_rows(partials, rows, slots, results);
 }
 
-// Each block of every launch writes to a slot of its own. kernel_for(table) is the kernel for the table's capacity.
+// Two statistics of each sample, (2 B, slots), with a slot for each block.
 template <typename S, typename F>
-at::Tensor read_statistics(at::TensorList matrices, at::TensorList means, int lanes, int64_t blocks_y,
-                           int64_t shared_bytes, F kernel_for) {
-  const auto launches = [&](auto use) {
-    return for_launches<S>(matrices, means, lanes, blocks_y, shared_bytes, kernel_for, use);
-  };
-  const int64_t slots = launches([](auto&&...) {});
-  const at::Tensor partials = at::empty({2 * matrices[0].size(0), slots}, matrices[0].options().dtype(at::kDouble));
-  launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
-    launch(kernel, blocks, blocks_y, shared_bytes, table, partials.mutable_data_ptr<double>(), slots, first_block);
-  });
+at::Tensor read_statistics(const Launches<S, F>& launches) {
+  const int64_t slots = launches.blocks();
+  const at::Tensor& matrix = launches.matrices[0];
+  at::Tensor partials = at::empty({2 * matrix.size(0), slots}, matrix.options().dtype(at::kDouble));
+  launches.run(partials.mutable_data_ptr<double>(), slots);
   return partials;
 }
 
@@ -74,8 +69,9 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     using S = decltype(storage);
     const int64_t rows = matrices[0].size(0);
     if (const int lanes = lanes_on_chip(matrices); lanes > 0)
-      return read_statistics<S>(matrices, means, lanes, 1, moments_shared_bytes<S>(rows, lanes),
-                                []<int kCapacity>(const Table<kCapacity>&) { return moments_kernel<S, kCapacity>; });
+      return read_statistics(
+          launches_of<S>(matrices, means, lanes, 1, moments_shared_bytes<S>(rows, lanes),
+                         []<int kCapacity>(const Table<kCapacity>&) { return moments_kernel<S, kCapacity>; }));
     // More samples than a tile in shared memory can hold: first the mean, then a second read for the statistics.
     const std::vector<at::Tensor> own = means.empty() ? empty_like_parameters(matrices) : std::vector<at::Tensor>();
     const at::TensorList centres = means.empty() ? at::TensorList(own) : means;
@@ -83,9 +79,9 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     read_combination(matrices, at::full({1, rows}, 1.0 / static_cast<double>(rows), matrices[0].options().dtype(dtype)),
                      0, centres);
     const int lanes = product_lanes<S>(rows, 1, 2, current_device().shared_bytes);
-    at::Tensor partials =
-        read_statistics<S>(matrices, centres, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, 1, 2),
-                           []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; });
+    at::Tensor partials = read_statistics(
+        launches_of<S>(matrices, centres, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, 1, 2),
+                       []<int kCapacity>(const Table<kCapacity>&) { return centred_kernel<S, kCapacity>; }));
     // The alignments should sum to zero, but these centres were rounded to the dtype of G.
     at::Tensor alignments = partials.narrow(0, 0, rows);
     alignments.sub_(alignments.mean(0));

@@ -1,8 +1,8 @@
 #pragma once
 
 // The only parts of CUDA that kernel bodies use: thread indices, barriers, shuffles, asynchronous copies, the matrix
-// instruction. With RGD_EXT_EMULATION a host compiler takes the same names from tests/cpp/emulation.h, where every CUDA
-// thread is a fiber.
+// instruction. With RGD_EXT_EMULATION a host compiler takes the same names from tests/cpp/emulation.h, which emulates
+// them on the CPU with one fiber per CUDA thread.
 
 #include <cstdint>
 #include <type_traits>

@@ -27,15 +27,11 @@ at::Tensor read_squared_norm(at::TensorList vector) {
   rows = with_contiguous_rows(rows);
   return with_storage(rows[0].scalar_type(), [&](auto storage) {
     using S = decltype(storage);
-    const auto launches = [&](auto use) {
-      const auto kernel_for = []<int kCapacity>(const Table<kCapacity>&) { return squared_norm_kernel<S, kCapacity>; };
-      return for_launches<S>(rows, {}, kSquaredNormLanes, 1, kBlockSumBytes, kernel_for, use);
-    };
-    const int64_t slots = launches([](auto&&...) {});
-    const at::Tensor partials = at::empty({1, slots}, rows[0].options().dtype(at::kDouble));
-    launches([&](auto kernel, const auto& table, int64_t blocks, int64_t first_block) {
-      launch(kernel, blocks, 1, kBlockSumBytes, table, partials.mutable_data_ptr<double>(), first_block);
-    });
+    const auto launches =
+        launches_of<S>(rows, {}, kSquaredNormLanes, 1, kBlockSumBytes,
+                       []<int kCapacity>(const Table<kCapacity>&) { return squared_norm_kernel<S, kCapacity>; });
+    const at::Tensor partials = at::empty({1, launches.blocks()}, rows[0].options().dtype(at::kDouble));
+    launches.run(partials.mutable_data_ptr<double>());
     return reduced(partials, accumulate_dtype(rows[0].scalar_type())).view(at::IntArrayRef());
   });
 }

@@ -1,5 +1,5 @@
-// The hook of capture/preconditioner.py on a parameter's gradient. Autograd calls hooks in Python in every backward; as
-// a rule there is no gradient, and this one stays silent.
+// The hook on a parameter that `WatchedParameters` of capture/parameters.py uses. Autograd calls a hook in every
+// backward, as a rule without a gradient; this one calls Python only if there is one.
 
 #include "guard.h"
 

@@ -4,7 +4,7 @@
 
 namespace rgd_ext {
 
-// Adds `run_layer` to the module.
+// Adds `Layer` to the module.
 void bind_layer(pybind11::module_& m);
 
 }  // namespace rgd_ext

@@ -1,11 +1,12 @@
-// The autograd node of capture/nodes.py that ties a layer's output to its parameters, at a fraction of what a node in
-// Python costs once per layer and step.
+// The autograd node that ties a layer's output to its parameters. A node in Python, as in capture/native.py, would cost
+// a multiple of it, once per layer and step.
 
 #include "watch.h"
 
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -18,8 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "collector.h"
 #include "object.h"
-#include "together.h"
 
 namespace py = pybind11;
 
@@ -31,15 +32,13 @@ using torch::autograd::edge_list;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-const Attribute kReceive("receive");
-
 bool requires_grad(const Edge& parameter) {
   const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(parameter.function.get());
   return !leaf || leaf->variable.requires_grad();
 }
 
-// Which parameters' gradients the backward under way accumulates, given the edges to them, those aside that were frozen
-// since the forward; none where it was asked to return one of them.
+// Which parameters' gradients the backward under way accumulates, given the edges to them. Parameters that were frozen
+// since the forward are not among them. None if the backward was asked to return one of the gradients.
 std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
   const auto* executed = torch::autograd::get_current_graph_task_exec_info();
   if (!executed) return std::nullopt;  // called by hand, not by a backward
@@ -60,8 +59,8 @@ std::optional<std::vector<bool>> wanted(c10::ArrayRef<Edge> parameters) {
 // The identity. Its first edge leads to the layer, the others to the parameters. Python's garbage collector does not
 // see into it: a module that keeps its layer's raw output lives as long as that.
 struct Watch : torch::autograd::Node {
-  Watch(edge_list edges, py::object record, const variable_list& tensors)
-      : Node(std::move(edges)), record(shared(std::move(record))) {
+  Watch(edge_list edges, py::object call_, const variable_list& tensors)
+      : Node(std::move(edges)), call(call_.cast<LayerCall&>()), owner(shared(std::move(call_))) {
     inputs.reserve(tensors.size());
     for (const at::Tensor& tensor : tensors) inputs.emplace_back(tensor, /*is_output=*/false);
   }
@@ -83,9 +82,9 @@ struct Watch : torch::autograd::Node {
       const variable_list tensors = any ? unpacked() : variable_list();
       const bool all = which && std::find(which->begin(), which->end(), false) == which->end();
       grad = in_python([&] {
-        // The usual case of a small layer, at a fraction of the price.
-        if (all && !tensors.empty() && together_of(record.get())->admit(record.get(), tensors[0], grad)) return grad;
-        return kReceive.of(record.get())(tensors, grad, which).cast<at::Tensor>();
+        const std::shared_ptr<Collector> collector = call.native->collector.lock();
+        if (all && !tensors.empty() && collector && collector->admit(call, tensors[0], grad)) return grad;
+        return call.native->receive(py::handle(owner.get()), tensors, grad, which).cast<at::Tensor>();
       });
     }
     result[0] = grad;
@@ -101,19 +100,22 @@ struct Watch : torch::autograd::Node {
     return tensors;
   }
 
-  const std::shared_ptr<PyObject> record;
+  const LayerCall& call;
+  const std::shared_ptr<PyObject> owner;  // of the call
   std::vector<SavedVariable> inputs;
 };
 
 }  // namespace
 
-at::Tensor watch(py::object record, const at::Tensor& output, const variable_list& inputs,
-                 const variable_list& parameters) {
+at::Tensor watch(py::object call, const at::Tensor& output, const variable_list& inputs) {
+  variable_list parameters;
+  for (const auto& [name, parameter] : call.cast<LayerCall&>().parameters)
+    parameters.push_back(THPVariable_Unpack(parameter.ptr()));
   edge_list edges = torch::autograd::collect_next_edges(output, parameters);
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
-  std::shared_ptr<Watch> node(new Watch(std::move(edges), std::move(record), inputs), torch::autograd::deleteNode);
+  std::shared_ptr<Watch> node(new Watch(std::move(edges), std::move(call), inputs), torch::autograd::deleteNode);
 #else
-  auto node = c10::make_intrusive<Watch>(std::move(edges), std::move(record), inputs);
+  auto node = c10::make_intrusive<Watch>(std::move(edges), std::move(call), inputs);
 #endif
   // Detached, not viewed: in-place operations may follow, and version counters stay shared.
   at::Tensor result = output.detach();
@@ -122,8 +124,8 @@ at::Tensor watch(py::object record, const at::Tensor& output, const variable_lis
 }
 
 void bind_watch(py::module_& m) {
-  m.def("watch", &watch, py::arg("record"), py::arg("output"), py::arg("inputs"), py::arg("parameters"),
-        "The output, tied to the parameters; its gradient goes to record.receive(inputs, gradient, wanted).");
+  m.def("watch", &watch, py::arg("call"), py::arg("output"), py::arg("inputs"),
+        "The output, tied to the parameters of the call.");
 }
 
 }  // namespace rgd_ext

@@ -1,9 +1,10 @@
 """The capture: per-sample gradients of an ordinary model from an ordinary backward."""
 
-from .batch import mark
+from ..layers.registry import register_rule, unit
+from .captures import handle_of, precondition
 from .findings import Verification
-from .preconditioner import Preconditioner, handle_of, precondition
-from .rules import register_rule, unit
+from .handle import Preconditioner
+from .marks import mark
 from .verify import verify
 
 __all__ = ["Preconditioner", "Verification", "handle_of", "mark", "precondition", "register_rule", "unit", "verify"]

@@ -1,4 +1,4 @@
-"""Copies of arguments and attributes that a forward may change."""
+"""Copies of the arguments and attributes that a forward may change."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import copy
 from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .batch import holds_fields
+from ..nests import holds_fields
 
-# What takes more bytes is a table that forwards read, such as quantised weights.
+# The largest number of bytes of a tensor that is copied. Larger ones are tables that forwards only read, such as
+# quantised weights.
 _LARGEST_COPY = 64 << 20
 _IMMUTABLE = bool, int, float, str
 
@@ -31,7 +33,7 @@ def with_tensors(function: Callable[[Tensor], Tensor], tree: object) -> object:
             return function(leaf)
         if isinstance(leaf, Mapping):
             # A copy of another mapping may share what it holds.
-            copied = copy.copy(leaf) if isinstance(leaf, (dict, UserDict)) else dict(leaf)
+            copied: Any = copy.copy(leaf) if isinstance(leaf, (dict, UserDict)) else dict(leaf)
             for key, value in leaf.items():
                 copied[key] = with_tensors(function, value)
             return copied
@@ -46,7 +48,7 @@ def with_tensors(function: Callable[[Tensor], Tensor], tree: object) -> object:
 
 
 def _own(leaf: object) -> object:
-    """A copy of an argument that a forward may change, such as a cache; what has no state is passed on as it is."""
+    """A copy of an argument that a forward may change, such as a cache; one without state is passed on as it is."""
     if isinstance(leaf, Iterator):
         raise TypeError("an argument is an iterator, which can be read once")
     if isinstance(leaf, (nn.Module, type)) or callable(leaf) or not hasattr(leaf, "__dict__"):
@@ -59,7 +61,7 @@ def _own(leaf: object) -> object:
 
 
 def leaves_in(attributes: dict[str, object]) -> list[object]:
-    """What `own_copy` of a module's attributes copies, or leaves as it is, in containers and objects."""
+    """The objects that `own_copy` of a module's attributes meets in containers and objects, copied or not."""
     found, seen = [], {id(attributes)}
     waiting: list[tuple[object, bool]] = [(item, False) for item in attributes.values()]
     while waiting:
@@ -78,18 +80,18 @@ def leaves_in(attributes: dict[str, object]) -> list[object]:
     return found
 
 
-def own_copy(value: object, memo: dict[int, object], inside: bool = False) -> object:
-    """A copy of a tensor or an array, or of a container or object and what is in it; of objects in objects none."""
+def own_copy(value: Any, memo: dict[int, object], inside: bool = False) -> Any:
+    """A copy of a tensor or an array, or of a container or object and its content; objects in objects stay."""
     if value is None or type(value) in _IMMUTABLE:
         return value
     if id(value) in memo:
         return memo[id(value)]
-    copied = value
+    copied: Any = value
     if isinstance(value, Tensor):
         is_plain = not isinstance(value, nn.Parameter) and value.layout == torch.strided
         copied = detached_copy(value) if is_plain and value.nbytes <= _LARGEST_COPY else value
     elif isinstance(value, dict):
-        # Nearly all are empty: of hooks, buffers and the like.
+        # Nearly all dictionaries of a module, such as those of its hooks and buffers, are empty.
         copied = memo[id(value)] = value.copy() if type(value) in (dict, OrderedDict) else copy.copy(value)
         for key, item in value.items():
             copied[key] = own_copy(item, memo, inside)
@@ -114,7 +116,7 @@ def own_copy(value: object, memo: dict[int, object], inside: bool = False) -> ob
 
 
 def _is_plain(value: object) -> bool:
-    """Whether an object is what its attributes are."""
+    """Whether an object consists of its attributes and nothing else."""
     kind = type(value)
     if kind is SimpleNamespace:
         return True
@@ -137,7 +139,7 @@ def _fields(value: object) -> dict[str, object]:
 def _copied_object(value: object, memo: dict[int, object]) -> object:
     try:
         copied = copy.copy(value)
-    except Exception:  # of a constructor that wants arguments
+    except Exception:  # the constructor may require arguments
         return value
     if copied is not value:
         memo[id(value)] = copied

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .watching import Watching
+from .modes import OperatorMode
 
 # The constant that each of these operators gives: dropout keeps everything, noise is the same everywhere.
 _CONSTANT = {
@@ -25,7 +26,7 @@ _CONSTANT = {
 
 
 def _reversed(result: Tensor, n: int, *_, **__) -> Tensor:
-    # A shuffle that leaves samples where they are would hide that it mixes them.
+    # A permutation that leaves samples where they are would hide that it mixes them.
     return result.copy_(torch.arange(n - 1, -1, -1, device=result.device))
 
 
@@ -47,7 +48,7 @@ def _likeliest(result: Tensor, probabilities: Tensor, number: int, *_, **__) -> 
 
 
 def _dropout(result: tuple[Tensor, Tensor], x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    # As its derivative has it, x times the mask times the scale.
+    # The derivative relies on the output being x times the mask times the scale.
     return x / (1 - p) if train in (True, None) and p < 1 else x.clone(), torch.ones_like(result[1])
 
 
@@ -59,7 +60,7 @@ def _leaky(result: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float,
     return result.copy_(x * noise)
 
 
-# (result, *args, **kwargs) -> what takes its place.
+# By the name of an operator: (its result, *args, **kwargs) -> the result that takes its place.
 _RULES: dict[str, Callable] = {
     "randperm": _reversed,
     "multinomial": _likeliest,
@@ -74,7 +75,8 @@ _RULES: dict[str, Callable] = {
 }
 
 _ENDS = 0.01, 0.99
-# What branches are made of, near either end of its range: (result, side, *args, **kwargs) -> what takes its place.
+# Branches depend on uniform numbers, which are near either end of their range:
+# (result, side, *args, **kwargs) -> the result that takes its place.
 _SIDED: dict[str, Callable] = {
     "rand": lambda result, side, *_, **__: result.fill_(_ENDS[side]),
     "rand_like": lambda result, side, *_, **__: result.fill_(_ENDS[side]),
@@ -87,19 +89,19 @@ _SIDED: dict[str, Callable] = {
     ),
     "random_": lambda result, side, _, *limits, **__: _integer(result, side, *(0, 2, *limits)[-2:]),
 }
-# Operators that sort, and the places of their dimension behind the tensor.
+# Operators that sort, and the place of their argument `dim` among those after the tensor.
 _SORTS = {"sort": 0, "topk": 1}
 
 
-class EqualDraws(Watching):
-    """Random operators give numbers that are the same for every sample, whatever the batch.
+class EqualDraws(OperatorMode):
+    """A mode in which random operators give numbers that are the same for every sample, whatever the batch.
 
     Args:
-        side: 0 or 1, for uniform numbers near the lower or the upper end of their range.
+        side: 0 for uniform numbers near the lower end of their range, or 1 for the upper end.
 
     Attributes:
         unknown: the operators that drew numbers of their own all the same.
-        has_sides: whether there were uniform numbers.
+        has_sides: whether uniform numbers were drawn.
     """
 
     def __init__(self, side: int) -> None:
@@ -108,7 +110,7 @@ class EqualDraws(Watching):
         self.has_sides = False
         self._side = side
 
-    def operator(self, func: Callable, args: tuple, kwargs: dict) -> object:
+    def operator(self, func: Any, args: tuple, kwargs: dict) -> object:
         name = func._schema.name.removeprefix("aten::")
         if name in _SORTS:
             result, (x, *others) = func(*args, **kwargs), args
@@ -133,7 +135,7 @@ class EqualDraws(Watching):
 
 
 def unknown_draws() -> set[str]:
-    """Random operators that still depended on the batch, if `EqualDraws` is at work."""
+    """The random operators whose numbers still depend on the batch, if `EqualDraws` is active; otherwise none."""
     mode = _get_current_dispatch_mode()
     return mode.unknown if isinstance(mode, EqualDraws) else set()
 

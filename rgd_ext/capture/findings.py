@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .precision import is_autocast
 
-# The largest relative error that is rounding, by the lowest precision that takes part. On CUDA float32 may be TF32.
+# The largest relative error that is rounding, by the lowest precision that takes part.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 
 
@@ -21,10 +21,12 @@ class NotRepeatable(Unprovable):
     """The forward raises when it is called once more.
 
     Attributes:
-        output: of the captured forward, in a list, if it is what the user's own call would have given.
+        output: the output of the captured forward, in a list, if the user's own call would have given the same.
     """
 
-    output: list[object] | None = None
+    def __init__(self, message: str, output: list[object] | None = None) -> None:
+        super().__init__(message)
+        self.output = output
 
 
 class ForwardFailed(Unprovable):
@@ -36,7 +38,7 @@ class BackwardFailed(Unprovable):
 
 
 class NotFinite(Unprovable):
-    """Infinite or undefined numbers, which may be others in the next call."""
+    """There are infinite or undefined numbers, which may be others in the next call."""
 
 
 class NothingToProve(Unprovable):
@@ -49,16 +51,16 @@ class WrongGradients(ValueError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Verification:
-    """What was proven of a captured model for one batch; printed, a line.
+    """What was proven of a captured model for one batch. Printed, it is one line.
 
     Attributes:
         batch_size: B, or None where no tensor came in.
-        parameters: how many were compared.
-        samples: the numbers of those that were compared with autograd's gradients of them alone.
-        largest_error: of all comparisons, relative to the norm of the parameter's gradient.
+        parameters: how many parameters were compared.
+        samples: the numbers of the samples that were compared with autograd's gradients of them alone.
+        largest_error: the largest error of all comparisons, relative to the norm of the parameter's gradient.
         where: the parameter with that error.
-        tolerance: the error that would have been too large.
-        seconds: that the proof took.
+        tolerance: the largest error that counts as rounding.
+        seconds: how long the proof took.
         note: what could not be proven and why, or empty.
         outputs: sketches of the outputs, by their places among the tensors that the module gives, if there are hooks
             inside that did not run.
@@ -90,5 +92,6 @@ def tolerance_of(x: Tensor, autocast: bool) -> float:
     """The largest relative error of `x` that is rounding, where autocast may be at work."""
     if autocast and is_autocast(x.device.type):
         return TOLERANCE[torch.get_autocast_dtype(x.device.type)]
+    # On CUDA, products of float32 may be computed in TF32, which has the precision of float16.
     is_tf32 = x.is_cuda and x.dtype == torch.float32
     return TOLERANCE[torch.float16 if is_tf32 else x.dtype]

@@ -1,4 +1,4 @@
-"""The precision that operators compute in."""
+"""The precision that operators compute in: autocast, and the lowest precision of a forward."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .watching import Watching
+from .modes import OperatorMode
 
 _UNCHANGED = nullcontext()
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Products of the statistics in the dtype they are given, even if backward is called under autocast."""
+    """A context without autocast, for products of the statistics in a backward that is called under autocast."""
     return torch.autocast(device.type, enabled=False) if is_autocast(device.type) else _UNCHANGED
 
 
 def is_autocast(kind: str) -> bool:
-    """Whether autocast is enabled for devices of a kind; meta tensors know none."""
+    """Whether autocast is enabled for a type of devices; False for those without autocast, such as meta."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-class LowestPrecision(Watching):
-    """Notes the coarsest dtype of real numbers that operators give.
+class LowestPrecision(OperatorMode):
+    """Finds the floating-point dtype of the lowest precision among the results of operators.
 
     Attributes:
-        dtype: that dtype.
+        dtype: that dtype; float64 before the first result.
     """
 
     def __init__(self) -> None:

@@ -1,16 +1,14 @@
-"""Steps of optimizers along a direction that is collected and not written yet, which are refused."""
+"""Optimizer steps are refused as long as the direction of collected backwards is not written."""
 
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-
-if TYPE_CHECKING:
-    from .unions import BatchUnion
 
 _NOT_WRITTEN = (
     "an optimizer's step along a direction that is not written yet: handle.defer() has collected its backwards. Call"
@@ -20,49 +18,68 @@ _IN_BLOCK = (
     "an optimizer's step inside a block of handle.accumulate(), which writes the direction of the backwards collected"
     " when it ends: call step() after the block"
 )
-# A list, as a rule empty, since small models would wait for a WeakSet.
-_unions: list[weakref.ref[BatchUnion]] = []
 
 
-def watch(union: BatchUnion) -> None:
-    """Refuse steps of torch's optimizers along the direction of `union`, as long as that holds anything."""
-    _unions.append(weakref.ref(union, _unions.remove))
-    _watch_steps()
+class PendingDirection(ABC):
+    """A direction whose contributions have been collected, and which is not written yet."""
+
+    @property
+    @abstractmethod
+    def is_deferred(self) -> bool:
+        """Whether `handle.write()` will write it, and not the end of a block."""
+
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that have contributions."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the contributions."""
+
+
+# A list, which is nearly always empty, since small models would wait for a WeakSet.
+_pending: list[weakref.ref[PendingDirection]] = []
+
+
+def refuse_steps(direction: PendingDirection) -> None:
+    """Refuse steps of torch's optimizers as long as `direction` has contributions to their parameters."""
+    _pending.append(weakref.ref(direction, _pending.remove))
+    _hook_steps()
 
 
 @cache
-def _watch_steps() -> None:
-    register_optimizer_step_pre_hook(_checked)
+def _hook_steps() -> None:
+    register_optimizer_step_pre_hook(_before_step)
 
 
-def unwritten(optimizer: Optimizer) -> list[BatchUnion]:
-    """Unions with contributions to parameters of `optimizer`."""
-    found = [union for reference in _unions if (union := reference())]
+def pending_directions(optimizer: Optimizer) -> list[PendingDirection]:
+    """The pending directions that have contributions to parameters of `optimizer`."""
+    found = [direction for reference in _pending if (direction := reference())]
     if not found:
         return found
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    return [union for union in found if not own.isdisjoint(union.parameters())]
+    return [direction for direction in found if not own.isdisjoint(direction.parameters())]
 
 
-def _checked(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """The arguments of a step with a closure that is followed by the check; without one, check now."""
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Check now; or, for a step with a closure, return its arguments with a closure that checks after the backward."""
     if kwargs.get("closure") is not None:
-        return args, kwargs | {"closure": _followed(kwargs["closure"], optimizer)}
+        return args, kwargs | {"closure": _with_check(kwargs["closure"], optimizer)}
     if len(args) > 1 and args[1] is not None:  # after the optimizer
-        return (args[0], _followed(args[1], optimizer), *args[2:]), kwargs
+        return (args[0], _with_check(args[1], optimizer), *args[2:]), kwargs
     _check(optimizer)
     return None
 
 
-def _followed(closure: Callable[[], object], optimizer: Optimizer) -> Callable[[], object]:
-    def followed() -> object:
+def _with_check(closure: Callable[[], object], optimizer: Optimizer) -> Callable[[], object]:
+    def checked_closure() -> object:
         loss = closure()
         _check(optimizer)
         return loss
 
-    return followed
+    return checked_closure
 
 
 def _check(optimizer: Optimizer) -> None:
-    for union in unwritten(optimizer):
-        raise RuntimeError(_NOT_WRITTEN if union.is_deferred else _IN_BLOCK)
+    for direction in pending_directions(optimizer):
+        raise RuntimeError(_NOT_WRITTEN if direction.is_deferred else _IN_BLOCK)

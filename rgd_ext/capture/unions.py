@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from torch import nn
 
+from ..contributions.factor import Dense, Factor
+from ..contributions.ledger import Contributions
+from ..contributions.merge import concatenate_batches, sum_uses
 from . import steps
-from .factors import Dense, Factor
-from .sums import add, join
-
-# What a backward contributed.
-Contributed: TypeAlias = dict[nn.Parameter, Factor]
-# The numbers of the calls of the model that a backward goes through, each with its number of samples.
-Passed: TypeAlias = set[tuple[int, int]]
+from .sinks import CallNumbers
 
 NESTED_BLOCKS = "accumulate() blocks cannot be nested: backwards of the outer one are already collected"
 DEFERRED = (
@@ -40,70 +35,93 @@ _SEVERAL = (
 )
 
 
-@dataclass
 class _Samples:
-    """Some samples.
-
-    Attributes:
-        size: B.
-        calls: that backwards of theirs went through.
-        parts: what each of these backwards contributed.
-    """
-
-    size: int
-    calls: Passed = field(default_factory=set)
-    parts: list[Contributed] = field(default_factory=list)
-
-    def taken(self, parameter: nn.Parameter) -> Factor:
-        """The contributions to `parameter`, which are not kept."""
-        found = [part.pop(parameter) for part in self.parts if parameter in part]
-        return add(found) if found else Dense(parameter.new_zeros(self.size, *parameter.shape))
-
-
-class BatchUnion:
-    """Contributions of several backwards, whose direction is to be written.
-
-    Backwards through one call of the model are of the same samples, whose contributions add up; the others are of
-    samples of their own. Until nothing is left here, steps of torch's optimizers along the direction are refused.
+    """The samples of one batch, and what the backwards through its calls of the model have contributed.
 
     Args:
-        is_deferred: whether `handle.write()` is to write it, not the end of a block.
+        size: the number of samples.
+
+    Attributes:
+        size: as given.
+        calls: the calls of the model that these backwards went through.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: CallNumbers = set()
+        # What each backward contributed, by parameter.
+        self._parts: list[dict[nn.Parameter, Factor]] = []
+
+    def add(self, contributions: Contributions, calls: CallNumbers) -> None:
+        """Keep what another backward contributed."""
+        self.calls |= calls
+        # The sum is formed at the end: an error in the midst of it would leave half of it.
+        self._parts.append(dict(contributions.factors()))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that have contributions, some more than once."""
+        return (parameter for part in self._parts for parameter in part)
+
+    def pop(self, parameter: nn.Parameter) -> Factor:
+        """The sum of the contributions to `parameter`, which are not kept any longer."""
+        found = [part.pop(parameter) for part in self._parts if parameter in part]
+        return sum_uses(found) if found else Dense(parameter.new_zeros(self.size, *parameter.shape))
+
+
+class BatchUnion(steps.PendingDirection):
+    """The contributions of several backwards, whose direction is to be written.
+
+    Backwards through one call of the model belong to the same samples, and their contributions are added; other
+    backwards belong to other samples. As long as there are contributions here, steps of torch's optimizers along the
+    direction are refused.
+
+    Args:
+        is_deferred: whether `handle.write()` will write the direction, and not the end of a block.
     """
 
     def __init__(self, is_deferred: bool) -> None:
-        self.is_deferred = is_deferred
+        self._is_deferred = is_deferred
         self._samples: list[_Samples] = []
-        steps.watch(self)
+        steps.refuse_steps(self)
 
     def __bool__(self) -> bool:
         return bool(self._samples)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Those with contributions."""
-        return list(dict.fromkeys(p for each in self._samples for part in each.parts for p in part))
+    @property
+    def is_deferred(self) -> bool:
+        return self._is_deferred
 
-    def add(self, contributions: Contributed, calls: Passed) -> None:
+    def parameters(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(parameter for each in self._samples for parameter in each.parameters()))
+
+    def add(self, contributions: Contributions, calls: CallNumbers) -> None:
         """Keep what a backward contributed.
 
+        Args:
+            contributions: the contributions.
+            calls: the calls of the model that the backward went through.
+
         Raises:
-            RuntimeError: if it ties samples that were separate so far.
+            RuntimeError: if the backward ties samples that were separate so far.
         """
         same = [each for each in self._samples if not each.calls.isdisjoint(calls)]
         if len(same) > 1:
             raise RuntimeError(_SEVERAL)
         if not same:
-            same = [_Samples(next(iter(contributions.values())).batch_size)]
+            same = [_Samples(contributions.batch_size)]
             self._samples += same
-        same[0].calls |= calls
-        # Added up at the end: an error in the midst of that would leave half of a sum.
-        same[0].parts.append(contributions)
+        same[0].add(contributions, calls)
+
+    @property
+    def batch_size(self) -> int:
+        """The number of samples in the union."""
+        return sum(each.size for each in self._samples)
 
     def joined(self) -> Iterator[tuple[nn.Parameter, Factor]]:
-        """Each of `parameters` with its contributions in the union, of which nothing is left here."""
+        """Each parameter and its contributions in the union; nothing of them is kept here."""
         parameters, samples, self._samples = self.parameters(), self._samples, []
         for parameter in parameters:
-            yield parameter, join([each.taken(parameter) for each in samples])
+            yield parameter, concatenate_batches([each.pop(parameter) for each in samples])
 
     def drop(self) -> None:
-        """Forget what was collected."""
         self._samples = []

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
 
+from .captures import handle_of, precondition
 from .findings import BackwardFailed, ForwardFailed, Unprovable, Verification
-from .preconditioner import Preconditioner, handle_of, precondition
-from .runs import Call
-from .taps import Tap
+from .handle import Preconditioner
+from .model_call import ModelCall
+from .recorders.recorder import Recorder
 
 
-def verify(model: nn.Module, *args, batch_dim: int | None = 0, **kwargs) -> Verification:
+def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: Any) -> Verification:
     """Prove on a batch that the capture gives every sample its own gradient. Needs no loss and leaves no trace.
 
     With random cotangents v of the outputs, the samples' contributions must add up to autograd's gradient of <v, out>
@@ -50,29 +52,31 @@ def verify(model: nn.Module, *args, batch_dim: int | None = 0, **kwargs) -> Veri
                 f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing.batch_dim}: leave it"
                 " out, or capture the model again with the other"
             )
-        return _verification(existing, existing.tap_of(model), args, kwargs)
+        return _verification(existing, existing.recorder_of(model), args, kwargs)
     with precondition(model, verify=False, batch_dim=batch_dim) as handle:
-        return _verification(handle, handle.tap_of(model), args, kwargs)
+        return _verification(handle, handle.recorder_of(model), args, kwargs)
 
 
-def _verification(capture: Preconditioner, tap: Tap | None, args: tuple, kwargs: dict) -> Verification:
-    if tap is None:
+def _verification(
+    capture: Preconditioner, recorder: Recorder | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Verification:
+    if recorder is None:
         kind = type(capture.model).__name__
         raise ValueError(f"the model ({kind}) has no forward: pass the part of it that is called")
     with torch.enable_grad():
-        if not capture.recording():
+        if not capture.is_recording():
             raise RuntimeError(
                 "the model's capture records nothing here: leave `with handle.paused():` or the torch.func transform"
             )
         try:
-            return _of_both_sides(capture, Call.of(tap, args, kwargs))
+            return _of_both_sides(capture, ModelCall.of(recorder, args, kwargs))
         except (ForwardFailed, BackwardFailed) as error:
-            raise error.__cause__ from None
+            raise (error.__cause__ or error) from None
         except Unprovable as error:
-            raise RuntimeError(f"nothing can be proven of '{tap.name}': {error}") from error
+            raise RuntimeError(f"nothing can be proven of '{recorder.name}': {error}") from error
 
 
-def _of_both_sides(capture: Preconditioner, call: Call) -> Verification:
+def _of_both_sides(capture: Preconditioner, call: ModelCall) -> Verification:
     first = capture.verifier.verification(call)
     if not first.is_open:
         return first

@@ -1,4 +1,4 @@
-"""Wrappers for several processes that a captured model cannot run in: without an error it would train wrongly."""
+"""Checks against wrappers for several processes, in which a captured model would silently train wrongly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .batch import modules_in
+from ..nests import modules_in
 
 _WRAPPERS = DistributedDataParallel, nn.DataParallel
-_WAY_OUT = (
+_REMEDY = (
     "Capture the model itself and call it, with no wrapper around it, in every process; start from equal parameters"
     " (torch.distributed.broadcast), and average the directions after each backward(): `for p in [p for p in"
     " model.parameters() if p.grad is not None]: torch.distributed.all_reduce(p.grad,"
@@ -24,7 +24,7 @@ def check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, _WRAPPERS):
             raise ValueError(
                 f"module '{name or type(module).__name__}' is a {type(module).__name__}, which does not find the"
-                f" gradients of a captured model. {_WAY_OUT}"
+                f" gradients of a captured model. {_REMEDY}"
             )
     check_not_sharded(model)
 
@@ -36,7 +36,7 @@ def check_not_sharded(model: nn.Module) -> None:
     if is_distributed or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
         raise ValueError(
             f"the parameters of the model ({type(model).__name__}) are sharded (fully_shard, FullyShardedDataParallel"
-            f" or DTensor), and those of a captured model must be whole: build it anew without them. {_WAY_OUT}"
+            f" or DTensor), and those of a captured model must be whole: build it anew without them. {_REMEDY}"
         )
 
 
@@ -49,5 +49,5 @@ def check_not_in_ddp(model: nn.Module) -> None:
     if any(id(p) in owned for p in ddp.parameters()):
         raise RuntimeError(
             f"the captured model ({type(model).__name__}) is called inside a DistributedDataParallel, which does not"
-            f" find its gradients: they would be zero, or differ between the processes. {_WAY_OUT}"
+            f" find its gradients: they would be zero, or differ between the processes. {_REMEDY}"
         )

@@ -2,17 +2,16 @@
 
 Every function takes `losses`, a function of `x` (d,) that returns the N per-sample losses f_i(x) as a float64 tensor
 (N,) and is made of operations that torch.func can differentiate and vmap. f is their mean, g_i = grad f_i, and D the
-covariance of the g_i. With N = 1 there is nothing to vary: D = 0, the metric is the identity, and every flow is the
-gradient's.
+covariance of the g_i. With N = 1, D = 0: the metric is the identity, and every flow is the gradient flow.
 
-`epsilon` is a number or a policy (`rgd_ext.Spectral` and its kin, or a callable Stats -> epsilon). A policy is asked
-anew at every point, so along a flow epsilon changes; derivatives of the metric take it for a constant, as the paper
-does from eq. (7) on, although its eq. (6) lets it depend on x. Where D = 0 to rounding, epsilon is 0.
+`epsilon` is a number, a policy such as `rgd_ext.Spectral`, or a callable Stats -> epsilon. A policy is evaluated at
+every point, so epsilon changes along a flow. In derivatives of the metric epsilon is held constant, as in the paper
+from eq. (7) on, although its eq. (6) lets it depend on x. Where D = 0 to rounding, epsilon is 0.
 
-Eq. (6) asks for epsilon < 1 / lambda_max(D) so that the metric I + eps D is non-singular. For that, any
-epsilon > -1 / lambda_max will do. The paper's bound is what the weak-field inverse I - eps D needs. So functions raise
-ValueError where epsilon <= -1 / lambda_max, which leaves no metric, and with `weak_field=True` also where
-epsilon >= 1 / lambda_max.
+Eq. (6) asks for epsilon < 1 / lambda_max(D) so that the metric I + eps D is non-singular. In fact epsilon >
+-1 / lambda_max is sufficient for that, and it is the weak-field inverse I - eps D that needs the paper's bound.
+Therefore functions raise ValueError where epsilon <= -1 / lambda_max, so that I + eps D is no metric, and with
+`weak_field=True` also where epsilon >= 1 / lambda_max.
 
 All functions raise TypeError or ValueError where `x` is not a finite floating-point tensor (d,), `losses(x)` is not
 (N,) in float64, gradients are not finite, or a dense result would take more than 4 GiB. Those that integrate in time

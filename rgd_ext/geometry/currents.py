@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..metric import Policy
+from ..metric import Epsilon
 from .point import LocalMetric, Losses, local_metric
 
 
-def potential_gradient(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: bool = False) -> Tensor:
+def potential_gradient(losses: Losses, x: Tensor, epsilon: Epsilon, weak_field: bool = False) -> Tensor:
     """grad Phi of grad f = (I + eps D) grad Phi, eq. (11): the gradient of f in the diffusion metric.
 
     With `weak_field`, (I - eps D) grad f, minus the velocity of eq. (10): then eq. (11) holds to first order, with a
@@ -22,7 +22,7 @@ def potential_gradient(losses: Losses, x: Tensor, epsilon: Policy | float, weak_
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x: shape (d,).
-        epsilon: a number or a policy, asked at x.
+        epsilon: a number or a policy, evaluated at x.
         weak_field: I - eps D, which requires |epsilon| < 1 / lambda_max(D), instead of the exact inverse.
 
     Returns:
@@ -32,7 +32,7 @@ def potential_gradient(losses: Losses, x: Tensor, epsilon: Policy | float, weak_
     return local.inverse(local.point.gradients.mean(0))
 
 
-def metric_divergence(losses: Losses, x: Tensor, epsilon: Policy | float) -> Tensor:
+def metric_divergence(losses: Losses, x: Tensor, epsilon: Epsilon) -> Tensor:
     """div D~, sum_s d_s D~_rs with D~ = I + eps D, of eq. (12).
 
     The paper says that it vanishes by eq. (9). Vanishing third derivatives are not enough: it is
@@ -41,7 +41,7 @@ def metric_divergence(losses: Losses, x: Tensor, epsilon: Policy | float) -> Ten
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x: shape (d,).
-        epsilon: a number or a policy, asked at x and constant in the derivative.
+        epsilon: a number or a policy, evaluated at x and constant in the derivative.
 
     Returns:
         Shape (d,), float64.
@@ -49,7 +49,7 @@ def metric_divergence(losses: Losses, x: Tensor, epsilon: Policy | float) -> Ten
     return _divergence(local_metric(losses, x, epsilon, weak_field=False))
 
 
-def current(losses: Losses, x: Tensor, epsilon: Policy | float, beta: float, weak_field: bool = False) -> Tensor:
+def current(losses: Losses, x: Tensor, epsilon: Epsilon, beta: float, weak_field: bool = False) -> Tensor:
     """j = -grad f + D~ grad Phi - beta^-1 div D~ with D~ = I + eps D, eq. (12), and grad Phi of `potential_gradient`.
 
     The first two terms cancel by eq. (11), or leave -eps^2 D^2 grad f in the weak field. The paper concludes j = 0,
@@ -58,7 +58,7 @@ def current(losses: Losses, x: Tensor, epsilon: Policy | float, beta: float, wea
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x: shape (d,).
-        epsilon: a number or a policy, asked at x and constant in the derivative.
+        epsilon: a number or a policy, evaluated at x and constant in the derivative.
         beta: inverse temperature, positive.
         weak_field: of `potential_gradient`.
 

@@ -1,11 +1,11 @@
-"""What the paper drops on its way from the geodesic (8) to RGD (10), measured.
+"""The terms that the paper drops on the way from the geodesic (8) to RGD (10).
 
-Along any curve x(t) with velocity v and acceleration a, and for constant epsilon, the symbols' term of eq. (8) is
+Along any curve x(t) with velocity v and acceleration a, and for constant epsilon, the Christoffel term of eq. (8) is
 
     eps/N^2 sum_ij <d_i d_j f^, d_k f^> v^i v^j
         = d/dt (eps D v)_k - d/dt boundary_term_k + third_order_term_k - acceleration_term_k.
 
-The paper keeps the first, and arrives at eq. (10).
+The paper keeps the first term alone, which leads to eq. (10). The functions here compute the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..metric import Policy
+from ..metric import Epsilon
 from .point import LocalMetric, Losses, Point, check_epsilon, checked_vector, covariance, local_metric
 
 
@@ -68,7 +68,7 @@ def derivative_spread(losses: Losses, x: Tensor, order: int) -> Tensor:
     return (derivatives - derivatives.mean(0)).square().sum().div(len(derivatives)).sqrt()
 
 
-def acceleration_term(losses: Losses, x: Tensor, acceleration: Tensor, epsilon: Policy | float) -> Tensor:
+def acceleration_term(losses: Losses, x: Tensor, acceleration: Tensor, epsilon: Epsilon) -> Tensor:
     """eps D a = eps/N^2 sum_alpha d_k f^_alpha sum_i d_i f^_alpha d^2x^i/dt^2, left out between eqs. (8) and (9).
 
     There the paper equates sum_ij d_i d_j f^ dx^i/dt dx^j/dt with d^2 f^/dt^2, which also has sum_i d_i f^ d^2x^i/dt^2.
@@ -78,7 +78,7 @@ def acceleration_term(losses: Losses, x: Tensor, acceleration: Tensor, epsilon: 
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x, acceleration: shape (d,).
-        epsilon: a number or a policy, asked at x; |epsilon| < 1 / lambda_max(D).
+        epsilon: a number or a policy, evaluated at x; |epsilon| < 1 / lambda_max(D).
 
     Returns:
         Shape (d,), float64.
@@ -87,7 +87,7 @@ def acceleration_term(losses: Losses, x: Tensor, acceleration: Tensor, epsilon: 
     return local.perturbation(acceleration)
 
 
-def boundary_term(losses: Losses, x: Tensor, velocity: Tensor, epsilon: Policy | float) -> Tensor:
+def boundary_term(losses: Losses, x: Tensor, velocity: Tensor, epsilon: Epsilon) -> Tensor:
     """eps/N^2 sum_alpha f^_alpha d/dt d_k f^_alpha = eps cov_i(f_i, (H_i v)_k), dropped just before eq. (10).
 
     H_i is the Hessian of f_i. The paper drops it for the smallness of eps/N^2; but the sum has N (N - 1) / 2 terms, and
@@ -96,20 +96,18 @@ def boundary_term(losses: Losses, x: Tensor, velocity: Tensor, epsilon: Policy |
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x, velocity: shape (d,).
-        epsilon: a number or a policy, asked at x; |epsilon| < 1 / lambda_max(D).
+        epsilon: a number or a policy, evaluated at x; |epsilon| < 1 / lambda_max(D).
 
     Returns:
         Shape (d,), float64; beside eps D v it has the units of dx/dt.
     """
     local, (velocity,) = _along(losses, x, epsilon, velocity=velocity)
     point = local.point
-    _, rates = jvp(point.per_sample_gradients, (point.x,), (velocity,))
+    rates = jvp(point.per_sample_gradients, (point.x,), (velocity,))[1]
     return local.epsilon * covariance(point.values, rates)
 
 
-def third_order_term(
-    losses: Losses, x: Tensor, velocity: Tensor, acceleration: Tensor, epsilon: Policy | float
-) -> Tensor:
+def third_order_term(losses: Losses, x: Tensor, velocity: Tensor, acceleration: Tensor, epsilon: Epsilon) -> Tensor:
     """eps/N^2 sum_alpha f^_alpha d^2/dt^2 d_k f^_alpha, set to 0 by eq. (9).
 
     The second derivative in time is sum_ij d_i d_j d_k f^ v^i v^j + sum_i d_i d_k f^ a^i. The paper's reason,
@@ -118,7 +116,7 @@ def third_order_term(
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x, velocity, acceleration: shape (d,).
-        epsilon: a number or a policy, asked at x; |epsilon| < 1 / lambda_max(D).
+        epsilon: a number or a policy, evaluated at x; |epsilon| < 1 / lambda_max(D).
 
     Returns:
         Shape (d,), float64; its integral over time is what eq. (10) lacks.
@@ -129,12 +127,12 @@ def third_order_term(
     def rate(y: Tensor) -> Tensor:
         return jvp(point.per_sample_gradients, (y,), (velocity,))[1]
 
-    _, second = jvp(rate, (point.x,), (velocity,))
-    _, accelerated = jvp(point.per_sample_gradients, (point.x,), (acceleration,))
+    second = jvp(rate, (point.x,), (velocity,))[1]
+    accelerated = jvp(point.per_sample_gradients, (point.x,), (acceleration,))[1]
     return local.epsilon * covariance(point.values, second + accelerated)
 
 
-def _along(losses: Losses, x: Tensor, epsilon: Policy | float, **vectors: Tensor) -> tuple[LocalMetric, list[Tensor]]:
-    """The metric at x, and the vectors there, checked."""
+def _along(losses: Losses, x: Tensor, epsilon: Epsilon, **vectors: Tensor) -> tuple[LocalMetric, list[Tensor]]:
+    """The metric at x, and `vectors` there as checked by `checked_vector`."""
     local = local_metric(losses, x, epsilon, weak_field=True)
     return local, [checked_vector(name, vector, local.point.dimension) for name, vector in vectors.items()]

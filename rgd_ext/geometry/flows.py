@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from ..metric import Policy
+from ..metric import Epsilon
 from .point import Losses, Point, checked_vector, covariance, local_metric, shown
 
 
@@ -18,22 +19,23 @@ def geodesic(
     x0: Tensor,
     v0: Tensor,
     times: Tensor | Sequence[float],
-    epsilon: Policy | float,
+    epsilon: Epsilon,
     weak_field: bool = True,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """The paper's geodesic under the force of the gradient: d^2x^k/dt^2 + Gamma^k_ij dx^i/dt dx^j/dt = -d/dt d_k f.
 
     Eq. (4) with the exact Christoffel symbols (5), or eq. (8) with those of the weak field. The right side of (8) is
-    printed without the minus; the derivation, and the integral of (8) that follows it, have it, and so has this.
-    The force carries the index that it has in the paper: it is not raised with the metric, so unlike a geodesic the
-    curve depends on the coordinates. Without D, `v0 = -grad f(x0)` makes it the gradient flow.
+    printed without the minus sign, which is in the derivation and in the integral of (8) that follows; it is kept here.
+    As in the paper, the index of the force is not raised with the metric, so unlike a geodesic the curve depends on the
+    coordinates. Without D, `v0 = -grad f(x0)` makes it the gradient flow.
 
     Args:
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x0, v0: position and velocity at times[0], shape (d,).
         times: shape (T,), increasing, T >= 2.
-        epsilon: a number or a policy, asked anew along the curve; constant in the symbols (see `christoffel`).
+        epsilon: a number or a policy, evaluated at every point of the curve, but held constant in the symbols (see
+            `christoffel`).
         weak_field: eq. (8), which requires |epsilon| < 1 / lambda_max(D) all along, or eq. (4).
         options: for scipy.integrate.solve_ivp; the defaults are method="DOP853", rtol=1e-9, atol=1e-12.
 
@@ -51,11 +53,11 @@ def geodesic(
     def rate(state: Tensor) -> Tensor:
         x, v = state.chunk(2)
         local = local_metric(losses, x, epsilon, weak_field)
-        _, second = jvp(lambda y: jvp(losses, (y,), (v,))[1], (x,), (v,))  # v^T (Hessian of f_i) v, (N,)
+        second = jvp(lambda y: jvp(losses, (y,), (v,))[1], (x,), (v,))[1]  # v^T (Hessian of f_i) v, (N,)
         curvature = local.epsilon * covariance(second, local.point.gradients)
         if not weak_field:
             curvature = local.inverse(curvature)
-        _, force = jvp(mean_gradient, (x,), (v,))
+        force = jvp(mean_gradient, (x,), (v,))[1]
         return torch.cat([v, -curvature - force])
 
     return _integrate(rate, torch.cat([x0, v0]), times, options)[:, : len(x0)]
@@ -65,9 +67,9 @@ def rgd_flow(
     losses: Losses,
     x0: Tensor,
     times: Tensor | Sequence[float],
-    epsilon: Policy | float,
+    epsilon: Epsilon,
     weak_field: bool = True,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """Relativistic gradient descent in continuous time, dx/dt = -(I - eps D) grad f, eq. (10).
 
@@ -77,7 +79,7 @@ def rgd_flow(
         losses: function of x that returns the per-sample losses, (N,) in float64.
         x0: position at times[0], shape (d,).
         times: shape (T,), increasing, T >= 2.
-        epsilon: a number or a policy, asked anew all along the flow.
+        epsilon: a number or a policy, evaluated at every point of the flow.
         weak_field: I - eps D, which requires |epsilon| < 1 / lambda_max(D) all along, or the exact inverse.
         options: for scipy.integrate.solve_ivp; the defaults are method="DOP853", rtol=1e-9, atol=1e-12.
 
@@ -96,7 +98,7 @@ def rgd_flow(
     return _integrate(rate, checked_vector("x0", x0), times, options)
 
 
-def gradient_flow(losses: Losses, x0: Tensor, times: Tensor | Sequence[float], **options) -> Tensor:
+def gradient_flow(losses: Losses, x0: Tensor, times: Tensor | Sequence[float], **options: Any) -> Tensor:
     """Gradient descent in continuous time, dx/dt = -grad f: eq. (10) with D = 0.
 
     Args:
@@ -157,7 +159,7 @@ def sgd_paths(
 
 @torch.no_grad()
 def _integrate(
-    rate: Callable[[Tensor], Tensor], start: Tensor, times: Tensor | Sequence[float], options: dict
+    rate: Callable[[Tensor], Tensor], start: Tensor, times: Tensor | Sequence[float], options: dict[str, Any]
 ) -> Tensor:
     """Solution of dy/dt = rate(y) at `times`, (T, n)."""
     from scipy.integrate import solve_ivp

@@ -1,8 +1,8 @@
 """Per-sample losses at a point: their derivatives, and the metric there.
 
 For per-sample quantities a_i and b_i and their differences over the pairs of samples, a^ = (a_1 - a_2, a_1 - a_3, ...),
-N^-2 <a^, b^> = mean_i (a_i - a)(b_i - b). The paper's inner products are covariances over the samples, and its f^ of
-N (N - 1) / 2 entries need not exist.
+N^-2 <a^, b^> = mean_i (a_i - a)(b_i - b). So the paper's inner products are computed as covariances over the samples,
+and its vector f^ of N (N - 1) / 2 differences is not formed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.func import jacfwd, jacrev, jvp
 
 from .. import ops
 from ..gradients import DenseGradients
-from ..metric import Policy, checked_policy, solve
+from ..metric import Epsilon, statistics
+from ..metric.policies import checked_policy, chosen_epsilon
+from ..metric.weights import weak_field_weights
 
 Losses: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -29,7 +31,7 @@ _LIMIT = 4 << 30  # bytes of one dense object
 
 @cache
 def _load_forward_mode() -> None:
-    # Its first use makes torch script something, and warn about that.
+    # The first use of forward-mode differentiation makes torch script a function, which warns of a deprecation.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", Warning)  # of whatever category the release of torch chose
         jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
@@ -58,7 +60,11 @@ def checked_vector(name: str, vector: Tensor, dimension: int | None = None) -> T
 
 
 class Point:
-    """Losses at x, checked: N values and their derivatives.
+    """A point x in parameter space, with the N per-sample losses there and their derivatives.
+
+    Args:
+        losses: function of x that returns the per-sample losses, (N,) in float64.
+        x: shape (d,).
 
     Raises:
         TypeError: if `losses` is no function, or `x` or `losses(x)` not of the dtype asked for.
@@ -86,16 +92,16 @@ class Point:
 
     @property
     def samples(self) -> int:
-        """N."""
+        """N, the number of samples."""
         return len(self.values)
 
     @property
     def dimension(self) -> int:
-        """d."""
+        """d, the number of parameters."""
         return len(self.x)
 
     def require(self, name: str, *shape: int, instead: str) -> None:
-        """ValueError if an object called `name` of that shape is too large."""
+        """Raise ValueError if a tensor of `shape`, which the message calls `name`, would be too large."""
         size = 8 * math.prod(shape)
         if size > _LIMIT:
             raise ValueError(
@@ -103,19 +109,19 @@ class Point:
             )
 
     def per_sample_gradients(self, x: Tensor) -> Tensor:
-        """g_i at another x, (N, d), differentiable."""
+        """The gradients g_i at any x, (N, d), as a differentiable function of it."""
         return (jacfwd if self.dimension <= self.samples else jacrev)(self.losses)(x)
 
     @cached_property
     def gradients(self) -> Tensor:
-        """g_i, (N, d)."""
+        """The gradients g_i at the point, (N, d)."""
         gradients = self.per_sample_gradients(self.x)
         if not gradients.isfinite().all():
             raise ValueError(f"the gradients of losses are not finite at x = {shown(self.x)}")
         return gradients
 
     def derivatives(self, order: int) -> Tensor:
-        """All derivatives of that order of each f_i, (N, d, ..., d)."""
+        """All derivatives of `order` of each f_i, (N, d, ..., d)."""
         self.require(
             f"derivatives of order {order}",
             self.samples,
@@ -152,14 +158,20 @@ class Point:
 
 @dataclass(frozen=True)
 class LocalMetric:
-    """I + eps D at a point, and its inverse, exact or in the weak field."""
+    """The metric I + eps D at a point, and its inverse.
+
+    Attributes:
+        point: where it is.
+        epsilon: a scalar.
+        weak_field: whether the inverse is I - eps D instead of the exact one.
+    """
 
     point: Point
     epsilon: Tensor
     weak_field: bool
 
     def perturbation(self, vector: Tensor) -> Tensor:
-        """eps D v without D: (d,)."""
+        """eps D v, (d,), without forming D."""
         gradients = self.point.gradients
         return self.epsilon * covariance(gradients @ vector, gradients)
 
@@ -174,18 +186,18 @@ class LocalMetric:
         return torch.linalg.solve(self.matrix(), vector)
 
 
-def local_metric(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: bool) -> LocalMetric:
-    """The metric at x, with the epsilon that `epsilon` chooses there, checked against eq. (6)."""
+def local_metric(losses: Losses, x: Tensor, epsilon: Epsilon, weak_field: bool) -> LocalMetric:
+    """The metric at x, with the epsilon that the policy chooses there, checked against eq. (6)."""
     policy = checked_policy(epsilon, "weak-field" if weak_field else "exact")
     point = Point(losses, x)
-    # The weak-field direction is not used: it is the cheapest way to the epsilon of the policy.
-    _, stats = solve(DenseGradients(point.gradients), policy, "weak-field")
-    check_epsilon(point, stats.epsilon, weak_field)
-    return LocalMetric(point, stats.epsilon, weak_field)
+    found = statistics(DenseGradients(point.gradients), policy.needs_gram)
+    chosen, _ = weak_field_weights(found, chosen_epsilon(policy, found))  # 0 where D = 0 to rounding
+    check_epsilon(point, chosen, weak_field)
+    return LocalMetric(point, chosen, weak_field)
 
 
 def check_epsilon(point: Point, epsilon: Tensor, weak_field: bool) -> None:
-    """ValueError if `epsilon`, of any shape, leaves what eq. (6) allows at the point."""
+    """Raise ValueError if `epsilon`, a tensor of any shape, has values outside of the bounds at the point, eq. (6)."""
     if not epsilon.isfinite().all():
         raise ValueError(f"epsilon is {shown(epsilon)}: pass a finite number, or a policy that returns one")
     centred = point.gradients - point.gradients.mean(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..metric import Policy
+from ..metric import Epsilon
 from .point import Losses, Point, covariance, local_metric
 
 
@@ -29,7 +29,7 @@ def diffusion_matrix(losses: Losses, x: Tensor) -> Tensor:
 
 
 def diffusion_matrix_pairwise(losses: Losses, x: Tensor) -> Tensor:
-    """D_rs = N^-2 <d_r f^, d_s f^> over the differences f^ of all pairs of losses, eq. (3), taken literally.
+    """D_rs = N^-2 <d_r f^, d_s f^> over the differences f^ of all pairs of losses, eq. (3), as printed.
 
     Args:
         losses, x: as `diffusion_matrix`, which it equals.
@@ -46,7 +46,7 @@ def diffusion_matrix_pairwise(losses: Losses, x: Tensor) -> Tensor:
     return differences.T @ differences / point.samples**2
 
 
-def metric(losses: Losses, x: Tensor, epsilon: Policy | float) -> Tensor:
+def metric(losses: Losses, x: Tensor, epsilon: Epsilon) -> Tensor:
     """The diffusion metric I + eps D, eq. (6).
 
     The paper asks for epsilon < 1 / lambda_max to keep it non-singular. A non-negative epsilon always does; a negative
@@ -54,7 +54,7 @@ def metric(losses: Losses, x: Tensor, epsilon: Policy | float) -> Tensor:
 
     Args:
         losses, x: as `diffusion_matrix`.
-        epsilon: a number or a policy, asked at x.
+        epsilon: a number or a policy, evaluated at x.
 
     Returns:
         Shape (d, d) in float64, positive definite.
@@ -62,14 +62,14 @@ def metric(losses: Losses, x: Tensor, epsilon: Policy | float) -> Tensor:
     return local_metric(losses, x, epsilon, weak_field=False).matrix()
 
 
-def inverse_metric(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: bool = True) -> Tensor:
+def inverse_metric(losses: Losses, x: Tensor, epsilon: Epsilon, weak_field: bool = True) -> Tensor:
     """I - eps D, the weak-field inverse of the metric (6), or the exact (I + eps D)^-1.
 
     They differ by sum_{n >= 2} (-eps D)^n, of second order in epsilon: see `weak_field_error`.
 
     Args:
         losses, x: as `diffusion_matrix`.
-        epsilon: a number or a policy, asked at x.
+        epsilon: a number or a policy, evaluated at x.
         weak_field: which of the two; I - eps D requires |epsilon| < 1 / lambda_max(D): eq. (6) as an upper bound.
 
     Returns:
@@ -80,7 +80,7 @@ def inverse_metric(losses: Losses, x: Tensor, epsilon: Policy | float, weak_fiel
     return 2 * local.point.identity() - matrix if weak_field else matrix.inverse()
 
 
-def christoffel(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: bool = True) -> Tensor:
+def christoffel(losses: Losses, x: Tensor, epsilon: Epsilon, weak_field: bool = True) -> Tensor:
     """Christoffel symbols of the metric, from its derivatives: eq. (7) in the weak field, or eq. (5).
 
     Exact: Gamma^k_ij = 1/2 sum_z g^kz (d_i g_jz + d_j g_iz - d_z g_ij). The weak field drops O(eps^2), so that g^kz
@@ -89,7 +89,7 @@ def christoffel(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: 
 
     Args:
         losses, x: as `diffusion_matrix`.
-        epsilon: a number or a policy, asked at x.
+        epsilon: a number or a policy, evaluated at x.
         weak_field: eq. (7), which requires |epsilon| < 1 / lambda_max(D), or eq. (5).
 
     Returns:
@@ -101,7 +101,7 @@ def christoffel(losses: Losses, x: Tensor, epsilon: Policy | float, weak_field: 
     return lowered if weak_field else torch.linalg.solve(local.matrix(), lowered.flatten(1)).view_as(lowered)
 
 
-def christoffel_closed_form(losses: Losses, x: Tensor, epsilon: Policy | float) -> Tensor:
+def christoffel_closed_form(losses: Losses, x: Tensor, epsilon: Epsilon) -> Tensor:
     """Weak-field Christoffel symbols Gamma^k_ij = eps N^-2 <d_i d_j f^, d_k f^>, the unnumbered result below eq. (7).
 
     It equals `christoffel(..., weak_field=True)` for all smooth losses and constant epsilon: no approximation beyond
@@ -109,7 +109,7 @@ def christoffel_closed_form(losses: Losses, x: Tensor, epsilon: Policy | float) 
 
     Args:
         losses, x: as `diffusion_matrix`.
-        epsilon: a number or a policy, asked at x; |epsilon| < 1 / lambda_max(D).
+        epsilon: a number or a policy, evaluated at x; |epsilon| < 1 / lambda_max(D).
 
     Returns:
         Shape (d, d, d) in float64 as [k, i, j].

@@ -1,9 +1,9 @@
 #pragma once
 
-// csrc/cuda/primitives.cuh on the host: every CUDA thread is a fiber that runs until it meets a barrier or its warp.
-// Which fiber runs next is drawn at random, as are the order of the blocks and when an asynchronous copy lands. Compile
-// with AddressSanitizer: shared memory and what the tests allocate are exact in size, so that it sees every access past
-// an end.
+// Emulates csrc/cuda/primitives.cuh on the CPU, with one fiber per CUDA thread. A fiber runs until it reaches a barrier
+// or an exchange with its warp. The fiber that runs next, the order of the blocks, and the time at which an
+// asynchronous copy arrives are random. Compile with AddressSanitizer: shared memory and the arrays of the tests are
+// exact in size, so that it notices every access past their ends.
 
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -53,21 +53,21 @@ struct Fiber {
   ucontext_t context;
   void* fake_stack;
   bool done;
-  std::string waits_at;                   // a barrier, or "" when it can run
+  std::string waits_at;                   // the barrier at which it waits, or "" if it can run
   std::optional<Place> exchanges;         // the shuffle at which it waits for the other lanes of its warp
-  std::vector<std::vector<Copy>> copies;  // groups, the last one open
+  std::vector<std::vector<Copy>> copies;  // groups of copies; the last one is not yet committed
 };
 
-// The one grid that runs at a time. A defect (threads at different barriers, lanes at different shuffles, a misaligned
-// access) is an exception from run(); what it leaves on the fibers' stacks is abandoned.
+// Runs one grid at a time. A defect (threads at different barriers, lanes at different shuffles, a misaligned access)
+// makes run() throw an exception. The fibers of that block never return, and what is on their stacks is abandoned.
 class Machine {
  public:
   static constexpr int kThreads = 256, kWarp = 32;
   static constexpr int kSlotBytes = 64;
 
-  // A barrier at this "file:line" is ignored: a test of the tests.
+  // The barrier at this "file:line" is ignored, to test that the tests notice it.
   std::string ignored_barrier;
-  // All barriers that were met.
+  // All barriers that were reached.
   std::set<std::string> barriers;
 
   int thread = 0;
@@ -117,8 +117,8 @@ class Machine {
  private:
   bool coin() { return random_() & 1; }
 
-  // Whether the thread waits at the barrier. The fiber itself must own no string, which it would leak if it is
-  // abandoned.
+  // Whether the thread waits at the barrier. The string must not live on the stack of the fiber while it waits: it
+  // would leak if the fiber is abandoned.
   bool stops_at(const std::string& barrier) {
     barriers.insert(barrier);
     if (barrier == ignored_barrier) return false;
@@ -127,12 +127,12 @@ class Machine {
   }
 
   void run_block(int64_t shared_bytes) {
-    // From new[] to the byte, and full of NaN.
+    // Exact in size, so that AddressSanitizer notices every access past its end, and full of NaN.
     const std::unique_ptr<char[]> shared(new char[shared_bytes]);
     std::memset(shared.get(), 0xff, shared_bytes);
     shared_ = shared.get();
     for (Fiber& fiber : fibers_) {
-      // What fibers that never returned have marked; of the others, the outermost frame.
+      // Clear AddressSanitizer's marks: on the whole stack if the fibers did not return, else on the outermost frame.
       const size_t marked = failure_.empty() ? 1024 : Fiber::kStackBytes;
       ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get() + Fiber::kStackBytes - marked, marked);
       getcontext(&fiber.context);
@@ -158,8 +158,8 @@ class Machine {
     failure_.clear();
   }
 
-  // Lets the lanes of a warp continue that have all arrived at one exchange. No lane may wait or end elsewhere: a GPU
-  // may not wait for it.
+  // Lets the lanes of a warp continue if all have arrived at the same exchange. It is an error if a lane waits
+  // elsewhere or has ended, because a GPU need not wait for it.
   void open_exchange(int warp) {
     const auto begin = fibers_.begin() + warp, end = begin + kWarp;
     const auto first = std::find_if(begin, end, [](const Fiber& fiber) { return fiber.exchanges.has_value(); });
@@ -178,7 +178,7 @@ class Machine {
       for (auto fiber = begin; fiber != end; ++fiber) fiber->exchanges.reset();
   }
 
-  // The fibers that can run, after opening the warps and the barrier that all have reached.
+  // The fibers that can run. Warps that are complete at an exchange, and the block at a barrier, may continue.
   std::vector<int> next_threads() {
     std::vector<int> ready;
     int live = 0, at_barrier = 0;
@@ -206,6 +206,7 @@ class Machine {
     return next_threads();
   }
 
+  // Chooses a thread or a warp that runs only while no other can.
   void draw_laggards() {
     const int size = coin() ? 1 : kWarp;
     first_laggard_ = static_cast<int>(random_() % (kThreads / size)) * size;
@@ -269,7 +270,7 @@ using emulation::Place;
 
 inline void barrier(Place place = Place::current()) { emulation::machine.wait_at(place); }
 
-// Every lane's value, as seen by each lane of the warp. All lanes have to make the same call.
+// use(lane), where lane(i) is the value of lane i of the warp. All lanes have to make the same call.
 template <typename T, typename F>
 auto with_warp(const T& value, const Place& place, F use) {
   static_assert(sizeof(T) <= emulation::Machine::kSlotBytes);
@@ -373,7 +374,7 @@ inline void narrow(float value, Half& to) {
 
 inline uint32_t to_tf32(uint32_t word) { return (word + 0x1000) & ~0x1fffu; }
 
-// Rounded towards zero, as the sums of the matrix units are.
+// Rounds towards zero, as the matrix units do.
 inline float truncated(double value) {
   const auto nearest = static_cast<float>(value);
   return std::abs(nearest) > std::abs(value) ? std::nextafter(nearest, 0.0F) : nearest;

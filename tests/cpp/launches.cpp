@@ -1,6 +1,6 @@
-// The launches of the streaming kernels and of gram, for every number of samples, every dtype and every architecture:
-// their shared memory fits, and they keep enough bytes in flight to read at the memory's rate. `launch_tests ROWS`
-// prints the launches for ROWS samples, for bench/machine_code.py.
+// Checks the launches of the streaming kernels and of gram, for every number of samples, dtype and architecture: their
+// shared memory fits, and enough bytes are in flight to read at the rate of the memory. `launch_tests ROWS` prints the
+// launches for ROWS samples, for bench/gpu/machine_code.py.
 
 #include <algorithm>
 #include <iostream>
@@ -18,9 +18,9 @@ using namespace rgd_ext::cuda;
 
 struct Multiprocessor {
   std::string name;
-  int64_t block_bytes, shared_bytes;  // of shared memory: the limit of a block, and all there is
+  int64_t block_bytes, shared_bytes;  // shared memory that a block may use, and that of the multiprocessor
   int64_t threads, number;
-  int64_t needed;  // bytes that have to be in flight to read at the memory's rate
+  int64_t needed;  // bytes that have to be in flight to read at the rate of the memory
 };
 
 // For the GPU with the fastest memory of each architecture (A100 2.0 TB/s, RTX 3090 0.9, RTX 4090 1.0, H200 4.3, RTX
@@ -30,14 +30,14 @@ const std::vector<Multiprocessor> multiprocessors = {
     {"sm_89", 99 << 10, 100 << 10, 1536, 128, 8 << 10},   {"sm_90", 227 << 10, 228 << 10, 2048, 132, 32 << 10},
     {"sm_120", 99 << 10, 100 << 10, 1536, 170, 11 << 10},
 };
-constexpr int64_t kSystemBytes = 1 << 10;  // of each block's shared memory
+constexpr int64_t kSystemBytes = 1 << 10;  // that the system reserves of each block's shared memory
 constexpr int64_t kColumns = 1 << 20;      // of a G that is large enough for all blocks
 constexpr int64_t kFewSamples = 4;         // fewer samples do not fill the tiles that a block has in flight
 
 struct Launch {
   std::string kernel;
   int64_t shared_bytes;
-  int64_t by_registers;     // blocks that the registers are enough for, which tests/test_cuda_build.py checks
+  int64_t by_registers;     // blocks for which there are enough registers, see tests/binary/test_cuda_build.py
   int64_t block_in_flight;  // bytes that a block has requested while it works on others
   int64_t results;          // bytes of partial results that a block writes for each sample
 
@@ -55,14 +55,10 @@ Launch gram(const std::string& kernel, int64_t rows) {
           (pairs > 1 ? 2 : 3) * Sums::Shape::kTileBytes, rows * int64_t{sizeof(typename Sums::T)} / pairs};
 }
 
-// As csrc/cuda/gram_launch.h chooses.
 template <template <typename, int> class Sums, typename S>
 Launch gram_by_size(const std::string& kernel, int64_t rows) {
-  return (rows <= 8    ? gram<Sums<S, 8>>
-          : rows <= 16 ? gram<Sums<S, 16>>
-          : rows <= 32 ? gram<Sums<S, 32>>
-          : rows <= 64 ? gram<Sums<S, 64>>
-                       : gram<Sums<S, 128>>)(kernel, rows);
+  return with_block<Sums, S>(rows,
+                             [&]<typename Found>(std::type_identity<Found>) { return gram<Found>(kernel, rows); });
 }
 
 template <typename S>

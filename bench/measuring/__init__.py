@@ -1,0 +1,1 @@
+"""How the benchmarks measure: clocks, memory, agreement with float64, tables, records and plots."""

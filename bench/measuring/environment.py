@@ -1,0 +1,89 @@
+"""The hardware and the software that a number was measured with.
+
+`python -m bench.measuring.environment PATH` writes all of it that is known before the extension is built.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints in the folder of this file; None where it is missing or fails."""
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
+
+
+def cpu_model() -> str:
+    """The name of the processor."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def nvidia_smi(*fields: str) -> dict[str, str] | None:
+    """Fields of the first device that torch sees, from nvidia-smi where it is there."""
+    if not torch.cuda.is_available():
+        return None
+    # nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES, so name the device.
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    line = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", device)
+    return line and dict(zip(fields, map(str.strip, line.split(",")), strict=True))
+
+
+def clocks() -> dict[str, str] | None:
+    """Clocks, temperature and power of the GPU now."""
+    return nvidia_smi("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu", "power.draw")
+
+
+def gpu() -> dict[str, object] | None:
+    """The GPU and its software; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "L2 bytes": properties.L2_cache_size,
+        "memory bytes": properties.total_memory,
+        "driver": (nvidia_smi("driver_version") or {}).get("driver_version"),
+        "CUDA": torch.version.cuda,
+    }
+
+
+def machine() -> dict[str, object]:
+    """Hardware, torch and commit (`-dirty` with uncommitted changes)."""
+    return {
+        "torch": torch.__version__,
+        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "cpu": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu(),
+    }
+
+
+def environment() -> dict[str, object]:
+    """The machine and what rgd_ext was built with."""
+    import rgd_ext
+
+    return machine() | {"build": rgd_ext.build_info()}
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(machine() | {"clocks": clocks()}, indent=1) + "\n")

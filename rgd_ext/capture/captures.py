@@ -1,0 +1,156 @@
+"""Captures of models: making one, and finding those that there are."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..contributions.buffers import KEPT_BYTES
+from ..metric import Epsilon, Inverse, Solver, Spectral
+from .context import Options
+from .handle import Preconditioner
+from .model_checks import check_model
+
+_handles: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
+
+
+def _live() -> list[Preconditioner]:
+    """The handles whose captures have not been removed."""
+    return [handle for handle in _handles if not handle.context.is_removed]
+
+
+def live_handle(model: nn.Module) -> Preconditioner | None:
+    """The handle that captures `model` itself, or None."""
+    return next((handle for handle in _live() if handle.model is model), None)
+
+
+def handle_of(module: nn.Module) -> Preconditioner | None:
+    """The handle of the capture that `module` is in: its own, or that of a model around it; None without one.
+
+    Raises:
+        TypeError: if `module` is not a module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> optimizer = rgd_ext.RGD(model, lr=0.1)
+        >>> rgd_ext.handle_of(model[0]) is optimizer.preconditioner
+        True
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module is a {type(module).__name__}: pass a torch.nn.Module")
+    return live_handle(module) or next((handle for handle in _live() if handle.recorder_of(module) is not None), None)
+
+
+def _check_free(model: nn.Module, earlier: Preconditioner | None) -> None:
+    captured = {module for handle in _live() if handle is not earlier for module in handle.recorded_modules()}
+    for name, module in model.named_modules():
+        if module in captured:
+            place = f"module '{name}' of the model" if name else f"the model ({type(model).__name__})"
+            raise ValueError(
+                f"{place} is captured already, by the handle that rgd_ext.handle_of(module) returns: use that handle,"
+                " and RGD(model.parameters(), ...) for an optimizer; or call its .remove() first"
+            )
+
+
+def is_captured(parameter: Tensor) -> bool:
+    """Whether a live capture writes the gradient of `parameter`."""
+    return any(handle.captures(parameter) for handle in _live())
+
+
+def precondition(
+    model: nn.Module,
+    *,
+    epsilon: Epsilon = Spectral(0.5),
+    inverse: Inverse = "weak-field",
+    batch_norm: Literal["error", "contribution"] = "error",
+    memory_budget: float | None = None,
+    verify: bool = True,
+    batch_dim: int | None = 0,
+) -> Preconditioner:
+    """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
+
+    At the end of each backward, `.grad` has (I - eps D) g added to it, eq. (10), where autograd would have added g; g_i
+    is sample i's part of the gradient of the loss times the batch size, whatever the reduction of the loss. Samples lie
+    along dimension `batch_dim` of the model's first tensor argument. The model keeps its type, names and state_dict;
+    copies and pickles of it are ordinary models.
+
+    Args:
+        model: at least one trainable parameter; not captured already, nor any of its modules. Only a capture that
+            `RGD(model)` made is taken over, and that optimizer refuses to step from then on.
+        epsilon: a policy, a number (`Fixed`), or a callable from the statistics of the batch (all of `Stats` that does
+            not depend on epsilon) to epsilon. Under a `torch.amp.GradScaler` they are those of the scaled loss: pass
+            `Fixed(value, loss_scale=scaler.get_scale)` for a constant, and divide in a callable of yours by the square
+            of the scale.
+        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+        batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
+            the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
+        memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
+            at the end of a backward; the first backward with new shapes takes the least. None lets the gradients of
+            a layer take three times what its inputs and output gradients take, and `math.inf` as much as the fastest
+            way takes; with these two up to 16 MiB are kept from step to step, on the CPU.
+        verify: prove on the model's own batches, before the first direction of each kind of call, that every sample
+            gets its own gradient; see `rgd_ext.verify`. The forward raises ValueError if not. False for a model whose
+            forward has effects outside of the model, since it is called several times.
+        batch_dim: the dimension of the samples in the first tensor of the model's arguments: 1 for models that take
+            time first, (T, B, ...). Other tensors, and those inside of the model, have them there or along dimension 0.
+            None takes every call for one sample, whatever its arguments are: slow, exact, and the last remedy where
+            nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
+
+    Returns:
+        The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`; a context manager.
+
+    Raises:
+        TypeError: if `model` is not a module, `epsilon` not a policy, `verify` not a bool, or `batch_dim` no int.
+        ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
+            second capture, or batch normalisation in training mode.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with rgd_ext.precondition(model, epsilon=rgd_ext.Rayleigh(0.3)) as handle:
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        ...     optimizer.step()
+        >>> handle.stats.batch_size
+        8
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+    if batch_norm not in ("error", "contribution"):
+        raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
+    solver = Solver(epsilon, inverse)
+    budget = _checked_budget(memory_budget)
+    earlier = next((handle for handle in _live() if handle.model is model and handle.has_owner), None)
+    _check_free(model, earlier)
+    check_model(model, batch_norm)
+    if not isinstance(verify, bool):
+        raise TypeError(f"verify is {verify!r}: pass True or False")
+    batch_dim = _checked_dim(batch_dim)
+    if earlier is not None:
+        earlier.give_way()
+    kept = KEPT_BYTES if budget in (None, math.inf) else 0
+    handle = Preconditioner(model, solver, Options(batch_norm, batch_dim, budget, kept), verify)
+    _handles.add(handle)
+    return handle
+
+
+def _checked_dim(batch_dim: int | None) -> int | None:
+    if batch_dim is None:
+        return None
+    if not isinstance(batch_dim, int) or isinstance(batch_dim, bool):
+        raise TypeError(f"batch_dim is {batch_dim!r}: pass the dimension of the samples, an int, or None")
+    if batch_dim < 0:
+        raise ValueError(f"batch_dim is {batch_dim}: count dimensions from the front, from 0")
+    return batch_dim
+
+
+def _checked_budget(memory_budget: float | None) -> float | None:
+    if memory_budget is None:
+        return None
+    if not isinstance(memory_budget, (int, float)) or isinstance(memory_budget, bool):
+        raise TypeError(f"memory_budget is {memory_budget!r}: pass a number of bytes, or None")
+    if not memory_budget > 0:
+        raise ValueError(f"memory_budget is {memory_budget}: pass a positive number of bytes, math.inf, or None")
+    return memory_budget

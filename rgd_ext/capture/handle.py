@@ -1,0 +1,277 @@
+"""The handle of a captured model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..contributions.buffers import Workspace
+from ..contributions.ledger import Contributions
+from ..metric import Solver, Stats
+from ..metric.solver import State
+from ..planning.planner import Choice, Planner
+from ..planning.table import Plan, plan_of
+from ..planning.trial import dry_run
+from .context import CaptureContext, Options
+from .install import recorders_for
+from .model_call import ModelCall
+from .nodes import receive
+from .recorders.recorder import Recorder
+from .sinks import CallNumbers, HandOver, NoteShapes, WriteDirection
+from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion
+from .verification.verifier import Verifier
+from .wrappers import check_not_in_ddp
+
+
+class Preconditioner:
+    """The handle of a captured model, from `rgd_ext.precondition`; a context manager that removes the capture.
+
+    Attributes:
+        model: the captured model.
+        context: the capture as recorders and autograd nodes see it.
+        verifier: verifies calls of the model.
+    """
+
+    def __init__(self, model: nn.Module, solver: Solver, options: Options, verify: bool = True) -> None:
+        self.model = model
+        self.context = CaptureContext(model, options, receive)
+        self.verifier = Verifier(self.context, verify)
+        self._planner = Planner(options.memory_budget)
+        self._direction = WriteDirection(solver, self._planner, self.context.parameters, Workspace(options.kept))
+        self._union: BatchUnion | None = None
+        # The `RGD` that made the capture, which ends with a new capture of the model.
+        self._owner: weakref.ref[torch.optim.Optimizer] | None = None
+        self.context.start(self._direction, self._enter)
+        self._recorders = recorders_for(self.context, model)
+        for recorder in self._recorders:
+            recorder.install()
+        self.context.parameters.watch_all((owner, key) for each in self._recorders for owner, key, _ in each.places)
+
+    def __repr__(self) -> str:
+        state = "removed" if self.context.is_removed else f"{len(self._recorders)} modules"
+        solver = self._direction.solver
+        return f"Preconditioner({type(self.model).__name__}, {state}, {solver.policy}, inverse={solver.inverse!r})"
+
+    def __enter__(self) -> Preconditioner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of a model is not captured: where the model keeps its handle, the copy has None.
+        return type(None), ()
+
+    @property
+    def stats(self) -> Stats | None:
+        """`Stats` of the last direction, or None before the first."""
+        return self._direction.stats
+
+    @property
+    def batch_dim(self) -> int | None:
+        """The dimension of the samples in the model's inputs, or None where each call is for one sample."""
+        return self.context.options.batch_dim
+
+    def remove(self) -> None:
+        """Leave the model as it was found. Gradients already written stay; what `defer` has collected is dropped."""
+        for recorder in self._recorders:
+            recorder.uninstall()  # where somebody has wrapped it since, a removed capture lets everything through
+        self._recorders = []
+        self.context.remove()
+        self._union = None
+        self.context.switch(self._direction)
+        self._direction.clear()
+
+    def belongs_to(self, owner: torch.optim.Optimizer) -> None:
+        """Note the optimizer that made the capture: it refuses to step once the model is captured again."""
+        self._owner = weakref.ref(owner)
+
+    @property
+    def has_owner(self) -> bool:
+        """Whether an optimizer made the capture, so that a new one may take its place."""
+        return self._owner is not None
+
+    def give_way(self) -> None:
+        """Leave the model to a new capture, whose directions the parameters of the owner get."""
+        owner = None if self._owner is None else self._owner()
+        self.remove()
+        if owner is not None:
+            owner.register_step_pre_hook(_refuse_step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ordinary autograd for a while: forwards and backwards inside give plain gradients.
+
+        For gradient penalties, `torch.autograd.grad` and second derivatives. Forward and backward both belong inside.
+        """
+        with self.context.paused():
+            yield
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """One direction for the union of the batches of all backwards inside, written when the block ends.
+
+        The gradient is that of the sum of the losses, as in gradient accumulation; the batches may differ in size.
+        Backwards through one call of the model are of the same samples, whose contributions add up; others are of
+        samples of their own. Each backward's contributions are kept until then. Nothing is written if the block raises.
+
+        Raises:
+            RuntimeError: if blocks are nested, or the handle defers. Inside also from a backward that ties samples
+                which were separate before, and from the step of an optimizer along the direction that is to be written.
+        """
+        if self._union is not None:
+            raise RuntimeError(DEFERRED if self._union.is_deferred else NESTED_BLOCKS)
+        self._union = union = BatchUnion(is_deferred=False)
+        try:
+            with self.context.directed_to(self._collection(union)):
+                yield
+        finally:
+            self._union = None
+        self._write(union)
+
+    def _collection(self, union: BatchUnion) -> HandOver:
+        return HandOver(union.add, self._planner, self.context.parameters, keeps_contributions=True)
+
+    def defer(self, on: bool = True) -> None:
+        """From now on backwards only collect, as inside of `accumulate`; `write` writes the direction of their union.
+
+        For trainers, which run the backwards and the step. It stays on until `defer(False)`. What backwards contribute
+        is kept until it is written; meanwhile steps of optimizers of the model's parameters raise a RuntimeError and
+        change nothing, provided that they are a `torch.optim.Optimizer`: others would step without the direction.
+        `RGD.zero_grad` drops what is collected; before the zero_grad of other optimizers, or of the model, use `drop`
+        if a step is left out.
+
+        Raises:
+            RuntimeError: inside of `accumulate`, or if what was collected would be lost by `defer(False)`.
+        """
+        if self._union is not None and not self._union.is_deferred:
+            raise RuntimeError(INSIDE_BLOCK)
+        if self._union and not on:
+            raise RuntimeError(LOST)
+        if on != (self._union is not None):
+            self._union = BatchUnion(is_deferred=True) if on else None
+            self.context.switch(self._direction if self._union is None else self._collection(self._union))
+
+    def write(self) -> None:
+        """Add the direction of the union of all batches since the last `write` to `.grad`, with `defer` on.
+
+        Call it before the optimizer's step, and before gradients are clipped or unscaled. If nothing was collected, as
+        where a trainer has skipped its batches, nothing happens.
+
+        Raises:
+            RuntimeError: if the handle does not defer.
+            ValueError: for gradient hooks on parameters.
+        """
+        if self._union is None or not self._union.is_deferred:
+            raise RuntimeError(NOT_DEFERRED if self._union is None else INSIDE_BLOCK)
+        self._write(self._union)
+
+    def _write(self, union: BatchUnion) -> None:
+        self.context.parameters.check_unhooked(union.parameters())
+        if union:
+            self._direction.finish_union(union.batch_size, union.joined)
+
+    def drop(self) -> None:
+        """Forget the backwards that `defer` or `accumulate` has collected since the last direction."""
+        if self._union is not None:
+            self._union.drop()
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Contributions]]:
+        """Backwards inside add their contributions to the list this yields, and write nothing."""
+        parts: list[Contributions] = []
+
+        def take(contributions: Contributions, passed: CallNumbers) -> None:
+            parts.append(contributions)
+
+        with self.context.directed_to(HandOver(take, self._planner, self.context.parameters, keeps_contributions=True)):
+            yield parts
+
+    def state_dict(self) -> dict[str, State]:
+        """What later directions depend on besides the parameters, for a training that is resumed.
+
+        It is the memory of `Spectral(every=...)`, and empty for other policies. `RGD.state_dict` contains it.
+        """
+        return self._direction.solver.state_dict()
+
+    def load_state_dict(self, state: dict[str, State]) -> None:
+        """Go on from where `state_dict` was called; an empty dict lets the policy begin anew, and others ignore it.
+
+        Raises:
+            ValueError: if `state` is not from the `state_dict` of a handle; nothing is changed then.
+        """
+        self._direction.solver.load_state_dict(state)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """What was chosen for each layer, and what it costs: `print(handle.plan())` shows a table.
+
+        Args:
+            args, kwargs: a batch as the model takes it. A forward and backward of it find the shapes; others, some that
+                write the direction and some of ordinary autograd, are timed. Gradients, `stats`, buffers and random
+                numbers stay as they are. Without arguments the plan is that of the last backward.
+
+        Raises:
+            RuntimeError: without arguments before the first backward, or while nothing is recorded.
+            ValueError: if `memory_budget` is too small for the batch, naming the smallest that works.
+        """
+        if not args and not kwargs:
+            choices = self._choices()
+            if not choices:
+                raise RuntimeError("there was no backward yet: call plan(x) with a batch of inputs of the model")
+            return plan_of(choices)
+        if not self.context.is_recording():
+            raise RuntimeError(
+                "the capture records nothing here: leave no_grad, `with handle.paused():` or the torch.func transform;"
+                " a removed handle plans nothing"
+            )
+        solver, parameters = self._direction.solver, self.context.parameters
+        with self.context.directed_to(NoteShapes(solver.needs_gram, self._planner, parameters)), self.verifier.paused():
+            dry_run(self.model, args, kwargs, times=1)
+        choices = self._choices()
+        rehearsal = self._direction.rehearsal()
+        with self.context.directed_to(rehearsal), self.verifier.paused():
+            rgd_seconds = dry_run(self.model, args, kwargs, times=3)
+        with self.paused():
+            return plan_of(choices, rgd_seconds, dry_run(self.model, args, kwargs, times=3))
+
+    def _choices(self) -> list[Choice]:
+        """Those of the last backward, as the model lists its parameters."""
+        places = {name: place for place, name in enumerate(self.context.parameters.names())}
+        return sorted(self._planner.choices(), key=lambda choice: places.get(choice.name, len(places)))
+
+    def is_recording(self) -> bool:
+        """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""
+        return self.context.is_recording()
+
+    def _enter(self, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """A call of the model, or of a part of it."""
+        if torch.jit.is_tracing():
+            with self.paused():
+                return recorder.original(*args, **kwargs)
+        check_not_in_ddp(self.model)
+        return self.verifier.run(ModelCall.of(recorder, args, kwargs))
+
+    def recorder_of(self, module: nn.Module) -> Recorder | None:
+        """The recorder in front of a module's forward."""
+        return next((recorder for recorder in self._recorders if recorder.module is module), None)
+
+    def recorded_modules(self) -> set[nn.Module]:
+        """The modules that have a recorder."""
+        return {recorder.module for recorder in self._recorders}
+
+    def captures(self, parameter: Tensor) -> bool:
+        """Whether the gradient of `parameter` is written by this handle."""
+        return self.context.parameters.captures(parameter)
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+    raise RuntimeError(
+        "the model of this RGD has been captured anew since, and .grad has the directions of the new capture: use the"
+        " newer optimizer; for several optimizers of one model call rgd_ext.precondition(model) once, and pass them"
+        " parameters, RGD(model.parameters(), ...)"
+    )

@@ -1,0 +1,213 @@
+"""What a backward through a captured model is for: to write the direction, to be collected, or to show its shapes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..contributions.buffers import Workspace, fresh
+from ..contributions.factor import Factor
+from ..contributions.ledger import Contributions, Outline
+from ..contributions.merge import sum_uses
+from ..metric import Solver, Stats
+from ..planning.planner import Planner
+from .parameters import WatchedParameters
+from .precision import full_precision
+
+# The numbers of the calls of the model that a backward goes through, each with its number of samples.
+CallNumbers: TypeAlias = set[tuple[int, int]]
+
+
+class Sink(ABC):
+    """What a backward is for.
+
+    Args:
+        planner: chooses the strategies.
+        parameters: the parameters of the model.
+
+    Attributes:
+        writes: whether `.grad` changes at the end of the backward.
+        keeps_contributions: whether the contributions are kept after the backward, so that tensors that the user may
+            change meanwhile have to be copied.
+    """
+
+    writes = False
+    keeps_contributions = False
+
+    def __init__(self, planner: Planner, parameters: WatchedParameters) -> None:
+        self._planner, self._parameters = planner, parameters
+
+    def begin(self) -> None:
+        """Begin a backward."""
+        self._planner.begin()
+
+    @abstractmethod
+    def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        """Apply the strategy that is chosen for the contributions of one use of a parameter."""
+
+    def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
+        """Apply the strategy that is chosen for the sum of the contributions of several uses of a parameter."""
+        return self.apply(parameter, sum_uses(factors))
+
+    @abstractmethod
+    def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
+        """End a backward.
+
+        Args:
+            contributions: what the layers have contributed.
+            passed: the calls of the model that the backward went through, if they are kept.
+        """
+
+    def _close(self, contributions: Contributions, needs_gram: bool) -> None:
+        contributions.close(self.total)
+        if contributions:  # else a module's output was used, but none of its parameters had a part in it
+            self._planner.finish(partial(_named, self._parameters, contributions.outline()), needs_gram)
+
+
+def _named(parameters: WatchedParameters, outline: Outline) -> list[tuple[str, Factor]]:
+    # This is a function, since the planner keeps it: a method would keep the sink, and with it what that has collected.
+    return [(parameters.name_of(parameter), factor) for parameter, factor in outline.factors()]
+
+
+class WriteDirection(Sink):
+    """Adds the direction to `.grad`.
+
+    Args:
+        solver: computes the direction.
+        planner, parameters: as for `Sink`.
+        workspace: the memory for gradients that a strategy forms.
+
+    Attributes:
+        stats: `Stats` of the last direction, or None before the first.
+    """
+
+    writes = True
+
+    def __init__(self, solver: Solver, planner: Planner, parameters: WatchedParameters, workspace: Workspace) -> None:
+        super().__init__(planner, parameters)
+        self.solver, self._workspace = solver, workspace
+        self._needs_gram = True
+        self.stats: Stats | None = None
+
+    def begin(self) -> None:
+        super().begin()
+        self._needs_gram = self.solver.needs_gram
+        self._workspace.restart()
+
+    def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        name = self._parameters.name_of(parameter)
+        return self._planner.apply(name, factor, self._needs_gram, self._workspace.empty)
+
+    def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
+        self._close(contributions, self._needs_gram)
+        if contributions:
+            self.write(contributions)
+
+    def finish_union(self, batch_size: int, joined: Callable[[], Iterable[tuple[nn.Parameter, Factor]]]) -> None:
+        """Add the direction of a union of batches to `.grad`.
+
+        Args:
+            batch_size: the number of samples in the union.
+            joined: gives each parameter and its contributions.
+        """
+        self._workspace.restart()
+        contributions = Contributions(batch_size)
+        for parameter, factor in joined():
+            name = self._parameters.name_of(parameter)
+            # Planned for the Gramian, as when they were collected.
+            contributions.add_factor(parameter, self._planner.apply(name, factor, True, self._workspace.empty))
+            del factor
+        contributions.close(self.total)
+        self.write(contributions)
+
+    @torch.no_grad()
+    def write(self, contributions: Contributions) -> None:
+        """Add the direction to `.grad`. The contributions are used up.
+
+        Raises:
+            ValueError: for gradient hooks on parameters.
+        """
+        parameters = contributions.parameters()
+        self._parameters.check_unhooked(parameters)
+        with full_precision(parameters[0].device):
+            direction, self.stats = self.solver.solve(contributions.release())
+        _add_to_grads(parameters, direction)
+        self._workspace.release()
+
+    def rehearsal(self) -> WriteDirection:
+        """A sink that does the same work, for timings, and of which nothing is remembered."""
+        return WriteDirection(self.solver.rehearsal(), self._planner, self._parameters, self._workspace)
+
+    def clear(self) -> None:
+        """Free the memory for gradients."""
+        self._workspace.clear()
+
+
+def _add_to_grads(parameters: list[nn.Parameter], direction: list[Tensor]) -> None:
+    for parameter, step in zip(parameters, direction, strict=True):
+        if parameter.grad is None:
+            # A view made here could not be changed in place where autograd records.
+            parameter.grad = step.detach() if step._is_view() else step
+        elif parameter.grad.is_sparse and not step.is_sparse:
+            parameter.grad = step + parameter.grad
+        else:
+            parameter.grad += step
+
+
+class HandOver(Sink):
+    """Hands the contributions over, and leaves `.grad` as it is.
+
+    Args:
+        take: called with the contributions of each backward, and the calls of the model that it went through.
+        planner, parameters: as for `Sink`.
+        keeps_contributions: as for `Sink`.
+    """
+
+    def __init__(
+        self,
+        take: Callable[[Contributions, CallNumbers], None],
+        planner: Planner,
+        parameters: WatchedParameters,
+        keeps_contributions: bool,
+    ) -> None:
+        super().__init__(planner, parameters)
+        self._take, self.keeps_contributions = take, keeps_contributions
+
+    def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        # Planned for the Gramian: these contributions may be asked for any statistic.
+        return self._planner.apply(self._parameters.name_of(parameter), factor, True, fresh)
+
+    def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
+        self._close(contributions, needs_gram=True)
+        if contributions:
+            self._take(contributions, passed)
+
+
+class NoteShapes(Sink):
+    """Lets the planner choose the strategies, and computes nothing.
+
+    Args:
+        needs_gram: whether the statistics include the Gramian.
+        planner, parameters: as for `Sink`.
+    """
+
+    def __init__(self, needs_gram: bool, planner: Planner, parameters: WatchedParameters) -> None:
+        super().__init__(planner, parameters)
+        self._needs_gram = needs_gram
+
+    def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        self._planner.note(self._parameters.name_of(parameter), factor, self._needs_gram)
+        return factor
+
+    def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
+        # Strategies that form gradients form them for each use.
+        is_formed = any(factor.as_tensor() is not None for factor in factors)
+        return factors[0] if is_formed else super().total(parameter, factors)
+
+    def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
+        self._close(contributions, self._needs_gram)

@@ -1,0 +1,261 @@
+"""The ledger of a backward: what the layers contributed to the per-sample gradients of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients import Moments, PerSampleGradients, moments_of, squared_norm, total
+from ..linalg import accumulate_dtype
+from .factor import Dense, Factor, moments_from_gram
+from .group import Group, in_shapes, layer_factors, split_by_owner
+from .outline import Outline
+from .vectors import VectorLayers
+
+
+class Contributions(PerSampleGradients):
+    """Contributions h_i of B samples to the parameters of a model, entered as layers give them; g_i = B h_i.
+
+    What has only one strategy is kept by dtype and device and never becomes a factor, and one operator serves all of a
+    kind: small models pay for each operation here.
+
+    Args:
+        batch_size: B.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._groups: dict[tuple[torch.dtype, torch.device], Group] = {}
+        # The ids of the parameters in the groups: the hash of a parameter is a call of Python.
+        self._entered: set[int] = set()
+        # Until the ledger is closed, the contributions of other uses of parameters.
+        self._uses: dict[nn.Parameter, list[Factor]] = {}
+        self._factors: dict[nn.Parameter, Factor] = {}
+        self._order: list[int] | None = None
+        self._is_last = self._is_used_up = False
+
+    @classmethod
+    def of(cls, factors: Iterable[tuple[nn.Parameter, Factor]], batch_size: int) -> Contributions:
+        """A closed ledger of the contributions to different parameters."""
+        found = cls(batch_size)
+        for parameter, factor in factors:
+            found._place(parameter, factor)
+        return found
+
+    def __bool__(self) -> bool:
+        return bool(self._groups or self._uses or self._factors)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of samples."""
+        return self._batch_size
+
+    # Entering
+
+    def add_vectors(self, parameters: Sequence[nn.Parameter], layers: VectorLayers) -> None:
+        """Linear layers that met one vector per sample.
+
+        Args:
+            parameters: the trainable ones, the bias of a layer before its weight.
+            layers: of one dtype and device.
+        """
+        if self._enter(parameters):
+            self._group(layers.output_grads[0]).add_vectors(parameters, layers)
+        else:
+            again = Group()
+            again.add_vectors(parameters, layers)
+            for parameter, factor in again.vector_factors():
+                self.add_factor(parameter, factor)
+
+    def add_tensor(self, owners: Sequence[nn.Parameter], contributions: Tensor) -> None:
+        """Contributions of one parameter, (B, *shape), or of several, flattened and side by side, (B, D)."""
+        if self._enter(owners):
+            self._group(contributions).add_tensor(owners, contributions)
+        else:
+            for parameter, part in split_by_owner(owners, contributions):
+                self.add_factor(parameter, Dense(part))
+
+    def add_factor(self, parameter: nn.Parameter, factor: Factor) -> None:
+        """Contributions of one use of a parameter, which may have others."""
+        self._uses.setdefault(parameter, []).append(factor)
+
+    def _enter(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether none of the parameters is in the groups yet; then they are from now on."""
+        ids = {*map(id, parameters)}
+        if len(ids) < len(parameters) or not ids.isdisjoint(self._entered):
+            return False
+        self._entered |= ids
+        return True
+
+    def _group(self, tensor: Tensor) -> Group:
+        kind = tensor.dtype, tensor.device
+        group = self._groups.get(kind)
+        if group is None:
+            group = self._groups[kind] = Group()
+        return group
+
+    def close(self, total_of: Callable[[nn.Parameter, list[Factor]], Factor]) -> None:
+        """End the entries: from now on the ledger may be asked.
+
+        Args:
+            total_of: gives the sum of the contributions of several uses of a parameter.
+        """
+        uses, self._uses = self._uses, {}
+        if any(id(parameter) in self._entered for parameter in uses):
+            self._separate(uses)
+        for parameter, factors in uses.items():
+            factor = factors[0] if len(factors) == 1 else total_of(parameter, factors)
+            self._place(parameter, factor)
+
+    def _place(self, parameter: nn.Parameter, factor: Factor) -> None:
+        """Enter vectors and tensors into their group, and anything else as a factor."""
+        layer = factor.as_vectors()
+        if layer is not None:
+            self.add_vectors([parameter], layer)
+        elif (tensor := factor.as_tensor()) is not None:
+            self.add_tensor([parameter], tensor)
+        else:
+            self._factors[parameter] = factor
+
+    def _separate(self, uses: dict[nn.Parameter, list[Factor]]) -> None:
+        """Take the parameters of `uses` out of the groups."""
+        groups, self._groups, self._entered = self._groups, {}, set()
+        shared = set(map(id, uses))
+        for group in groups.values():
+            for weight, bias, x, e in group.layers():
+                parameters = [p for p in (bias, weight) if p is not None]
+                if shared.isdisjoint(map(id, parameters)):
+                    self.add_vectors(parameters, VectorLayers([x], [e], [bias is not None]))
+                else:
+                    for parameter, factor in layer_factors(weight, bias, x, e):
+                        uses.setdefault(parameter, []).insert(0, factor)
+            for owners, tensor in zip(group.owners, group.tensors, strict=True):
+                if shared.isdisjoint(map(id, owners)):
+                    self.add_tensor(owners, tensor)
+                else:
+                    for parameter, part in split_by_owner(owners, tensor):
+                        uses.setdefault(parameter, []).insert(0, Dense(part))
+
+    def arrange(self, order: Sequence[nn.Parameter]) -> None:
+        """From now on the parameters are in this order; those without contributions have zeros."""
+        own = {id(parameter) for parameter in self.parameters()}
+        for parameter in order:
+            if id(parameter) not in own:
+                self.add_tensor([parameter], parameter.new_zeros(self._batch_size, *parameter.shape))
+        places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
+        self._order = [places[id(parameter)] for parameter in order]
+
+    # Asking
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those with contributions, in the order of vectors of the parameter space."""
+        groups = self._groups.values()
+        found = [parameter for group in groups for parameter in group.vector_parameters]
+        found += self._factors
+        found += [parameter for group in groups for owners in group.owners for parameter in owners]
+        return self._ordered(found)
+
+    def _ordered(self, found: list) -> list:
+        return found if self._order is None else [found[place] for place in self._order]
+
+    def factors(self) -> list[tuple[nn.Parameter, Factor]]:
+        """The contributions parameter by parameter, in the order of `parameters`."""
+        groups = self._groups.values()
+        found = [each for group in groups for each in group.vector_factors()]
+        found += self._factors.items()
+        found += [each for group in groups for each in group.tensor_factors()]
+        return self._ordered(found)
+
+    def outline(self) -> Outline:
+        """The shapes of what has only one strategy."""
+        groups = [(group.vector_parameters, group.owners) for group in self._groups.values()]
+        return Outline(self._batch_size, groups)
+
+    def mean(self) -> list[Tensor]:
+        """g = mean_i g_i, which is the gradient of the loss."""
+        return self.combine(self._equal_weights())
+
+    def dense(self) -> list[Tensor]:
+        """G as (B, *shape) tensors."""
+        return [self._batch_size * factor.dense() for _, factor in self.factors()]
+
+    def _equal_weights(self) -> Tensor:
+        parameter = self.parameters()[0]
+        dtype = accumulate_dtype(parameter.dtype)
+        return parameter.new_full((self._batch_size,), 1 / self._batch_size, dtype=dtype, requires_grad=False)
+
+    def align(self, vector: list[Tensor]) -> Tensor:
+        """G v = <g_i, v>, shape (B,), not centred."""
+        parts = [factor.align(v) for (_, factor), v in zip(self.factors(), vector, strict=True)]
+        return self._batch_size * total(parts)
+
+    def gram(self) -> Tensor:
+        """K = G G^T, shape (B, B), not centred."""
+        grams = [torch.ops.rgd_ext.gram(group.tensors) for group in self._groups.values() if group.tensors]
+        grams += self._vector_grams()
+        grams += [factor.gram() for factor in self._factors.values()]
+        # Of a float: torch converts an int first, with an operator of its own.
+        return total(grams).mul_(float(self._batch_size**2))
+
+    def _vector_grams(self) -> list[Tensor]:
+        return [group.vectors.gram() for group in self._groups.values() if group.vectors]
+
+    def moments(self) -> Moments | None:
+        """The statistics that need no Gramian; None where the Gramian costs no more."""
+        groups = self._groups.values()
+        if not any(group.tensors for group in groups) and all(factor.gram_is_free for factor in self._factors.values()):
+            return None
+        parts = [moments_of(group.tensors) for group in groups if group.tensors]
+        parts += [factor.moments() for factor in self._factors.values()]
+        parts += [moments_from_gram(gram) for gram in self._vector_grams()]
+        squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
+        scale = float(self._batch_size**2)  # as in `gram`
+        return Moments(scale * squared, scale * alignments, scale * squared_norms)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """w^T G = sum_i w_i g_i."""
+        return self._cut(self._combine_joined(weights))
+
+    def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`combine`, and |w^T G|^2: that of joined parameters takes fewer operations."""
+        joined = self._combine_joined(weights)
+        return self._cut(joined), squared_norm(joined)
+
+    def release(self) -> Contributions:
+        """From now on the next `combine`, `combine_with_norm` or `mean` uses the ledger up.
+
+        It frees what it has read, so that the direction takes that memory, and nothing can be asked afterwards. Where
+        the ordinary gradient of a parameter is a sparse tensor, so is the combination.
+        """
+        self._is_last = True
+        return self
+
+    def _combine_joined(self, weights: Tensor) -> list[Tensor]:
+        """`combine`, but with one tensor for parameters that lie side by side. What gives memory back comes first."""
+        if self._is_used_up:
+            raise RuntimeError("the contributions are used up: ask for all but the last combination before release()")
+        weights, last = weights * float(self._batch_size), self._is_last
+        self._is_used_up = last
+        groups = self._groups.values()
+        result = [step for group in groups for step in group.combine_vectors(weights, last)]
+        for parameter in list(self._factors):
+            factor = self._factors.pop(parameter) if last else self._factors[parameter]
+            there = weights.to(factor.example.device, accumulate_dtype(factor.example.dtype))
+            result.append(factor.combine_sparse(there) if last and factor.is_sparse else factor.combine(there))
+            del factor
+        return result + [step for group in groups for step in group.combine_tensors(weights, last)]
+
+    def _cut(self, joined: list[Tensor]) -> list[Tensor]:
+        """One tensor per parameter of what `_combine_joined` gives."""
+        owners = [each for group in self._groups.values() for each in group.owners]
+        whole = len(joined) - len(owners)
+        if owners:
+            found = joined[:whole]
+            for each, row in zip(owners, joined[whole:], strict=True):
+                # What changes one in place does not count as a change of the others.
+                parts = [row] if len(each) == 1 else row.unsafe_split_with_sizes([p.numel() for p in each])
+                found += in_shapes(parts, each)
+            joined = found
+        return self._ordered(joined)

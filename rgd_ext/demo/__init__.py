@@ -1,1 +1,0 @@
-"""`python -m rgd_ext demo`: RGD beside SGD on real handwritten digits, with clean and with partly wrong labels."""

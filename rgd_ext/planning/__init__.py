@@ -1,0 +1,1 @@
+"""The choice of the fastest strategy for every parameter."""

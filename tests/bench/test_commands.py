@@ -1,0 +1,136 @@
+"""The commands run, and leave the records and tables that they promise."""
+
+import json
+
+import pytest
+import torch
+
+from bench import modules, operators, overhead
+
+
+def test_kernels(run, tmp_path, capsys):
+    path = tmp_path / "kernels.json"
+    run("kernels", "--only", "d = 1e+04, B = 16", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["environment"]["torch"] == torch.__version__
+    assert {"clocks", "ceilings", "device", "failures"} <= set(record)
+    assert [case["dtype"] for case in record["cases"]] == ["float32", "bfloat16"]
+    for case in record["cases"]:
+        assert {"precondition", "naive", "gram", "G @ G.T", "moments"} <= set(case["milliseconds"])
+        roles = [name.partition(":")[0] for name in case["milliseconds"]]
+        assert roles.count("eager") == roles.count("read") == 1
+        assert case["milliseconds"].keys() == case["bytes_moved"].keys()
+        assert all(time > 0 for times in case["milliseconds"].values() for time in times)
+        assert case["case"].partition(",")[0] in printed
+
+
+def test_steps(run, tmp_path, capsys):
+    path = tmp_path / "steps.json"
+    run("steps", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    (model,) = record["models"]
+    arms = {"SGD", "RGD Spectral", "RGD Rayleigh"}
+    assert set(model["milliseconds"]) == set(model["peak_bytes"]) == arms
+    assert len({len(times) for times in model["milliseconds"].values()}) == 1
+    assert set(model["error"]) == arms - {"SGD"}
+    # The gradient, at least.
+    assert min(model["peak_bytes"].values()) >= 4 * (784 * 1024 + 1024 * 1024 + 1024 * 10)
+    assert model["model"] in printed
+
+
+def test_operators(run, tmp_path, capsys):
+    path = tmp_path / "operators.json"
+    run("operators", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    kinds = {case["case"].partition(",")[0].partition(" (")[0] for case in record["cases"]}
+    assert kinds == {
+        "lambda_max",
+        "moments of a Gramian",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+        "Gramian",
+        "Conv2d 3 x 3",
+    }
+    for case in record["cases"]:
+        assert len(case["milliseconds"]) > 1
+        assert case["milliseconds"].keys() == case["error"].keys()
+        assert case["case"] in printed
+
+
+def test_scaling(run, tmp_path, capsys):
+    path, plot = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    run("scaling", "--only", "MLP 784-512", "--json", str(path), "--plot", str(plot))
+    (series,) = json.loads(path.read_text())["series"]
+    assert list(series["milliseconds"]) == ["2", "4"]
+    assert all(set(samples) == {"SGD", "RGD"} for samples in series["milliseconds"].values())
+    assert "layers^" in capsys.readouterr().out
+    assert plot.read_bytes()[1:4] == b"PNG"
+
+
+def test_overhead(run, tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    run("overhead", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    for layer, depths in record["milliseconds"].items():
+        assert layer in printed
+        shallow, deep = depths.values()
+        assert shallow.keys() == deep.keys() >= {"SGD", "RGD Spectral", "RGD Rayleigh"}
+        assert min(deep["SGD"]) > min(shallow["SGD"])
+
+
+def test_modules(run, tmp_path, capsys):
+    path = tmp_path / "modules.json"
+    run("modules", "--only", "PReLU", "--json", str(path))
+    assert set(json.loads(path.read_text())["milliseconds"]["PReLU"]) == {"SGD", "RGD"}
+    assert "PReLU" in capsys.readouterr().out
+
+
+def test_verification(run, tmp_path, capsys):
+    path = tmp_path / "verification.json"
+    run("verification", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    for model, result in record["results"].items():
+        assert model in printed
+        times = result["milliseconds"]
+        assert times.keys() == {f"{which}, {arm}" for which in ("first", "later") for arm in result["bytes"]}
+        assert min(times["first, verified"]) > min(times["first, not verified"])
+
+
+@pytest.mark.parametrize("command", ["kernels", "steps", "operators", "scaling", "modules", "verification"])
+def test_name_that_no_case_has_is_refused(run, command):
+    with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
+        run(command, "--only", "no such")
+
+
+def test_an_operator_that_is_wrong_fails_and_another_way_is_left_out():
+    def inputs():
+        return (torch.ones(3),)
+
+    ways = {"operator": lambda x: 2 * x, "other": lambda x: 3 * x, "right": lambda x: x + 0}
+    result = operators.bench("case", operators.Case(inputs, lambda x: x, ways), "cpu", quick=True)
+    assert set(result.milliseconds) == {"right"}
+    assert operators.failures_of(result) == ["case: operator: differs from float64 by 1.0e+00 of its largest value"]
+
+
+def test_every_module_with_parameters_has_a_case(monkeypatch):
+    known = {name.partition(",")[0] for name in modules.cases()} | modules.EXCEPTIONS
+    assert modules.with_parameters() <= known
+    assert {"Linear", "Transformer", "GRUCell", "AdaptiveLogSoftmaxWithLoss", "PReLU"} <= modules.with_parameters()
+    monkeypatch.setattr(modules, "EXCEPTIONS", modules.EXCEPTIONS - {"SyncBatchNorm"})
+    assert modules.run("cpu", True, None, ["PReLU"]) == ["torch.nn.SyncBatchNorm has no case"]
+
+
+def test_overhead_is_the_slope_between_the_depths(monkeypatch):
+    costs, once = {"SGD": 40, "RGD": 55}, 1e3  # us
+    samples = {
+        str(depth): {name: [(once + depth * cost) / 1e3] * 3 for name, cost in costs.items()}
+        for depth in (overhead.SHALLOW, overhead.DEEP)
+    }
+    monkeypatch.setattr(overhead, "OURS", {"SGD": None, "RGD": None})
+    assert overhead.section("layer", samples) == [
+        ["layer", "SGD", "40.0", ""],
+        ["", "RGD", "55.0", "15.0 (15.0 to 15.0)"],
+    ]
