@@ -205,9 +205,9 @@ class NoteShapes(Sink):
         return factor
 
     def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
-        # Strategies that form gradients form them for each use.
-        is_formed = any(factor.as_tensor() is not None for factor in factors)
-        return factors[0] if is_formed else super().total(parameter, factors)
+        # Strategies that form gradients form them for each use, and their sum has the same shape.
+        formed = next((factor for factor in factors if factor.as_tensor() is not None), None)
+        return super().total(parameter, factors) if formed is None else self.apply(parameter, formed)
 
     def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
         self._close(contributions, self._needs_gram)

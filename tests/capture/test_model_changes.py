@@ -110,3 +110,23 @@ def test_mode_is_that_of_the_forward():
         model.train()
         loss.backward()
     assert_close(flat_grad(model), expected)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("change", ["no bias", "new weight"])
+def test_a_layer_that_gets_another_dictionary_of_parameters_is_exact(change, verify):
+    model, x = behind(nn.Linear(4, 3)), double(6, 4)
+    with rgd_ext.precondition(model, verify=verify):
+        loss_of(model(x)).backward()
+        model.zero_grad()
+        layer, bias = model[-1], model[-1].bias
+        layer.__setstate__({**vars(layer), "_parameters": dict(layer._parameters)})
+        if change == "no bias":
+            layer.bias = None
+        else:
+            layer.weight = nn.Parameter(double(3, 4))
+        loss_of(model(x)).backward()
+    found = flat_grad(model)
+    model.zero_grad()
+    assert_close(found, expected_direction(model, x))
+    assert change == "new weight" or bias.grad is None

@@ -114,3 +114,20 @@ def test_the_direction_of_a_union_leaves_the_plan_of_the_last_backward():
             loss_of(model(x)).backward()
             inside = handle.plan()
         assert handle.plan() == inside
+
+
+def test_a_plan_for_an_embedding_tied_to_a_small_head_is_that_of_its_backward():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x).tanh())
+
+    model, x = Tied(), torch.randint(11, (5, 4))
+    with rgd_ext.precondition(model) as handle:
+        planned = handle.plan(x)
+        loss_of(model(x)).backward()
+        assert planned.layers == handle.plan().layers

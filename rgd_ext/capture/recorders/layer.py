@@ -45,15 +45,21 @@ class LayerRecorder(Recorder):
         """The rule of the module as it is now."""
         return partial(self._layer_type.rule, self.module)
 
-    def _compiled_layer(self) -> Any:
-        """The compiled layer for the usual case; None where that never comes, or there is no compiled code."""
+    def _compiled_layer(self) -> tuple[Any, dict[str, nn.Parameter | None]] | None:
+        """The compiled layer for the usual case, and the dictionary that it takes the parameters from.
+
+        None where the usual case never comes, or there is no compiled code.
+        """
         has_samples_first = self.context.options.batch_dim == 0 and self.batch_dim in (None, 0)
-        if self.batch_norms or not has_samples_first or self.previous is not None:
+        has_own_parameters = all(owner is self.module for owner, *_ in self.places)
+        if self.batch_norms or not has_samples_first or not has_own_parameters or self.previous is not None:
             return None
-        places, spec = [(owner._parameters, key, name) for owner, key, name in self.places], native_spec(self._spec)
-        return compiled_layer(
+        parameters, spec = self.module._parameters, native_spec(self._spec)
+        places = [(parameters, key, name) for _, key, name in self.places]
+        layer = compiled_layer(
             self.context, self.context.native, self.name, places, self._bound_rule, spec, self.sample_ndim
         )
+        return None if layer is None else (layer, parameters)
 
     def _update_spec(self) -> None:
         """Take over what the user has changed in a norm, such as its eps, since the forward before."""
@@ -70,10 +76,13 @@ class LayerRecorder(Recorder):
             settings = attributes.get("eps"), attributes.get("num_groups", 1), dimensions
             if settings != (spec.eps, spec.groups, 1):
                 self._update_spec()
-        is_usual = self._compiled is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
-        # Buffers may change before the backward, and a mark says where the samples are.
-        if is_usual and not attributes["_buffers"] and not is_marked(module):
-            output = self._compiled.run(module, type(module).forward, args[0])
+        compiled = self._compiled
+        is_usual = compiled is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
+        # Buffers may change before the backward, a mark says where the samples are, and the module may have got another
+        # dictionary of parameters, as from __setstate__.
+        is_usual = is_usual and not attributes["_buffers"] and not is_marked(module)
+        if is_usual and compiled[1] is attributes["_parameters"]:
+            output = compiled[0].run(module, type(module).forward, args[0])
             if type(output) is tuple:
                 return self._watch(output[0], output[1], args)
             if output is not None:
