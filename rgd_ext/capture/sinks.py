@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace, fresh
-from ..contributions.factor import Factor
+from ..contributions.factor import Dense, Factor
 from ..contributions.ledger import Contributions, Outline
 from ..contributions.merge import sum_uses
 from ..metric import Solver, Stats
@@ -189,7 +189,7 @@ class HandOver(Sink):
 
 
 class NoteShapes(Sink):
-    """Lets the planner choose the strategies, and computes nothing.
+    """Lets the planner choose the strategies, and forms no gradients for them.
 
     Args:
         needs_gram: whether the statistics include the Gramian.
@@ -201,11 +201,14 @@ class NoteShapes(Sink):
         self._needs_gram = needs_gram
 
     def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
-        self._planner.note(self._parameters.name_of(parameter), factor, self._needs_gram)
-        return factor
+        choice = self._planner.note(self._parameters.name_of(parameter), factor, self._needs_gram)
+        if choice.strategy != "materialise":
+            return factor.apply(choice.strategy, fresh)
+        # Without memory for each of its numbers.
+        return Dense(factor.example.new_zeros(()).expand(factor.batch_size, *parameter.shape))
 
     def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
-        # Strategies that form gradients form them for each use, and their sum has the same shape.
+        # Where one use has formed gradients, the others are added to them, and the sum has their shape.
         formed = next((factor for factor in factors if factor.as_tensor() is not None), None)
         return super().total(parameter, factors) if formed is None else self.apply(parameter, formed)
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from capturing import loss_of
+from models import MODELS
 from oracle import flat_grad
-from planning_cases import counted_plans, strategies, with_rates
+from planning_cases import STRATEGIES, counted_plans, model_and_inputs, only_strategy, strategies, with_rates
 from torch import nn
 
 import rgd_ext
@@ -116,18 +117,13 @@ def test_the_direction_of_a_union_leaves_the_plan_of_the_last_backward():
         assert handle.plan() == inside
 
 
-def test_a_plan_for_an_embedding_tied_to_a_small_head_is_that_of_its_backward():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x):
-            return self.head(self.embed(x).tanh())
-
-    model, x = Tied(), torch.randint(11, (5, 4))
-    with rgd_ext.precondition(model) as handle:
-        planned = handle.plan(x)
-        loss_of(model(x)).backward()
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+@pytest.mark.parametrize("name", ["tied", "convolutions", *MODELS])
+def test_the_plan_for_a_batch_is_that_of_its_backward(monkeypatch, name, strategy):
+    if strategy is not None:
+        only_strategy(monkeypatch, strategy)
+    model, inputs = model_and_inputs(name)
+    with rgd_ext.precondition(model, batch_norm="contribution") as handle:
+        planned = handle.plan(*inputs)
+        loss_of(model(*inputs)).backward()
         assert planned.layers == handle.plan().layers
