@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch._C import _current_graph_task_id, _functorch
 
+from ..contributions.ledger import Contributions
+from ..planning.planner import Planner
 from .backward import Backward
 from .batch import check_not_empty
 from .calls import Calls
 from .native import Context, LayerCall
 from .parameters import WatchedParameters
-from .sinks import Sink
+from .sinks import CallNumbers, HandOver, Sink
 
 NESTED = (
     "a backward through the captured model ran inside another one, from a hook or an autograd function: it took the"
@@ -125,14 +127,29 @@ class CaptureContext:
         finally:
             self.switch(before)
 
+    @contextmanager
+    def collecting(self, planner: Planner, keeps_contributions: bool) -> Iterator[list[Contributions]]:
+        """Backwards inside add their contributions to the list this yields, and write nothing.
+
+        Args:
+            planner: chooses the strategies.
+            keeps_contributions: as for `Sink`.
+        """
+        parts: list[Contributions] = []
+
+        def take(contributions: Contributions, passed: CallNumbers) -> None:
+            parts.append(contributions)
+
+        with self.directed_to(HandOver(take, planner, self.parameters, keeps_contributions)):
+            yield parts
+
     def current_backward(self, call: LayerCall) -> Backward:
         """The backward under way, in which a layer gets its gradient. With the first layer a backward begins."""
         task = _current_graph_task_id()
         backward = self._backward()
         if backward is None or backward.task != task or call.inside != -1:
             backward = self._begin(call, task, backward)
-        if backward.sink.keeps_contributions or call.batch_size != backward.batch_size:
-            backward.admit(call)
+        backward.admit(call)
         return backward
 
     def _begin(self, call: LayerCall, task: int, earlier: Backward | None) -> Backward:

@@ -22,7 +22,7 @@ from .install import recorders_for
 from .model_call import ModelCall
 from .nodes import receive
 from .recorders.recorder import Recorder
-from .sinks import CallNumbers, HandOver, NoteShapes, WriteDirection
+from .sinks import HandOver, NoteShapes, WriteDirection
 from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion
 from .verification.verifier import Verifier
 from .wrappers import check_not_in_ddp
@@ -184,12 +184,7 @@ class Preconditioner:
     @contextmanager
     def collect(self) -> Iterator[list[Contributions]]:
         """Backwards inside add their contributions to the list this yields, and write nothing."""
-        parts: list[Contributions] = []
-
-        def take(contributions: Contributions, passed: CallNumbers) -> None:
-            parts.append(contributions)
-
-        with self.context.directed_to(HandOver(take, self._planner, self.context.parameters, keeps_contributions=True)):
+        with self.context.collecting(self._planner, keeps_contributions=True) as parts:
             yield parts
 
     def state_dict(self) -> dict[str, State]:

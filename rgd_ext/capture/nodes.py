@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.autograd import forward_ad
 from .context import reentrant_message
 from .native import LayerCall, Wanted, wanted_by_engine
 from .native import watch as watch_natively
-from .rule_output import names_of
 
 FORWARD_MODE = (
     "a forward-mode derivative through a captured model: run the forward under `with handle.paused():`, or take"
@@ -42,7 +42,7 @@ def _wanted_names(call: LayerCall, wanted: Wanted) -> Collection[str]:
     """The names of the parameters that the backward under way is for."""
     if wanted is None:
         raise RuntimeError(RETURNED_GRADIENT if call.inside == -1 else reentrant_message(call))
-    names = call.parameters if all(wanted) else names_of(call, wanted)
+    names = call.parameters if all(wanted) else list(compress(call.parameters, wanted))
     if names and torch.is_grad_enabled():
         raise RuntimeError(SECOND_DERIVATIVE)
     return names

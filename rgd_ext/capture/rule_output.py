@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -64,8 +64,3 @@ def missing_error(call: LayerCall, found: RuleOutput) -> Exception:
         f"the rule for '{call.name}' returned contributions for {sorted(found)}, but its trainable parameters are"
         f" {sorted(call.parameters)}: return one (B, *shape) tensor for each"
     )
-
-
-def names_of(call: LayerCall, wanted: Sequence[bool]) -> Collection[str]:
-    """The names of the parameters that are wanted."""
-    return [name for name, is_wanted in zip(call.parameters, wanted, strict=True) if is_wanted]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace, fresh
 from ..contributions.factor import Dense, Factor
-from ..contributions.ledger import Contributions, Outline
+from ..contributions.ledger import Contributions
 from ..contributions.merge import sum_uses
+from ..contributions.outline import Outline
 from ..metric import Solver, Stats
 from ..planning.planner import Planner
 from .parameters import WatchedParameters

@@ -14,7 +14,7 @@ _TOGETHER = "small: formed together with others"
 
 
 class Outline:
-    """The shapes of contributions with only one strategy, which keeps_contributions their values.
+    """The shapes of contributions with only one strategy.
 
     Args:
         batch_size: B.

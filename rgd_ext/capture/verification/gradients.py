@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -17,7 +14,6 @@ from ..context import CaptureContext
 from ..findings import BackwardFailed, Unprovable
 from ..model_call import ModelCall
 from ..precision import full_precision
-from ..sinks import CallNumbers, HandOver
 from .environment import Environment
 from .sketch import sketch
 from .state import ModelState
@@ -95,8 +91,9 @@ class Gradients:
         outputs.clear()
         if not edges:
             return {}
+        planner = Planner(self._context.options.memory_budget)  # its choices are not those of the capture
         try:
-            with self._environment.active(), self._collected() as parts:
+            with self._environment.active(), self._context.collecting(planner, keeps_contributions=False) as parts:
                 vs = [cotangents[n] for n in edges]
                 torch.autograd.backward(list(edges.values()), vs, inputs=self._still_trained())
         except Exception as error:
@@ -120,19 +117,6 @@ class Gradients:
     def _still_trained(self) -> list[nn.Parameter]:
         """The parameters, but for those that the forward has frozen."""
         return [p for p in self.parameters if p.requires_grad]
-
-    @contextmanager
-    def _collected(self) -> Iterator[list[Contributions]]:
-        """Backwards inside add their contributions to the list this yields, and the capture does not remember them."""
-        parts: list[Contributions] = []
-
-        def take(contributions: Contributions, passed: CallNumbers) -> None:
-            parts.append(contributions)
-
-        context = self._context
-        planner = Planner(context.options.memory_budget)
-        with context.directed_to(HandOver(take, planner, context.parameters, keeps_contributions=False)):
-            yield parts
 
 
 def _sum_of(parameter: nn.Parameter, factor: Factor | None, weights: Tensor | None) -> Tensor:
