@@ -22,16 +22,11 @@ at::Tensor product_with_wider(const at::Tensor& left, const at::Tensor& right) {
 // PyTorch's own products, on any device: small models pay for the calls, which cost less here than from Python.
 std::vector<at::Tensor> ghost_combine(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases,
                                       const at::Tensor& weights) {
-  check_layers(inputs, output_grads, biases);
-  const at::Tensor& first = output_grads[0];
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == first.size(0) && weights.is_floating_point() &&
-                        weights.device() == first.device(),
-                    "weights has shape ", weights.sizes(), " and is ", weights.scalar_type(), " on ", weights.device(),
-                    ": pass ", first.size(0), " floating-point weights on ", first.device());
+  check_vector_layers(inputs, output_grads, biases);
   // Nothing here is differentiated: small models pay for every operator that looks whether it is.
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const at::ScalarType dtype = first.scalar_type(), sums = accumulate_dtype(dtype);
-  const at::Tensor column = weights.to(sums).unsqueeze(1);
+  const at::ScalarType dtype = output_grads[0].scalar_type();
+  const at::Tensor column = checked_weights(output_grads, weights).unsqueeze(1);
   std::vector<at::Tensor> results;
   results.reserve(2 * inputs.size());
   for (size_t layer = 0; layer < inputs.size(); ++layer) {
@@ -39,7 +34,7 @@ std::vector<at::Tensor> ghost_combine(at::TensorList inputs, at::TensorList outp
     // The bias first: the product drives from the caches what the two share.
     if (biases[layer]) results.push_back(weighted.sum(0).to(dtype));
     if (inputs[layer].size(1) == 0) continue;
-    if (dtype == sums)
+    if (dtype == column.scalar_type())
       results.push_back(at::mm(weighted.t(), inputs[layer]));
     else
       results.push_back(product_with_wider(output_grads[layer].t(), at::mul(inputs[layer], column)).to(dtype));

@@ -13,27 +13,29 @@ bool rows_are_contiguous(const at::Tensor& grad) {
   return true;
 }
 
+bool is_gradient(const at::Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  const bool is_supported = dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
+  return is_supported && tensor.dim() > 0 && tensor.size(0) > 0;
+}
+
+bool is_alike(const at::Tensor& left, const at::Tensor& right) {
+  return left.scalar_type() == right.scalar_type() && left.device() == right.device();
+}
+
 }  // namespace
 
+std::string described(const at::Tensor& tensor) {
+  return c10::str(tensor.scalar_type(), tensor.sizes(), " on ", tensor.device());
+}
+
 void check_grads(at::TensorList grads) {
-  TORCH_CHECK_VALUE(!grads.empty(), "grads is empty: pass at least one (B, *shape) tensor");
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const at::Tensor& grad = grads[i];
-    const at::ScalarType dtype = grad.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                     "grads[", i, "] has dtype ", dtype,
-                     ": per-sample gradients are float32, float64, bfloat16 or float16; convert it first");
-    TORCH_CHECK_VALUE(grad.dim() > 0, "grads[", i, "] is a scalar: its first dimension must be the batch, (B, *shape)");
-    TORCH_CHECK_VALUE(grad.size(0) > 0, "empty batch: grads[", i, "] has shape ", grad.sizes(),
-                      "; RGD needs at least one sample");
-    TORCH_CHECK_VALUE(grad.size(0) == grads[0].size(0), "batch sizes disagree: grads[0] has ", grads[0].size(0),
-                      " samples and grads[", i, "] has ", grad.size(0),
-                      "; every tensor must be (B, *shape) with the same B");
-    TORCH_CHECK_TYPE(dtype == grads[0].scalar_type(), "dtypes disagree: grads[0] is ", grads[0].scalar_type(),
-                     " and grads[", i, "] is ", dtype, "; convert them to one");
-    TORCH_CHECK_VALUE(grad.device() == grads[0].device(), "devices disagree: grads[0] is on ", grads[0].device(),
-                      " and grads[", i, "] on ", grad.device(), "; move them to one device");
-  }
+  TORCH_CHECK_VALUE(!grads.empty(), "got no tensors: pass at least one");
+  const at::Tensor& first = grads[0];
+  for (const at::Tensor& grad : grads)
+    TORCH_CHECK_VALUE(is_gradient(grad) && is_alike(grad, first) && grad.size(0) == first.size(0), "got ",
+                      described(first), " and ", described(grad),
+                      ": pass floating-point (B, *shape) tensors of the same B > 0 and dtype on one device");
 }
 
 std::vector<at::Tensor> with_contiguous_rows(at::TensorList grads) {
@@ -55,28 +57,25 @@ at::Tensor empty_statistic(at::TensorList grads) {
 }
 
 at::Tensor checked_weights(at::TensorList grads, const at::Tensor& weights) {
-  const int64_t batch_size = grads[0].size(0);
-  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == batch_size, "weights has shape ", weights.sizes(),
-                    " but grads holds ", batch_size, " samples: pass one weight per sample");
-  TORCH_CHECK_VALUE(weights.device() == grads[0].device(), "weights is on ", weights.device(), " but grads on ",
-                    grads[0].device(), ": move them to one device");
-  TORCH_CHECK_TYPE(at::isFloatingType(weights.scalar_type()), "weights has dtype ", weights.scalar_type(),
-                   ": convert it to ", accumulate_dtype(grads[0].scalar_type()));
-  return weights.to(accumulate_dtype(grads[0].scalar_type())).contiguous();
+  const at::Tensor& first = grads[0];
+  TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == first.size(0) && weights.is_floating_point() &&
+                        weights.device() == first.device(),
+                    "got weights ", described(weights), " for gradients ", described(first),
+                    ": pass one floating-point weight per sample on one device");
+  return weights.to(accumulate_dtype(first.scalar_type())).contiguous();
 }
 
 at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon) {
-  TORCH_CHECK_VALUE(epsilon.numel() == 1, "epsilon has shape ", epsilon.sizes(), ": pass one number for all samples");
-  TORCH_CHECK_VALUE(epsilon.device() == grads[0].device(), "epsilon is on ", epsilon.device(), " but grads on ",
-                    grads[0].device(), ": move them to one device");
-  TORCH_CHECK_TYPE(at::isFloatingType(epsilon.scalar_type()), "epsilon has dtype ", epsilon.scalar_type(),
-                   ": convert it to ", accumulate_dtype(grads[0].scalar_type()));
-  return epsilon.reshape({}).to(accumulate_dtype(grads[0].scalar_type()));
+  const at::Tensor& first = grads[0];
+  TORCH_CHECK_VALUE(epsilon.numel() == 1 && epsilon.is_floating_point() && epsilon.device() == first.device(),
+                    "got epsilon ", described(epsilon), " for gradients ", described(first),
+                    ": pass one floating-point number on one device");
+  return epsilon.reshape({}).to(accumulate_dtype(first.scalar_type()));
 }
 
 int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
-  TORCH_CHECK_VALUE(grads.size() == vectors.size(), "grads has ", grads.size(), " tensors and vectors ", vectors.size(),
-                    ": pass one vector per tensor");
+  TORCH_CHECK_VALUE(grads.size() == vectors.size(), "got ", vectors.size(), " vectors for ", grads.size(),
+                    " tensors of gradients: pass as many");
   const bool several = vectors[0].dim() == grads[0].dim();
   const int64_t count = several ? vectors[0].size(0) : 1;
   for (size_t t = 0; t < grads.size(); ++t) {
@@ -85,65 +84,57 @@ int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
     const bool matches =
         several ? vector.dim() == grads[t].dim() && vector.size(0) == count && vector.sizes().slice(1) == shape
                 : vector.sizes() == shape;
-    TORCH_CHECK_VALUE(matches, "vectors[", t, "] has shape ", vector.sizes(), ": expected ", shape,
-                      " for one vector or (k, *shape) for k of them, the same k for every tensor");
-    TORCH_CHECK_VALUE(vector.scalar_type() == grads[t].scalar_type() && vector.device() == grads[t].device(),
-                      "vectors[", t, "] is ", vector.scalar_type(), " on ", vector.device(), " but grads[", t, "] is ",
-                      grads[t].scalar_type(), " on ", grads[t].device(), ": convert one to the other");
+    TORCH_CHECK_VALUE(matches && is_alike(vector, grads[t]), "got vector ", described(vector), " for gradients ",
+                      described(grads[t]), ": pass (*shape) or, with one k for all, (k, *shape) of the same dtype");
   }
   return count;
 }
 
-void check_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
+void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t settings) {
+  TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && inputs.size() == settings, "got ", inputs.size(),
+                    " inputs, ", output_grads.size(), " output gradients and settings of ", settings,
+                    " layers: pass one of each per layer");
   check_grads(output_grads);
-  TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && biases.size() == inputs.size(), "got ", inputs.size(),
-                    " inputs, ", output_grads.size(), " output gradients and ", biases.size(),
-                    " biases: pass one of each per layer");
-  const at::Tensor& first = output_grads[0];
-  for (size_t layer = 0; layer < inputs.size(); ++layer) {
-    const at::Tensor &input = inputs[layer], &grad = output_grads[layer];
-    TORCH_CHECK_VALUE(input.dim() == 2 && grad.dim() == 2 && input.size(0) == first.size(0), "layer ", layer,
-                      " has inputs of shape ", input.sizes(), " and output gradients of shape ", grad.sizes(),
-                      ": expected (B, n) and (B, m) with B = ", first.size(0));
-    TORCH_CHECK_VALUE(input.scalar_type() == first.scalar_type() && input.device() == first.device(), "inputs[", layer,
-                      "] is ", input.scalar_type(), " on ", input.device(), " but output_grads[0] is ",
-                      first.scalar_type(), " on ", first.device(), ": convert one to the other");
-  }
+  check_grads(inputs);
+  check_grads({output_grads[0], inputs[0]});
+}
+
+void check_vector_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
+  check_layers(inputs, output_grads, biases.size());
+  for (size_t layer = 0; layer < inputs.size(); ++layer)
+    TORCH_CHECK_VALUE(inputs[layer].dim() == 2 && output_grads[layer].dim() == 2, "got ", described(inputs[layer]),
+                      " and ", described(output_grads[layer]), ": pass (B, n) and (B, m)");
 }
 
 void check_symmetric(const at::Tensor& matrix) {
-  TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) > 0, "matrix has shape ",
-                    matrix.sizes(), ": pass a symmetric (B, B) matrix");
-  TORCH_CHECK_TYPE(matrix.scalar_type() == at::kDouble || matrix.scalar_type() == at::kFloat, "matrix has dtype ",
-                   matrix.scalar_type(), ": convert it to float64 or float32");
+  const at::ScalarType dtype = matrix.scalar_type();
+  TORCH_CHECK_VALUE(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) > 0 &&
+                        (dtype == at::kDouble || dtype == at::kFloat),
+                    "got ", described(matrix), ": pass a symmetric (B, B) matrix of float64 or float32");
 }
 
 void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
                       const at::Tensor& squared_norms, const at::Tensor& epsilon) {
-  TORCH_CHECK_VALUE(alignments.dim() == 1 && alignments.size(0) > 0 && squared_norms.sizes() == alignments.sizes(),
-                    "alignments and squared_norms have shapes ", alignments.sizes(), " and ", squared_norms.sizes(),
-                    ": pass one of each per sample, (B,)");
-  for (const at::Tensor* tensor : {&squared_grad_norm, &squared_norms, &epsilon}) {
-    TORCH_CHECK_VALUE(tensor == &squared_norms || tensor->dim() == 0, "|g|^2 or epsilon has shape ", tensor->sizes(),
-                      ": pass a scalar");
-    TORCH_CHECK_VALUE(tensor->scalar_type() == alignments.scalar_type() && tensor->device() == alignments.device(),
-                      "alignments is ", alignments.scalar_type(), " on ", alignments.device(), " but another argument ",
-                      tensor->scalar_type(), " on ", tensor->device(), ": convert one to the other");
-  }
+  const bool are_alike =
+      is_alike(squared_norms, alignments) && is_alike(squared_grad_norm, alignments) && is_alike(epsilon, alignments);
+  TORCH_CHECK_VALUE(are_alike && alignments.dim() == 1 && alignments.size(0) > 0 &&
+                        squared_norms.sizes() == alignments.sizes() && squared_grad_norm.dim() == 0 &&
+                        epsilon.dim() == 0,
+                    "got |g|^2 ", described(squared_grad_norm), ", alignments ", described(alignments),
+                    ", squared norms ", described(squared_norms), " and epsilon ", described(epsilon),
+                    ": pass (), (B,), (B,) and () of one dtype on one device");
 }
 
-void check_group_norm(const at::Tensor& output_grad, const at::Tensor& input, int64_t groups) {
+void check_norm(const at::Tensor& output_grad, const at::Tensor& input) {
   check_grads({output_grad, input});
-  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, n, ...)");
-  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0, "groups is ", groups, ": it must divide ", input.size(1),
-                    " channels");
+  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "got output gradients ",
+                    described(output_grad), " and inputs ", described(input),
+                    ": pass two of one shape, (B, n) or more");
 }
 
-void check_layer_norm(const at::Tensor& output_grad, const at::Tensor& input) {
-  check_grads({output_grad, input});
-  TORCH_CHECK_VALUE(input.dim() >= 2 && output_grad.sizes() == input.sizes(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(), ": pass two tensors of shape (B, ..., n)");
+void check_groups(int64_t groups, int64_t channels) {
+  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0, "got ", groups, " groups of ", channels,
+                    " channels: pass a number that divides them");
 }
 
 }  // namespace rgd_ext

@@ -1,16 +1,18 @@
 #pragma once
 
 // What the operators of every device check of their arguments and allocate for their results. Per-sample gradients are
-// a list of (B, *shape) tensors.
+// a list of (B, *shape) tensors. The checks are those without which a kernel would read outside of a tensor; the
+// functions of rgd_ext/ops check before, and tell their users more.
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
+#include <string>
 #include <vector>
 
 namespace rgd_ext {
 
-// Raises where grads is not a list of per-sample gradients of one batch size, dtype and device.
+// Raises where grads are not (B, *shape) tensors of one B, dtype and device.
 void check_grads(at::TensorList grads);
 
 // The dtype of sums over gradients of `dtype`.
@@ -25,7 +27,7 @@ std::vector<at::Tensor> empty_like_parameters(at::TensorList grads);
 // One number per sample, (B,) in accumulate_dtype, not initialised.
 at::Tensor empty_statistic(at::TensorList grads);
 
-// `weights` of shape (B,) for combine, contiguous and in accumulate_dtype.
+// `weights` of shape (B,), contiguous and in accumulate_dtype.
 at::Tensor checked_weights(at::TensorList grads, const at::Tensor& weights);
 
 // `epsilon` for precondition, a scalar in accumulate_dtype.
@@ -34,8 +36,11 @@ at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon);
 // Raises where vectors are not of shape (*shape), or (k, *shape) with one k. Returns how many they are: one, or k.
 int64_t check_vectors(at::TensorList grads, at::TensorList vectors);
 
-// Raises where linear layers don't have inputs (B, n) and output gradients (B, m) of one dtype and device.
-void check_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases);
+// Raises where inputs and output gradients are not those of layers, one of each and as many `settings` as layers.
+void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t settings);
+
+// `check_layers` for linear layers with inputs (B, n) and output gradients (B, m).
+void check_vector_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases);
 
 // Raises where `matrix` is not (B, B) of float64 or float32; symmetry itself is taken on trust.
 void check_symmetric(const at::Tensor& matrix);
@@ -45,10 +50,13 @@ void check_symmetric(const at::Tensor& matrix);
 void check_statistics(const at::Tensor& squared_grad_norm, const at::Tensor& alignments,
                       const at::Tensor& squared_norms, const at::Tensor& epsilon);
 
-// Raises where they are not of one shape (B, n, ...), dtype and device, or `groups` does not divide n.
-void check_group_norm(const at::Tensor& output_grad, const at::Tensor& input, int64_t groups);
+// Raises where they are not of one shape with at least two dimensions, of one dtype and device.
+void check_norm(const at::Tensor& output_grad, const at::Tensor& input);
 
-// Raises where they are not of one shape (B, ..., n), dtype and device.
-void check_layer_norm(const at::Tensor& output_grad, const at::Tensor& input);
+// Raises where `groups` does not divide the channels.
+void check_groups(int64_t groups, int64_t channels);
+
+// What a message says of a tensor.
+std::string described(const at::Tensor& tensor);
 
 }  // namespace rgd_ext

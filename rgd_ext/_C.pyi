@@ -13,7 +13,7 @@ class _BuildInfo(TypedDict):
 
 def build_info() -> _BuildInfo: ...
 
-class Context:
+class NativeContext:
     def __init__(
         self,
         receive: Callable[[Any, Sequence[Tensor], Tensor, Sequence[bool] | None], Tensor],
@@ -43,7 +43,7 @@ class LayerCall:
     def __init__(
         self,
         context: Any,
-        native: Context,
+        native: NativeContext,
         name: str,
         parameters: dict[str, nn.Parameter],
         batch_size: int,
@@ -85,7 +85,7 @@ class Layer:
     def __init__(
         self,
         context: Any,
-        native: Context,
+        native: NativeContext,
         name: str,
         places: Sequence[tuple[Mapping[str, nn.Parameter | None], str, str]],
         rule: Any,

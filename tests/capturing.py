@@ -10,7 +10,7 @@ from torch import nn
 
 import rgd_ext
 from rgd_ext._binary import _C
-from rgd_ext.capture.native import Context, LayerCall, native_spec
+from rgd_ext.capture.native import LayerCall, NativeContext, native_spec
 from rgd_ext.capture.verification.proof import Proof
 from rgd_ext.layers import registry
 from rgd_ext.layers.norm import layer_norm, layer_norm_spec
@@ -164,4 +164,4 @@ def use_of_layer_norm():
     """A use of an nn.LayerNorm of 4 elements in a forward, as a `collector` takes it."""
     layer = nn.LayerNorm(4)
     rule, spec = partial(layer_norm, layer), native_spec(layer_norm_spec(layer))
-    return LayerCall(None, Context(None, None), "layer", dict(layer.named_parameters()), B, rule, spec)
+    return LayerCall(None, NativeContext(None, None), "layer", dict(layer.named_parameters()), B, rule, spec)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from rgd_ext.capture.native import Context, LayerCall, native_spec
+from rgd_ext.capture.native import LayerCall, NativeContext, native_spec
 from rgd_ext.capture.recorders.bags import Bags, embedding_bag, entries
 from rgd_ext.capture.rule_output import apply_rule
 from rgd_ext.contributions import merge
@@ -54,7 +54,7 @@ def of_linear_layer(inputs, output_grad, shape, dtype=torch.float32, is_known=Tr
     """What an nn.Linear with parameters of `dtype` contributes; `is_known` if the capture knows its kind."""
     parameters = {"weight": torch.empty(shape, dtype=dtype), "bias": torch.empty(shape[0], dtype=dtype)}
     spec = native_spec(LINEAR if is_known else None)
-    call = LayerCall(None, Context(None, None), "layer", parameters, len(inputs), partial(linear, None), spec)
+    call = LayerCall(None, NativeContext(None, None), "layer", parameters, len(inputs), partial(linear, None), spec)
     return apply_rule(call, [inputs], output_grad)
 
 

@@ -118,8 +118,8 @@ template <typename Sums>
 Partials conv_statistics(const at::Tensor& output_grad, const at::Tensor& input, at::IntArrayRef kernel,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   check_convolution(output_grad, input, kernel, stride, padding, dilation, 1);
-  TORCH_CHECK_VALUE(output_grad.size(1) > 0 && input.size(1) > 0, "output_grad has shape ", output_grad.sizes(),
-                    " and input ", input.sizes(), ": pass at least one channel each");
+  TORCH_CHECK_VALUE(output_grad.size(1) > 0 && input.size(1) > 0, "got output gradients ", described(output_grad),
+                    " and inputs ", described(input), ": pass at least one channel each");
   const Convolution conv(output_grad, input, kernel, stride, padding, dilation, 1);
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());
   const at::Tensor grads = output_grad.to(dtype).contiguous(), images = input.to(dtype).contiguous();

@@ -53,7 +53,7 @@ void conv_weight_grads(const at::Tensor& output_grad, const at::Tensor& input, a
   check_convolution(output_grad, input, kernel, stride, padding, dilation, groups);
   std::vector<int64_t> sizes{output_grad.size(0), output_grad.size(1), input.size(1) / groups};
   sizes.insert(sizes.end(), kernel.begin(), kernel.end());
-  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(sizes) && out.is_contiguous(), "out has shape ", out.sizes(),
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef(sizes) && out.is_contiguous(), "got out ", described(out),
                     ": pass a contiguous tensor of shape ", at::IntArrayRef(sizes));
   const Convolution conv(output_grad, input, kernel, stride, padding, dilation, groups);
   const at::ScalarType dtype = accumulate_dtype(input.scalar_type());

@@ -46,23 +46,18 @@ void check_convolution(const at::Tensor& output_grad, const at::Tensor& input, a
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   check_grads({output_grad, input});
   const size_t space = input.dim() - 2;
-  TORCH_CHECK_VALUE(input.dim() >= 3 && input.dim() <= 5 && output_grad.dim() == input.dim(), "output_grad has shape ",
-                    output_grad.sizes(), " and input ", input.sizes(),
-                    ": pass (B, m, *output) and (B, n, *space) with one to three dimensions of space");
-  TORCH_CHECK_VALUE(
-      kernel.size() == space && stride.size() == space && padding.size() == space && dilation.size() == space,
-      "kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ", dilation,
-      ": pass one number of each for each of ", space, " dimensions of space");
-  TORCH_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0 && output_grad.size(1) % groups == 0, "groups is ",
-                    groups, ": it must divide ", output_grad.size(1), " and ", input.size(1), " channels");
-  for (size_t dim = 0; dim < space; ++dim) {
+  bool is_valid = input.dim() >= 3 && input.dim() <= 5 && output_grad.dim() == input.dim() && kernel.size() == space &&
+                  stride.size() == space && padding.size() == space && dilation.size() == space;
+  for (size_t dim = 0; is_valid && dim < space; ++dim) {
     const int64_t places = output_grad.size(dim + 2), size = input.size(dim + 2) + 2 * padding[dim];
-    TORCH_CHECK_VALUE(kernel[dim] > 0 && stride[dim] > 0 && padding[dim] >= 0 && dilation[dim] > 0 && places > 0 &&
-                          (places - 1) * stride[dim] + (kernel[dim] - 1) * dilation[dim] < size,
-                      "output_grad has ", places, " places along a dimension of ", input.size(dim + 2),
-                      ", too many or too few for kernel ", kernel[dim], ", stride ", stride[dim], ", padding ",
-                      padding[dim], " and dilation ", dilation[dim]);
+    is_valid = kernel[dim] > 0 && stride[dim] > 0 && padding[dim] >= 0 && dilation[dim] > 0 && places > 0 &&
+               (places - 1) * stride[dim] + (kernel[dim] - 1) * dilation[dim] < size;
   }
+  TORCH_CHECK_VALUE(is_valid, "got output gradients ", described(output_grad), " and inputs ", described(input),
+                    " for kernel ", kernel, ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
+                    ": pass those of a convolution with one to three dimensions of space");
+  check_groups(groups, input.size(1));
+  check_groups(groups, output_grad.size(1));
 }
 
 }  // namespace rgd_ext::cpu

@@ -89,7 +89,7 @@ void ghost_gram_kernel(at::TensorList inputs, at::TensorList output_grads, const
 }
 
 at::Tensor ghost_gram(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
-  check_layers(inputs, output_grads, biases);
+  check_vector_layers(inputs, output_grads, biases);
   const int64_t batch_size = output_grads[0].size(0);
   const at::ScalarType dtype = output_grads[0].scalar_type();
   at::Tensor result = at::empty({batch_size, batch_size}, output_grads[0].options().dtype(accumulate_dtype(dtype)));

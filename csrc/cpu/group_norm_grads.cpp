@@ -50,7 +50,8 @@ void group_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
 
 std::tuple<at::Tensor, at::Tensor> group_norm_grads(const at::Tensor& output_grad, const at::Tensor& input,
                                                     int64_t groups, double eps) {
-  check_group_norm(output_grad, input, groups);
+  check_norm(output_grad, input);
+  check_groups(groups, input.size(1));
   at::Tensor weight = at::empty({input.size(0), input.size(1)}, input.options());
   at::Tensor bias = at::empty({input.size(0), input.size(1)}, input.options());
   form_group_norm(output_grad, input, groups, eps, {weight}, Place{bias});

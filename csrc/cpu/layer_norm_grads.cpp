@@ -55,7 +55,7 @@ void layer_norm_grads_kernel(const at::Tensor& output_grad, const at::Tensor& in
 
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads(const at::Tensor& output_grad, const at::Tensor& input, double eps,
                                                     bool centred) {
-  check_layer_norm(output_grad, input);
+  check_norm(output_grad, input);
   at::Tensor weight = at::empty({input.size(0), input.size(-1)}, input.options());
   at::Tensor bias = at::empty({input.size(0), input.size(-1)}, input.options());
   form_layer_norm(output_grad, input, eps, centred, {weight}, Place{bias});

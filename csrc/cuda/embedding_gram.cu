@@ -19,15 +19,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void check_entries(const at::Tensor& keys, const at::Tensor& sums, int64_t table_rows, int64_t batch_size) {
-  TORCH_CHECK_VALUE(keys.dim() == 1 && sums.dim() == 2 && sums.size(0) == keys.size(0), "keys has shape ", keys.sizes(),
-                    " and sums ", sums.sizes(), ": pass (N,) and (N, n)");
-  TORCH_CHECK_VALUE(keys.device() == sums.device(), "keys is on ", keys.device(), " but sums on ", sums.device(),
-                    ": move them to one device");
-  TORCH_CHECK_TYPE(keys.scalar_type() == at::kLong, "keys has dtype ", keys.scalar_type(), ": convert it to int64");
-  TORCH_CHECK_TYPE(sums.scalar_type() == at::kDouble || sums.scalar_type() == at::kFloat, "sums has dtype ",
-                   sums.scalar_type(), ": convert it to float64 or float32");
-  TORCH_CHECK_VALUE(table_rows > 0, "table_rows is ", table_rows, ": pass at least 1");
-  TORCH_CHECK_VALUE(batch_size > 0 && batch_size <= 65535, "batch_size is ", batch_size, ": pass 1 to 65535");
+  TORCH_CHECK_VALUE(keys.dim() == 1 && sums.dim() == 2 && sums.size(0) == keys.size(0) &&
+                        keys.device() == sums.device() && keys.scalar_type() == at::kLong &&
+                        (sums.scalar_type() == at::kDouble || sums.scalar_type() == at::kFloat),
+                    "got keys ", described(keys), " and sums ", described(sums),
+                    ": pass (N,) of int64 and (N, n) of float64 or float32 on one device");
+  TORCH_CHECK_VALUE(table_rows > 0 && batch_size > 0 && batch_size <= 65535, "got ", table_rows, " table rows and ",
+                    batch_size, " samples: pass at least one row, and 1 to 65535 samples");
 }
 
 at::Tensor embedding_gram_operator(const at::Tensor& keys, const at::Tensor& sums, int64_t table_rows,

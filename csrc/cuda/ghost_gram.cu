@@ -88,7 +88,7 @@ at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const
 }
 
 at::Tensor ghost_gram_operator(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
-  check_layers(inputs, output_grads, biases);
+  check_vector_layers(inputs, output_grads, biases);
   const c10::cuda::CUDAGuard guard(output_grads[0].device());
   const auto a = with_contiguous_rows(inputs), e = with_contiguous_rows(output_grads);
   return with_gram_sums(e[0].scalar_type(), e[0].size(0),

@@ -33,7 +33,8 @@ void read_groups(const S* output_grad, const S* input, int64_t groups, int64_t c
 
 std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
                                                              int64_t groups, double eps) {
-  check_group_norm(output_grad, input, groups);
+  check_norm(output_grad, input);
+  check_groups(groups, input.size(1));
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
   const int64_t batch_size = input.size(0), number = input.size(1);

@@ -48,7 +48,7 @@ void read_samples(const S* output_grad, const S* input, int64_t samples, int64_t
 
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
                                                              double eps, bool centred) {
-  check_layer_norm(output_grad, input);
+  check_norm(output_grad, input);
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
   const int64_t batch_size = input.size(0), columns = input.size(-1);

@@ -17,12 +17,12 @@ namespace {
 
 at::Tensor sequences(const at::Tensor& x) { return x.dim() > 3 ? x.flatten(1, -2) : x; }
 
-// The group for gradients like `grad`, made if it is new.
-template <typename Group>
-Group& group_for(std::vector<Group>& groups, const at::Tensor& grad) {
-  for (Group& group : groups)
-    if (group.grads[0].scalar_type() == grad.scalar_type() && group.grads[0].device() == grad.device()) return group;
-  return groups.emplace_back();
+// The bucket for gradients like `grad`, made if it is new.
+template <typename Bucket>
+Bucket& bucket_for(std::vector<Bucket>& buckets, const at::Tensor& grad) {
+  for (Bucket& bucket : buckets)
+    if (bucket.grads[0].scalar_type() == grad.scalar_type() && bucket.grads[0].device() == grad.device()) return bucket;
+  return buckets.emplace_back();
 }
 
 }  // namespace
@@ -49,12 +49,12 @@ bool Collector::take_vectors(const LayerCall& call, const at::Tensor& input, con
     return false;
   const py::handle weight = call.weight, bias = call.bias;
   if (THPVariable_Unpack((weight ? weight : bias).ptr()).scalar_type() != grad.scalar_type()) return false;
-  VectorLayers& group = group_for(vectors_, grad);
-  if (bias) group.parameters.append(bias);
-  if (weight) group.parameters.append(weight);
-  group.inputs.push_back(weight ? input : input.new_empty({input.size(0), 0}));
-  group.grads.push_back(grad);
-  group.biases.push_back(bool(bias));
+  VectorLayers& bucket = bucket_for(vectors_, grad);
+  if (bias) bucket.parameters.append(bias);
+  if (weight) bucket.parameters.append(weight);
+  bucket.inputs.push_back(weight ? input : input.new_empty({input.size(0), 0}));
+  bucket.grads.push_back(grad);
+  bucket.biases.push_back(bool(bias));
   return true;
 }
 
@@ -75,30 +75,30 @@ bool Collector::take_small(const LayerCall& call, const at::Tensor& input, const
     // Where gradients take much more memory than what they come from, there are better strategies.
     if (x.size(2) * e.size(2) > share_ * x.size(1) * (x.size(2) + e.size(2))) return false;
   }
-  SmallLayers& group = group_for(small_, grad);
-  group.parameters.append(weight);
-  if (bias) group.parameters.append(bias);
-  group.kinds.push_back(spec.kind);
-  group.grads.push_back(std::move(e));
-  group.inputs.push_back(std::move(x));
-  group.groups.push_back(spec.groups);
-  group.eps.push_back(spec.eps);
-  group.biases.push_back(bool(bias));
+  SmallLayers& bucket = bucket_for(small_, grad);
+  bucket.parameters.append(weight);
+  if (bias) bucket.parameters.append(bias);
+  bucket.kinds.push_back(spec.kind);
+  bucket.grads.push_back(std::move(e));
+  bucket.inputs.push_back(std::move(x));
+  bucket.groups.push_back(spec.groups);
+  bucket.eps.push_back(spec.eps);
+  bucket.biases.push_back(bool(bias));
   held_ += bytes;
   return true;
 }
 
 py::list Collector::vectors() {
   py::list found;
-  for (VectorLayers& group : std::exchange(vectors_, {}))
-    found.append(py::make_tuple(group.parameters, std::move(group.inputs), std::move(group.grads), group.biases));
+  for (VectorLayers& bucket : std::exchange(vectors_, {}))
+    found.append(py::make_tuple(bucket.parameters, std::move(bucket.inputs), std::move(bucket.grads), bucket.biases));
   return found;
 }
 
 py::list Collector::gradients() {
-  const std::vector<SmallLayers> groups = std::exchange(small_, {});
+  const std::vector<SmallLayers> buckets = std::exchange(small_, {});
   py::list found;
-  for (const SmallLayers& group : groups) found.append(py::make_tuple(group.parameters, group.form()));
+  for (const SmallLayers& bucket : buckets) found.append(py::make_tuple(bucket.parameters, bucket.form()));
   return found;
 }
 

@@ -14,8 +14,8 @@ class Collector;
 
 // The compiled half of `CaptureContext` of capture/context.py: what every layer asks before and after its forward. It
 // is used under the interpreter's lock.
-struct Context {
-  Context(pybind11::object receive_, pybind11::object transform_)
+struct NativeContext {
+  NativeContext(pybind11::object receive_, pybind11::object transform_)
       : receive(std::move(receive_)), transform(std::move(transform_)) {}
 
   // Whether forwards are recorded now: not while paused, without gradients, or inside a transform of torch.func.
@@ -37,7 +37,7 @@ struct Context {
   std::weak_ptr<Collector> collector;
 };
 
-// Adds `Context` to the module.
+// Adds `NativeContext` to the module.
 void bind_context(pybind11::module_& m);
 
 }  // namespace rgd_ext

@@ -48,7 +48,7 @@ struct Place {
 };
 
 struct Layer {
-  Layer(py::object context_, std::shared_ptr<Context> native_, py::object name_,
+  Layer(py::object context_, std::shared_ptr<NativeContext> native_, py::object name_,
         const std::vector<std::tuple<py::dict, py::object, py::object>>& places_, py::object rule_,
         std::shared_ptr<LayerSpec> spec_, int64_t sample_ndim_)
       : context(std::move(context_)),
@@ -101,7 +101,7 @@ struct Layer {
 
   // Not const, so that the garbage collector can clear them: the context leads to the model and back to here.
   py::object context;
-  const std::shared_ptr<Context> native;
+  const std::shared_ptr<NativeContext> native;
   const py::object name;
   std::vector<Place> places;
   py::object rule;
@@ -139,7 +139,7 @@ void bind_layer(py::module_& m) {
     type->ht_type.tp_clear = clear;
   });
   py::class_<Layer>(m, "Layer", "A recorded layer in the usual case.", collected)
-      .def(py::init<py::object, std::shared_ptr<Context>, py::object,
+      .def(py::init<py::object, std::shared_ptr<NativeContext>, py::object,
                     const std::vector<std::tuple<py::dict, py::object, py::object>>&, py::object,
                     std::shared_ptr<LayerSpec>, int64_t>(),
            py::arg("context"), py::arg("native"), py::arg("name"), py::arg("places"), py::arg("rule"), py::arg("spec"),

@@ -19,9 +19,9 @@ PyObject* const kBias = PyUnicode_InternFromString("bias");
 
 }  // namespace
 
-LayerCall::LayerCall(py::object context_, std::shared_ptr<Context> native_, py::object name_, py::dict parameters_,
-                     int64_t batch_size_, py::object rule_, std::shared_ptr<const LayerSpec> spec_,
-                     py::object operands_)
+LayerCall::LayerCall(py::object context_, std::shared_ptr<NativeContext> native_, py::object name_,
+                     py::dict parameters_, int64_t batch_size_, py::object rule_,
+                     std::shared_ptr<const LayerSpec> spec_, py::object operands_)
     : context(std::move(context_)),
       native(std::move(native_)),
       name(std::move(name_)),
@@ -43,7 +43,7 @@ void bind_layer_call(py::module_& m) {
       .def_readonly("groups", &LayerSpec::groups)
       .def_readonly("eps", &LayerSpec::eps);
   py::class_<LayerCall, std::shared_ptr<LayerCall>>(m, "LayerCall", "One use of some parameters in a forward.")
-      .def(py::init<py::object, std::shared_ptr<Context>, py::object, py::dict, int64_t, py::object,
+      .def(py::init<py::object, std::shared_ptr<NativeContext>, py::object, py::dict, int64_t, py::object,
                     std::shared_ptr<LayerSpec>, py::object>(),
            py::arg("context"), py::arg("native"), py::arg("name"), py::arg("parameters"), py::arg("batch_size"),
            py::arg("rule") = py::none(), py::arg("spec") = py::none(), py::arg("operands") = py::none())

@@ -21,12 +21,12 @@ struct LayerSpec {
 
 // One call of a layer in a forward: what the backward needs of it besides tensors.
 struct LayerCall {
-  LayerCall(pybind11::object context_, std::shared_ptr<Context> native_, pybind11::object name_,
+  LayerCall(pybind11::object context_, std::shared_ptr<NativeContext> native_, pybind11::object name_,
             pybind11::dict parameters_, int64_t batch_size_, pybind11::object rule_,
             std::shared_ptr<const LayerSpec> spec_, pybind11::object operands_ = pybind11::none());
 
   const pybind11::object context;
-  const std::shared_ptr<Context> native;
+  const std::shared_ptr<NativeContext> native;
   const pybind11::object name;
   const pybind11::dict parameters;  // by name
   // The weight and the bias among the parameters, or null; looked up where compiled code may take the layer.

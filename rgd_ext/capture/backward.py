@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contributions.cost import SHARE
 from ..contributions.ledger import Contributions
 from ..contributions.vectors import VectorLayers
-from .native import NODES_ASK, Collector, LayerCall, vector_groups
+from .native import NODES_ASK, Collector, LayerCall, vector_buckets
 from .precision import full_precision
 from .rule_output import RuleOutput, apply_rule, checked, missing_error
 from .sinks import CallNumbers, Sink
@@ -142,5 +142,5 @@ class Backward:
         contributions = self._contributions
         for parameters, matrix in self.collector.gradients():
             contributions.add_tensor(parameters, matrix)
-        for parameters, layers in vector_groups(self.collector):
+        for parameters, layers in vector_buckets(self.collector):
             contributions.add_vectors(parameters, layers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch
-from .native import Context
+from .native import NativeContext
 
 
 class Calls:
@@ -23,7 +23,7 @@ class Calls:
         batch_size: of the call before, if it was known.
     """
 
-    def __init__(self, native: Context) -> None:
+    def __init__(self, native: NativeContext) -> None:
         self._native = native
         self.batch: Batch | None = None
         self.number = 0

@@ -17,7 +17,7 @@ from ..planning.planner import Planner
 from .backward import Backward
 from .batch import check_not_empty
 from .calls import Calls
-from .native import Context, LayerCall
+from .native import LayerCall, NativeContext
 from .parameters import WatchedParameters
 from .sinks import CallNumbers, HandOver, Sink
 
@@ -64,7 +64,7 @@ class CaptureContext:
 
     def __init__(self, model: nn.Module, options: Options, receive: Callable) -> None:
         self.model, self.options = model, options
-        self.native = Context(receive, _functorch.peek_interpreter_stack)
+        self.native = NativeContext(receive, _functorch.peek_interpreter_stack)
         self.parameters = WatchedParameters(model, self.native, self._refuse_outside)
         self.calls = Calls(self.native)
         self.sink: Sink  # from `start` on

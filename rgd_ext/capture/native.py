@@ -25,7 +25,7 @@ def wanted_by_engine(edges: Sequence[tuple[Any, int]]) -> Wanted:
         return None
 
 
-class _Context:
+class _NativeContext:
     """csrc/python/context.h in Python."""
 
     def __init__(self, receive: Callable, transform: Callable[[], object]) -> None:
@@ -146,11 +146,11 @@ def _no_layer(*_) -> None:
 
 
 if _C is not None:
-    from .._C import Collector, Context, LayerCall, watch
+    from .._C import Collector, LayerCall, NativeContext, watch
 
     layer, guard, GUARD_HOOKS = _C.Layer, _C.Guard, 0
 else:
-    Context, LayerCall, Collector = _Context, _LayerCall, _Collector  # type: ignore[misc]  # of the same interface
+    NativeContext, LayerCall, Collector = _NativeContext, _LayerCall, _Collector  # type: ignore[misc]  # of the same interface
     watch, layer = _watch, _no_layer
     # (parameter, callable) -> a hook that `remove` takes away; and how many hooks that makes in Python's list.
     guard, GUARD_HOOKS = Tensor.register_hook, 1
@@ -160,10 +160,10 @@ else:
 NODES_ASK = _C is not None
 
 
-def vector_groups(collector: Collector) -> list[tuple[list[nn.Parameter], VectorLayers]]:
+def vector_buckets(collector: Collector) -> list[tuple[list[nn.Parameter], VectorLayers]]:
     """The linear layers that a collector has taken, by dtype and device."""
-    groups = collector.vectors()
-    return [(parameters, VectorLayers(inputs, grads, biases)) for parameters, inputs, grads, biases in groups]
+    buckets = collector.vectors()
+    return [(parameters, VectorLayers(inputs, grads, biases)) for parameters, inputs, grads, biases in buckets]
 
 
 def native_spec(spec: tuple[str, int, float] | None) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nests import modules_in
-from .native import GUARD_HOOKS, Context, guard
+from .native import GUARD_HOOKS, NativeContext, guard
 from .wrappers import check_not_sharded, check_not_wrapped
 
 # A parameter's place: the module that owns it, and its name there.
@@ -26,7 +26,7 @@ class WatchedParameters:
         refuse: called with a parameter if a gradient reaches it past the capture.
     """
 
-    def __init__(self, model: nn.Module, native: Context, refuse: Callable[[nn.Parameter], None]) -> None:
+    def __init__(self, model: nn.Module, native: NativeContext, refuse: Callable[[nn.Parameter], None]) -> None:
         self._model, self._native = model, native
         self._refuse = refuse
         self._names = {p: name for name, p in model.named_parameters()}

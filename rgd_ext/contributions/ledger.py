@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..gradients import Moments, PerSampleGradients, moments_of, squared_norm, total
 from ..linalg import accumulate_dtype
+from .bucket import Bucket, in_shapes, layer_factors, split_by_owner
 from .factor import Dense, Factor, moments_from_gram
-from .group import Group, in_shapes, layer_factors, split_by_owner
 from .outline import Outline
 from .vectors import VectorLayers
 
@@ -27,8 +27,8 @@ class Contributions(PerSampleGradients):
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
-        self._groups: dict[tuple[torch.dtype, torch.device], Group] = {}
-        # The ids of the parameters in the groups: the hash of a parameter is a call of Python.
+        self._buckets: dict[tuple[torch.dtype, torch.device], Bucket] = {}
+        # The ids of the parameters in the buckets: the hash of a parameter is a call of Python.
         self._entered: set[int] = set()
         # Until the ledger is closed, the contributions of other uses of parameters.
         self._uses: dict[nn.Parameter, list[Factor]] = {}
@@ -45,7 +45,7 @@ class Contributions(PerSampleGradients):
         return found
 
     def __bool__(self) -> bool:
-        return bool(self._groups or self._uses or self._factors)
+        return bool(self._buckets or self._uses or self._factors)
 
     @property
     def batch_size(self) -> int:
@@ -62,9 +62,9 @@ class Contributions(PerSampleGradients):
             layers: of one dtype and device.
         """
         if self._enter(parameters):
-            self._group(layers.output_grads[0]).add_vectors(parameters, layers)
+            self._bucket(layers.output_grads[0]).add_vectors(parameters, layers)
         else:
-            again = Group()
+            again = Bucket()
             again.add_vectors(parameters, layers)
             for parameter, factor in again.vector_factors():
                 self.add_factor(parameter, factor)
@@ -72,7 +72,7 @@ class Contributions(PerSampleGradients):
     def add_tensor(self, owners: Sequence[nn.Parameter], contributions: Tensor) -> None:
         """Contributions of one parameter, (B, *shape), or of several, flattened and side by side, (B, D)."""
         if self._enter(owners):
-            self._group(contributions).add_tensor(owners, contributions)
+            self._bucket(contributions).add_tensor(owners, contributions)
         else:
             for parameter, part in split_by_owner(owners, contributions):
                 self.add_factor(parameter, Dense(part))
@@ -82,19 +82,19 @@ class Contributions(PerSampleGradients):
         self._uses.setdefault(parameter, []).append(factor)
 
     def _enter(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether none of the parameters is in the groups yet; then they are from now on."""
+        """Whether none of the parameters is in the buckets yet; then they are from now on."""
         ids = {*map(id, parameters)}
         if len(ids) < len(parameters) or not ids.isdisjoint(self._entered):
             return False
         self._entered |= ids
         return True
 
-    def _group(self, tensor: Tensor) -> Group:
+    def _bucket(self, tensor: Tensor) -> Bucket:
         kind = tensor.dtype, tensor.device
-        group = self._groups.get(kind)
-        if group is None:
-            group = self._groups[kind] = Group()
-        return group
+        bucket = self._buckets.get(kind)
+        if bucket is None:
+            bucket = self._buckets[kind] = Bucket()
+        return bucket
 
     def close(self, total_of: Callable[[nn.Parameter, list[Factor]], Factor]) -> None:
         """End the entries: from now on the ledger may be asked.
@@ -110,7 +110,7 @@ class Contributions(PerSampleGradients):
             self._place(parameter, factor)
 
     def _place(self, parameter: nn.Parameter, factor: Factor) -> None:
-        """Enter vectors and tensors into their group, and anything else as a factor."""
+        """Enter vectors and tensors into their bucket, and anything else as a factor."""
         layer = factor.as_vectors()
         if layer is not None:
             self.add_vectors([parameter], layer)
@@ -120,18 +120,18 @@ class Contributions(PerSampleGradients):
             self._factors[parameter] = factor
 
     def _separate(self, uses: dict[nn.Parameter, list[Factor]]) -> None:
-        """Take the parameters of `uses` out of the groups."""
-        groups, self._groups, self._entered = self._groups, {}, set()
+        """Take the parameters of `uses` out of the buckets."""
+        buckets, self._buckets, self._entered = self._buckets, {}, set()
         shared = set(map(id, uses))
-        for group in groups.values():
-            for weight, bias, x, e in group.layers():
+        for bucket in buckets.values():
+            for weight, bias, x, e in bucket.layers():
                 parameters = [p for p in (bias, weight) if p is not None]
                 if shared.isdisjoint(map(id, parameters)):
                     self.add_vectors(parameters, VectorLayers([x], [e], [bias is not None]))
                 else:
                     for parameter, factor in layer_factors(weight, bias, x, e):
                         uses.setdefault(parameter, []).insert(0, factor)
-            for owners, tensor in zip(group.owners, group.tensors, strict=True):
+            for owners, tensor in zip(bucket.owners, bucket.tensors, strict=True):
                 if shared.isdisjoint(map(id, owners)):
                     self.add_tensor(owners, tensor)
                 else:
@@ -151,10 +151,10 @@ class Contributions(PerSampleGradients):
 
     def parameters(self) -> list[nn.Parameter]:
         """Those with contributions, in the order of vectors of the parameter space."""
-        groups = self._groups.values()
-        found = [parameter for group in groups for parameter in group.vector_parameters]
+        buckets = self._buckets.values()
+        found = [parameter for bucket in buckets for parameter in bucket.vector_parameters]
         found += self._factors
-        found += [parameter for group in groups for owners in group.owners for parameter in owners]
+        found += [parameter for bucket in buckets for owners in bucket.owners for parameter in owners]
         return self._ordered(found)
 
     def _ordered(self, found: list) -> list:
@@ -162,16 +162,16 @@ class Contributions(PerSampleGradients):
 
     def factors(self) -> list[tuple[nn.Parameter, Factor]]:
         """The contributions parameter by parameter, in the order of `parameters`."""
-        groups = self._groups.values()
-        found = [each for group in groups for each in group.vector_factors()]
+        buckets = self._buckets.values()
+        found = [each for bucket in buckets for each in bucket.vector_factors()]
         found += self._factors.items()
-        found += [each for group in groups for each in group.tensor_factors()]
+        found += [each for bucket in buckets for each in bucket.tensor_factors()]
         return self._ordered(found)
 
     def outline(self) -> Outline:
         """The shapes of what has only one strategy."""
-        groups = [(group.vector_parameters, group.owners) for group in self._groups.values()]
-        return Outline(self._batch_size, groups)
+        buckets = [(bucket.vector_parameters, bucket.owners) for bucket in self._buckets.values()]
+        return Outline(self._batch_size, buckets)
 
     def mean(self) -> list[Tensor]:
         """g = mean_i g_i, which is the gradient of the loss."""
@@ -193,21 +193,23 @@ class Contributions(PerSampleGradients):
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
-        grams = [torch.ops.rgd_ext.gram(group.tensors) for group in self._groups.values() if group.tensors]
+        grams = [torch.ops.rgd_ext.gram(bucket.tensors) for bucket in self._buckets.values() if bucket.tensors]
         grams += self._vector_grams()
         grams += [factor.gram() for factor in self._factors.values()]
         # Of a float: torch converts an int first, with an operator of its own.
         return total(grams).mul_(float(self._batch_size**2))
 
     def _vector_grams(self) -> list[Tensor]:
-        return [group.vectors.gram() for group in self._groups.values() if group.vectors]
+        return [bucket.vectors.gram() for bucket in self._buckets.values() if bucket.vectors]
 
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None where the Gramian costs no more."""
-        groups = self._groups.values()
-        if not any(group.tensors for group in groups) and all(factor.gram_is_free for factor in self._factors.values()):
+        buckets = self._buckets.values()
+        if not any(bucket.tensors for bucket in buckets) and all(
+            factor.gram_is_free for factor in self._factors.values()
+        ):
             return None
-        parts = [moments_of(group.tensors) for group in groups if group.tensors]
+        parts = [moments_of(bucket.tensors) for bucket in buckets if bucket.tensors]
         parts += [factor.moments() for factor in self._factors.values()]
         parts += [moments_from_gram(gram) for gram in self._vector_grams()]
         squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
@@ -238,18 +240,18 @@ class Contributions(PerSampleGradients):
             raise RuntimeError("the contributions are used up: ask for all but the last combination before release()")
         weights, last = weights * float(self._batch_size), self._is_last
         self._is_used_up = last
-        groups = self._groups.values()
-        result = [step for group in groups for step in group.combine_vectors(weights, last)]
+        buckets = self._buckets.values()
+        result = [step for bucket in buckets for step in bucket.combine_vectors(weights, last)]
         for parameter in list(self._factors):
             factor = self._factors.pop(parameter) if last else self._factors[parameter]
             there = weights.to(factor.example.device, accumulate_dtype(factor.example.dtype))
             result.append(factor.combine_sparse(there) if last and factor.is_sparse else factor.combine(there))
             del factor
-        return result + [step for group in groups for step in group.combine_tensors(weights, last)]
+        return result + [step for bucket in buckets for step in bucket.combine_tensors(weights, last)]
 
     def _cut(self, joined: list[Tensor]) -> list[Tensor]:
         """One tensor per parameter of what `_combine_joined` gives."""
-        owners = [each for group in self._groups.values() for each in group.owners]
+        owners = [each for bucket in self._buckets.values() for each in bucket.owners]
         whole = len(joined) - len(owners)
         if owners:
             found = joined[:whole]

@@ -18,16 +18,16 @@ class Outline:
 
     Args:
         batch_size: B.
-        groups: the parameters of linear layers that met one vector per sample, and the owners of tensors.
+        buckets: the parameters of linear layers that met one vector per sample, and the owners of tensors.
     """
 
-    def __init__(self, batch_size: int, groups: list[tuple[list[nn.Parameter], list[Sequence[nn.Parameter]]]]) -> None:
-        self._batch_size, self._groups = batch_size, groups
+    def __init__(self, batch_size: int, buckets: list[tuple[list[nn.Parameter], list[Sequence[nn.Parameter]]]]) -> None:
+        self._batch_size, self._buckets = batch_size, buckets
 
     def factors(self) -> list[tuple[nn.Parameter, Factor]]:
         """Factors of the right shapes, by parameter."""
         found: list[tuple[nn.Parameter, Factor]] = []
-        for vector_parameters, tensors in self._groups:
+        for vector_parameters, tensors in self._buckets:
             found += [(parameter, self._of_vectors(parameter)) for parameter in vector_parameters]
             for owners in tensors:
                 why = () if len(owners) == 1 else (_TOGETHER,)

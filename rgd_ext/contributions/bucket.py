@@ -12,7 +12,7 @@ from .outer import Bias, Outer
 from .vectors import VectorLayers
 
 
-class Group:
+class Bucket:
     """Contributions of one dtype and device, which operators take all at once.
 
     Attributes:
@@ -88,6 +88,6 @@ def layer_factors(
 
 
 def split_by_owner(owners: Sequence[nn.Parameter], tensor: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """The part of each parameter, (B, *shape), in a tensor of the groups."""
+    """The part of each parameter, (B, *shape), in a tensor of the buckets."""
     parts = [tensor] if len(owners) == 1 else tensor.split([p.numel() for p in owners], 1)
     return [(p, part.view(len(part), *p.shape)) for p, part in zip(owners, parts, strict=True)]
