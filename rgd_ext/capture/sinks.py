@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..contributions.buffers import Workspace, fresh
 from ..contributions.factor import Dense, Factor
 from ..contributions.ledger import Contributions
-from ..contributions.merge import sum_uses
+from ..contributions.merge import added_up, sum_uses
 from ..contributions.outline import Outline
 from ..metric import Solver, Stats
 from ..planning.planner import Planner
@@ -210,8 +210,8 @@ class NoteShapes(Sink):
 
     def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
         # Where one use has formed gradients, the others are added to them, and the sum has their shape.
-        formed = next((factor for factor in factors if factor.as_tensor() is not None), None)
-        return super().total(parameter, factors) if formed is None else self.apply(parameter, formed)
+        formed = next((tensor for factor in factors if (tensor := factor.as_tensor()) is not None), None)
+        return super().total(parameter, factors) if formed is None else self.apply(parameter, added_up(formed))
 
     def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
         self._close(contributions, self._needs_gram)

@@ -36,13 +36,18 @@ def _along_time(outers: list[Outer]) -> Outer:
 
 def _added(factors: list[Factor]) -> Dense:
     first = next((f for f in factors if isinstance(f, Dense) and f.is_own), factors[0])
-    total = first if isinstance(first, Dense) and first.is_own else Dense(first.dense().clone(), is_own=True)
+    total = first.dense() if isinstance(first, Dense) and first.is_own else first.dense().clone()
     for factor in factors:
         if isinstance(factor, Rows) and factor is not first:
-            factor.add_to(total.contributions)
+            factor.add_to(total)
         elif factor is not first:
-            total.contributions.add_(factor.dense())
-    return total
+            total.add_(factor.dense())
+    return added_up(total)
+
+
+def added_up(total: Tensor) -> Dense:
+    """The sum of the contributions of several uses, of which one is a tensor, so that all are added to it."""
+    return Dense(total, is_own=True, why="added up over its uses")
 
 
 def concatenate_batches(factors: list[Factor]) -> Factor:
