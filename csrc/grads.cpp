@@ -84,16 +84,17 @@ int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
     const bool matches =
         several ? vector.dim() == grads[t].dim() && vector.size(0) == count && vector.sizes().slice(1) == shape
                 : vector.sizes() == shape;
-    TORCH_CHECK_VALUE(matches && is_alike(vector, grads[t]), "got vector ", described(vector), " for gradients ",
-                      described(grads[t]), ": pass (*shape) or, with one k for all, (k, *shape) of the same dtype");
+    TORCH_CHECK_VALUE(matches && is_alike(vector, grads[t]), "got vectors[", t, "] ", described(vector),
+                      " for gradients ", described(grads[t]),
+                      ": pass (*shape) or, with one k for all, (k, *shape) of the same dtype");
   }
   return count;
 }
 
 void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t settings) {
   TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && inputs.size() == settings, "got ", inputs.size(),
-                    " inputs, ", output_grads.size(), " output gradients and settings of ", settings,
-                    " layers: pass one of each per layer");
+                    " inputs, ", output_grads.size(), " output gradients and ", settings,
+                    " settings: pass one of each per layer");
   check_grads(output_grads);
   check_grads(inputs);
   check_grads({output_grads[0], inputs[0]});
