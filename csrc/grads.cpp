@@ -35,7 +35,8 @@ void check_grads(at::TensorList grads) {
   for (const at::Tensor& grad : grads)
     TORCH_CHECK_VALUE(is_gradient(grad) && is_alike(grad, first) && grad.size(0) == first.size(0), "got ",
                       described(first), " and ", described(grad),
-                      ": pass floating-point (B, *shape) tensors of the same B > 0 and dtype on one device");
+                      ": pass (B, *shape) tensors of float32, float64, bfloat16 or float16, of the same B > 0 and "
+                      "dtype on one device");
 }
 
 std::vector<at::Tensor> with_contiguous_rows(at::TensorList grads) {
@@ -61,7 +62,7 @@ at::Tensor checked_weights(at::TensorList grads, const at::Tensor& weights) {
   TORCH_CHECK_VALUE(weights.dim() == 1 && weights.size(0) == first.size(0) && weights.is_floating_point() &&
                         weights.device() == first.device(),
                     "got weights ", described(weights), " for gradients ", described(first),
-                    ": pass one floating-point weight per sample on one device");
+                    ": pass one floating-point weight per sample on their device");
   return weights.to(accumulate_dtype(first.scalar_type())).contiguous();
 }
 
@@ -69,7 +70,7 @@ at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon) {
   const at::Tensor& first = grads[0];
   TORCH_CHECK_VALUE(epsilon.numel() == 1 && epsilon.is_floating_point() && epsilon.device() == first.device(),
                     "got epsilon ", described(epsilon), " for gradients ", described(first),
-                    ": pass one floating-point number on one device");
+                    ": pass one floating-point number on their device");
   return epsilon.reshape({}).to(accumulate_dtype(first.scalar_type()));
 }
 
@@ -86,22 +87,21 @@ int64_t check_vectors(at::TensorList grads, at::TensorList vectors) {
                 : vector.sizes() == shape;
     TORCH_CHECK_VALUE(matches && is_alike(vector, grads[t]), "got vectors[", t, "] ", described(vector),
                       " for gradients ", described(grads[t]),
-                      ": pass (*shape) or, with one k for all, (k, *shape) of the same dtype");
+                      ": pass (*shape) or, with one k for all, (k, *shape), of their dtype and device");
   }
   return count;
 }
 
-void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t settings) {
-  TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && inputs.size() == settings, "got ", inputs.size(),
-                    " inputs, ", output_grads.size(), " output gradients and ", settings,
-                    " settings: pass one of each per layer");
+void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t count, const char* name) {
+  TORCH_CHECK_VALUE(inputs.size() == output_grads.size() && inputs.size() == count, "got ", inputs.size(), " inputs, ",
+                    output_grads.size(), " output gradients and ", count, " ", name, ": pass one of each per layer");
   check_grads(output_grads);
   check_grads(inputs);
   check_grads({output_grads[0], inputs[0]});
 }
 
 void check_vector_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
-  check_layers(inputs, output_grads, biases.size());
+  check_layers(inputs, output_grads, biases.size(), "biases");
   for (size_t layer = 0; layer < inputs.size(); ++layer)
     TORCH_CHECK_VALUE(inputs[layer].dim() == 2 && output_grads[layer].dim() == 2, "got ", described(inputs[layer]),
                       " and ", described(output_grads[layer]), ": pass (B, n) and (B, m)");
@@ -134,7 +134,7 @@ void check_norm(const at::Tensor& output_grad, const at::Tensor& input) {
 }
 
 void check_groups(int64_t groups, int64_t channels) {
-  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0, "got ", groups, " groups of ", channels,
+  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0, "got ", groups, " groups for ", channels,
                     " channels: pass a number that divides them");
 }
 

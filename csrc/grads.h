@@ -1,8 +1,8 @@
 #pragma once
 
 // What the operators of every device check of their arguments and allocate for their results. Per-sample gradients are
-// a list of (B, *shape) tensors. The checks are those without which a kernel would read outside of a tensor; the
-// functions of rgd_ext/ops check before, and tell their users more.
+// a list of (B, *shape) tensors. The checks are those without which a kernel would read outside of a tensor or
+// give nonsense. The public functions of rgd_ext/ops check before, and say more.
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
@@ -36,8 +36,9 @@ at::Tensor checked_epsilon(at::TensorList grads, const at::Tensor& epsilon);
 // Raises where vectors are not of shape (*shape), or (k, *shape) with one k. Returns how many they are: one, or k.
 int64_t check_vectors(at::TensorList grads, at::TensorList vectors);
 
-// Raises where inputs and output gradients are not those of layers, one of each and as many `settings` as layers.
-void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t settings);
+// Raises where inputs and output gradients are not (B, *shape) tensors of one B, dtype and device, one of each for each
+// of the layers, which are `count` according to the argument `name`.
+void check_layers(at::TensorList inputs, at::TensorList output_grads, size_t count, const char* name);
 
 // `check_layers` for linear layers with inputs (B, n) and output gradients (B, m).
 void check_vector_layers(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases);

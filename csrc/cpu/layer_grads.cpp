@@ -13,8 +13,8 @@ namespace {
 
 struct Layer;
 
-// A kind of layer: its name, the dimension of its outputs, whether its weight is a matrix, and what forms its
-// gradients.
+// A kind of layer: its name, the dimension of the output gradients along which its outputs lie, whether its weight is a
+// matrix, and what forms its gradients.
 struct Kind {
   const char* name;
   int64_t output_dim;
@@ -22,6 +22,7 @@ struct Kind {
   void (*form)(const Layer&, const Place& weight, const std::optional<Place>& bias);
 };
 
+// One of the layers in the arguments of `layer_grads`, to which it refers.
 struct Layer {
   const Kind& kind;
   const at::Tensor &output_grad, &input;
@@ -55,7 +56,6 @@ constexpr Kind kKinds[] = {
      }},
     {"group_norm", 1, false,
      [](const Layer& layer, const Place& weight, const std::optional<Place>& bias) {
-       check_groups(layer.groups, layer.input.size(1));
        form_group_norm(layer.output_grad, layer.input, layer.groups, layer.eps, weight, bias);
      }},
 };
@@ -64,21 +64,24 @@ const Kind& kind_of(const std::string& name) {
   for (const Kind& kind : kKinds)
     if (name == kind.name) return kind;
   std::string names;
-  for (const Kind& kind : kKinds) names += std::string(" ") + kind.name;
-  TORCH_CHECK_VALUE(false, "got a layer of kind ", name, ": choose one of", names);
+  for (const Kind& kind : kKinds) names += (names.empty() ? "" : ", ") + std::string(kind.name);
+  TORCH_CHECK_VALUE(false, "got a layer of kind ", name, ": choose one of ", names);
 }
 
 void check_layer(const Layer& layer) {
-  if (!layer.kind.has_matrix) return check_norm(layer.output_grad, layer.input);
-  TORCH_CHECK_VALUE(
-      layer.output_grad.dim() == 3 && layer.input.dim() == 3 && layer.output_grad.size(1) == layer.input.size(1),
-      "got output gradients ", described(layer.output_grad), " and inputs ", described(layer.input),
-      ": pass (B, T, m) and (B, T, n)");
+  const at::Tensor &e = layer.output_grad, &x = layer.input;
+  if (layer.kind.has_matrix) {
+    TORCH_CHECK_VALUE(e.dim() == 3 && x.dim() == 3 && e.size(1) == x.size(1), "got output gradients ", described(e),
+                      " and inputs ", described(x), ": pass (B, T, m) and (B, T, n)");
+  } else {
+    check_norm(e, x);
+    if (layer.kind.output_dim == 1) check_groups(layer.groups, x.size(1));
+  }
 }
 
 at::Tensor layer_grads(const c10::List<std::string>& kinds, at::TensorList output_grads, at::TensorList inputs,
                        at::IntArrayRef groups, at::ArrayRef<double> eps, const c10::List<bool>& biases) {
-  check_layers(inputs, output_grads, kinds.size());
+  check_layers(inputs, output_grads, kinds.size(), "kinds");
   const size_t count = kinds.size();
   TORCH_CHECK_VALUE(groups.size() == count && eps.size() == count && biases.size() == count, "got ", groups.size(),
                     " groups, ", eps.size(), " eps and ", biases.size(), " biases of ", count, " layers: pass as many");

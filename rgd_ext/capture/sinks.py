@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace, fresh
-from ..contributions.factor import Dense, Factor
+from ..contributions.factor import Dense, Factor, blank
 from ..contributions.ledger import Contributions
-from ..contributions.merge import added_up, sum_uses
+from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
 from ..metric import Solver, Stats
 from ..planning.planner import Planner
@@ -190,7 +190,7 @@ class HandOver(Sink):
 
 
 class NoteShapes(Sink):
-    """Lets the planner choose the strategies, and forms no gradients for them.
+    """Lets the planner choose the strategies, and forms no gradients.
 
     Args:
         needs_gram: whether the statistics include the Gramian.
@@ -202,16 +202,18 @@ class NoteShapes(Sink):
         self._needs_gram = needs_gram
 
     def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
-        choice = self._planner.note(self._parameters.name_of(parameter), factor, self._needs_gram)
-        if choice.strategy != "materialise":
-            return factor.apply(choice.strategy, fresh)
-        # Without memory for each of its numbers.
-        return Dense(factor.example.new_zeros(()).expand(factor.batch_size, *parameter.shape))
+        formed = blank(factor.example, factor.batch_size, *parameter.shape)
+        return Dense(formed) if self._strategy(parameter, factor) == "materialise" else factor
 
     def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
-        # Where one use has formed gradients, the others are added to them, and the sum has their shape.
-        formed = next((tensor for factor in factors if (tensor := factor.as_tensor()) is not None), None)
-        return super().total(parameter, factors) if formed is None else self.apply(parameter, added_up(formed))
+        # How uses are added up depends on the forms that their strategies work on.
+        forms = [factor.apply(self._strategy(parameter, factor), fresh) for factor in factors]
+        if not is_added_up(forms):
+            return super().total(parameter, forms)
+        return self.apply(parameter, added_up(blank(forms[0].example, forms[0].batch_size, *parameter.shape)))
+
+    def _strategy(self, parameter: nn.Parameter, factor: Factor) -> str:
+        return self._planner.note(self._parameters.name_of(parameter), factor, self._needs_gram).strategy
 
     def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
         self._close(contributions, self._needs_gram)

@@ -107,6 +107,11 @@ def moments_from_gram(gram: Tensor) -> Moments:
     return Moments(*(moment.to(gram.dtype) for moment in torch.ops.rgd_ext.gram_moments(gram)[:3]))
 
 
+def blank(example: Tensor, *shape: int) -> Tensor:
+    """Zeros of the dtype and on the device of `example`, without memory for each of them."""
+    return example.new_zeros(()).expand(shape)
+
+
 class Dense(Factor):
     """Contributions that are a tensor (B, *shape).
 
@@ -129,7 +134,7 @@ class Dense(Factor):
 
     @property
     def signature(self) -> tuple:
-        return (self.contributions.shape,)
+        return self.contributions.shape, self.why
 
     def strategies(self, needs_gram: bool) -> dict[str, Cost]:
         return {"materialise": dense_cost(self.contributions.shape, self.contributions.dtype, needs_gram)}

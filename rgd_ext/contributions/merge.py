@@ -19,13 +19,23 @@ def sum_uses(factors: list[Factor]) -> Factor:
     """The sum of one parameter's contributions from several uses: of tied weights, or of a module called twice."""
     if len(factors) == 1:
         return factors[0]
-    outers, rows = [f for f in factors if isinstance(f, Outer)], [f for f in factors if isinstance(f, Rows)]
-    if len(outers) + len(rows) < len(factors):
+    if is_added_up(factors):
         return _added(factors)
+    outers, rows = [f for f in factors if isinstance(f, Outer)], [f for f in factors if isinstance(f, Rows)]
     if not rows:
         return _along_time(outers)
     gathered = _gathered(rows, [f.samples for f in rows], rows[0].batch_size)
     return Tied(_along_time(outers), gathered) if outers else gathered
+
+
+def is_added_up(factors: list[Factor]) -> bool:
+    """Whether the sum of these uses is a tensor, which all are added up in."""
+    return not all(isinstance(f, (Outer, Rows)) for f in factors)
+
+
+def added_up(total: Tensor) -> Dense:
+    """The contributions of several uses, added up in one tensor, (B, *shape)."""
+    return Dense(total, is_own=True, why="added up over its uses")
 
 
 def _along_time(outers: list[Outer]) -> Outer:
@@ -43,11 +53,6 @@ def _added(factors: list[Factor]) -> Dense:
         elif factor is not first:
             total.add_(factor.dense())
     return added_up(total)
-
-
-def added_up(total: Tensor) -> Dense:
-    """The sum of the contributions of several uses, of which one is a tensor, so that all are added to it."""
-    return Dense(total, is_own=True, why="added up over its uses")
 
 
 def concatenate_batches(factors: list[Factor]) -> Factor:

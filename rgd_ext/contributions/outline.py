@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .factor import Dense, Factor
+from .factor import Dense, Factor, blank
 from .outer import Bias, Outer
 
 # Why contributions that lie side by side are formed, for the user.
@@ -40,5 +40,4 @@ class Outline:
         return layer if parameter.ndim > 1 else Bias(layer)
 
     def _blank(self, parameter: nn.Parameter, *shape: int) -> Tensor:
-        """A tensor without memory for each of its numbers."""
-        return parameter.detach().new_zeros(()).expand(self._batch_size, *shape)
+        return blank(parameter.detach(), self._batch_size, *shape)

@@ -127,3 +127,20 @@ def test_the_plan_for_a_batch_is_that_of_its_backward(monkeypatch, name, strateg
         planned = handle.plan(*inputs)
         loss_of(model(*inputs)).backward()
         assert planned.layers == handle.plan().layers
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_the_reason_for_a_strategy_is_that_of_the_batch_that_is_planned(order):
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(5)
+
+        def forward(self, x, uses):
+            for _ in range(uses):
+                x = self.norm(x)
+            return x
+
+    with rgd_ext.precondition(Norms()) as handle:
+        why = {uses: handle.plan(torch.randn(4, 5), uses).layers[0].why for uses in order}
+    assert why == {1: "small: formed together with others", 2: "added up over its uses"}

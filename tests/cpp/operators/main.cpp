@@ -51,7 +51,7 @@ void test_errors() {
   expect_error([&] { diffusion_mv({g}, {}); }, "0 vectors");
   expect_error([&] { diffusion_mv({g, g}, {at::ones({2, 2}), at::ones({2})}); }, "vectors[1]");
   expect_error([&] { diffusion_mv({g}, {at::ones({2}, at::kDouble)}); }, "Double[2]");
-  expect_error([&] { ghost_gram({g}, {g}, {}); }, "0 settings");
+  expect_error([&] { ghost_gram({g}, {g}, {}); }, "0 biases");
   expect_error([&] { ghost_gram({g}, {g, g}, {true, true}); }, "1 inputs");
   expect_error([&] { ghost_combine({g}, {g, g}, {true, true}, at::ones({3})); }, "1 inputs");
   expect_error([&] { ghost_combine({g}, {g}, {true}, at::ones({2})); }, "weights Float[2]");
