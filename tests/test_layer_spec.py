@@ -23,6 +23,11 @@ LAYERS = {
 }
 
 
+def layer_and_input(name, dtype):
+    build, shape, scale = LAYERS[name]
+    return build().to(dtype), (scale or torch.finfo(dtype).eps ** 0.5) * torch.randn(shape, dtype=dtype)
+
+
 def by_operator(module, x, output_grad):
     """Contributions by name, split from the columns that the operator gives."""
     spec, parameters = rule_for(module).spec_of(module), dict(module.named_parameters())
@@ -34,9 +39,7 @@ def by_operator(module, x, output_grad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_spec_gives_the_contributions_of_the_rule(name, dtype):
-    build, shape, scale = LAYERS[name]
-    module = build().to(dtype)
-    x = (scale or torch.finfo(dtype).eps ** 0.5) * torch.randn(shape, dtype=dtype)
+    module, x = layer_and_input(name, dtype)
     output_grad = torch.randn_like(module(x))
     expected = rule_for(module).rule(module, (x,), output_grad)
     found = by_operator(module, x, output_grad)
@@ -49,9 +52,7 @@ def test_a_spec_gives_the_contributions_of_the_rule(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_spec_gives_contributions_that_sum_to_autograds_gradient(name, dtype):
-    build, shape, scale = LAYERS[name]
-    module = build().to(dtype)
-    x = (scale or torch.finfo(dtype).eps ** 0.5) * torch.randn(shape, dtype=dtype)
+    module, x = layer_and_input(name, dtype)
     output = module(x)
     output_grad = torch.randn_like(output)
     output.backward(output_grad)

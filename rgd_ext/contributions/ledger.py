@@ -205,9 +205,8 @@ class Contributions(PerSampleGradients):
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None where the Gramian costs no more."""
         buckets = self._buckets.values()
-        if not any(bucket.tensors for bucket in buckets) and all(
-            factor.gram_is_free for factor in self._factors.values()
-        ):
+        has_tensors = any(bucket.tensors for bucket in buckets)
+        if not has_tensors and all(factor.gram_is_free for factor in self._factors.values()):
             return None
         parts = [moments_of(bucket.tensors) for bucket in buckets if bucket.tensors]
         parts += [factor.moments() for factor in self._factors.values()]
