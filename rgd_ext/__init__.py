@@ -2,19 +2,20 @@
 
 from importlib.metadata import version
 
-from . import geometry, ops
+from . import geometry, ops, weights
 from ._binary import build_info
 from .batch_norm import convert_batch_norm
-from .capture import Preconditioner, Verification, handle_of, mark, precondition, register_rule, unit, verify
+from .capture import Preconditioner, Verification, handle_of, mark, observe, precondition, register_rule, unit, verify
 from .diffusion import DiffusionMatrix
 from .gradients import PerSampleGradients
-from .metric import Fixed, Rayleigh, Spectral, Stats, Trace, direction
+from .metric import Ascent, Fixed, Rayleigh, Spectral, Statistics, Stats, Trace, direction
 from .monitor import Monitor
 from .optim import RGD
 
 __version__ = version("rgd_ext")
 __all__ = [
     "RGD",
+    "Ascent",
     "DiffusionMatrix",
     "Fixed",
     "Monitor",
@@ -22,6 +23,7 @@ __all__ = [
     "Preconditioner",
     "Rayleigh",
     "Spectral",
+    "Statistics",
     "Stats",
     "Trace",
     "Verification",
@@ -31,9 +33,11 @@ __all__ = [
     "geometry",
     "handle_of",
     "mark",
+    "observe",
     "ops",
     "precondition",
     "register_rule",
     "unit",
     "verify",
+    "weights",
 ]

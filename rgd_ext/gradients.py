@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,10 @@ class PerSampleGradients(ABC):
 
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None, the default, where they are best computed from the Gramian."""
+        return None
+
+    def moments_and_mean(self) -> tuple[Moments, list[Tensor]] | None:
+        """`moments`, and g with the bits of `combine` with equal weights; None, the default, if not in fewer reads."""
         return None
 
     def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -132,6 +136,21 @@ class DenseGradients(PerSampleGradients):
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
         return torch.stack([aligned(g, v) for g, v in zip(self.grads, vector, strict=True)]).sum(0)
+
+    def align_with(self, vectors: ops.Tensors | Mapping[str, Tensor]) -> Tensor:
+        """`align` with a vector that a user passes, one tensor (*shape) for each of `grads`.
+
+        Raises:
+            ValueError, TypeError: if it does not match `grads` in number, shape, dtype or device, or is a dict.
+        """
+        if isinstance(vectors, Mapping):
+            raise TypeError("vectors is a dict, and these gradients have no names: pass a tensor for each of grads")
+        tensors = ops.as_list(vectors)
+        if len(tensors) != len(self.grads):
+            raise ValueError(f"vectors has {len(tensors)} tensors and grads {len(self.grads)}: pass one for each")
+        for index, (vector, grad) in enumerate(zip(tensors, self.grads, strict=True)):
+            ops.check_vector(f"vectors[{index}]", vector, grad.shape[1:], grad)
+        return self.align(tensors)
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""

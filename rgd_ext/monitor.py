@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from io import FileIO
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from .capture import Preconditioner
 from .metric import Stats
+from .metric.noise import NoiseScale
 
 STATS = {
     "epsilon": "epsilon",
@@ -28,8 +31,11 @@ STATS = {
     "direction_norm": "direction_norm",
     "negative_weights": "negative_weights",
 }
+# From running means over the rows.
+NOISE = ("noise_scale", "grad_snr")
 QUANTILES = ("weight_min", "weight_25", "weight_median", "weight_75", "weight_max")
-COLUMNS = ("step", "batch_size", "loss", *STATS, *QUANTILES)
+COLUMNS = ("step", "batch_size", "loss", *STATS, *NOISE, *QUANTILES)
+_LARGEST_STEP = 2**53  # of those that a float64 tells from their neighbours
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
@@ -46,16 +52,19 @@ class Monitor:
 
     Columns: step, batch_size (B), loss, epsilon (in 1/|gradient|^2), lambda_max, trace and rayleigh (of D, in
     |gradient|^2), cosine (of the angle between direction and gradient), effective_sample_size (in samples), grad_norm,
-    direction_norm, negative_weights (how many), and the minimum, quartiles and maximum of the weights B w_i, which are
-    1 for SGD. A cell is empty where there is no number: that of the loss if none was given, and that of lambda_max
-    without the Gramian. The gradient is that of the loss on which `backward` was called, in its scale (sum or mean,
-    times that of a GradScaler).
+    direction_norm, negative_weights (how many), noise_scale (the gradient noise scale, in samples), grad_snr (the
+    squared norm of the gradient over the variance of its estimate from a batch), and the minimum, quartiles and maximum
+    of the weights B w_i, which are 1 for SGD. A cell is empty where there is no number: that of the loss if none was
+    given, that of epsilon where the weights come from none, that of lambda_max without the Gramian, and noise_scale and
+    grad_snr as long as noise hides the gradient. These two come from running means over about a hundred rows, of
+    numerator and denominator, for which the loss has to keep its scale. The gradient is that of the loss on which
+    `backward` was called, in its scale (sum or mean, times that of a GradScaler).
 
     Each row is appended by one unbuffered write, so a run that is killed leaves whole rows. If a crash of the machine
     leaves a part of the last row, it is dropped when the file is opened again. An existing file is continued.
 
     Args:
-        handle: of the captured model, from `rgd_ext.precondition` or `RGD(...).preconditioner`.
+        handle: of the captured model, from `rgd_ext.precondition`, `rgd_ext.observe` or `RGD(...).preconditioner`.
         path: the file; its folder exists.
         writer: also gets every number, as "rgd/" and the name of the column. The caller closes it.
 
@@ -88,6 +97,7 @@ class Monitor:
         self.handle, self.path, self.writer = handle, Path(path), writer
         # A weak reference to the Stats of the last row.
         self._logged: Callable[[], Stats | None] = lambda: None
+        self._noise = NoiseScale()
         self._file = FileIO(self.path, "a+")
         try:
             self._step = self._resume()
@@ -136,12 +146,26 @@ class Monitor:
         if not isinstance(step, Integral | None):
             raise TypeError(f"step is {step!r}: pass a whole number")
         step = self._step if step is None else int(step)
+        if abs(step) > _LARGEST_STEP:
+            raise ValueError(f"step is {str(step)[:20]}...: pass a whole number of at most {_LARGEST_STEP}")
         values = {"batch_size": stats.batch_size, **_measure(stats, loss)}
+        noise = copy(self._noise) if step >= self._step else self._noise_before(step)
+        noise.add(*_of_noise(values))
+        found = zip(NOISE, (noise.value, noise.signal_to_noise), strict=True)
+        values |= {name: value for name, value in found if value is not None}
         self._append(",".join([str(step), *(_cell(values.get(name)) for name in COLUMNS[1:])]) + "\n")
-        self._step, self._logged = step + 1, weakref.ref(stats)
+        self._step, self._logged, self._noise = step + 1, weakref.ref(stats), noise
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"rgd/{name}", value, step)
+
+    def _noise_before(self, step: float) -> NoiseScale:
+        """The noise scale from the rows of the file that stay valid before a row of this step."""
+        found = NoiseScale()
+        for row in _rows(read(self.path)):
+            if row["step"] < step:
+                found.add(*_of_noise(row))
+        return found
 
     def _append(self, row: str) -> None:
         line, size = row.encode(), os.fstat(self._file.fileno()).st_size
@@ -161,14 +185,10 @@ class Monitor:
             first = content.partition(b"\n")[0].decode(errors="replace")
             raise ValueError(f"{self.path} has other columns, {first[:200]!r}: pass a new file")
         whole = content[: content.rindex(b"\n") + 1]
-        rows = whole[len(_HEADER) :].splitlines()
-        try:
-            step = int(rows[-1].partition(b",")[0]) + 1 if rows else 0
-        except ValueError:
-            last = rows[-1].decode(errors="replace")[:200]
-            raise ValueError(
-                f"the last row of {self.path} has no step, {last!r}: repair it or pass a new file"
-            ) from None
+        step = 0
+        if whole != _HEADER:
+            step = int(read(self.path)["step"][-1]) + 1
+            self._noise = self._noise_before(step)
         self._file.truncate(len(whole))
         return step
 
@@ -180,6 +200,8 @@ def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"loss is of shape {tuple(loss.shape)}: pass the loss of the step, one number")
+        if loss.is_complex():
+            raise TypeError(f"loss is of {loss.dtype}: pass a real number")
         scalars["loss"] = loss.detach()
     elif not isinstance(loss, Real | None):
         raise TypeError(f"loss is of type {type(loss).__name__}: pass a number or a tensor with one element")
@@ -189,6 +211,16 @@ def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
     values = torch.cat([torch.stack([*scalars.values()]), weights.quantile(levels)]).tolist()
     measured = dict(zip([*scalars, *QUANTILES], values, strict=True))
     return {"loss": float(loss), **measured} if isinstance(loss, Real) else measured
+
+
+def _of_noise(values: Mapping[str, float]) -> tuple[float, float, float]:
+    """What a row contributes to the noise scale: B, |g|^2 and tr D."""
+    return values["batch_size"], values["grad_norm"] ** 2, values["trace"]
+
+
+def _rows(run: dict[str, np.ndarray]) -> Iterator[dict[str, float]]:
+    for row in zip(*run.values(), strict=True):
+        yield dict(zip(run, row, strict=True))
 
 
 def _cell(value: float | None) -> str:
@@ -216,7 +248,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             row = [float(cell or "nan") for cell in line.split(",")]
         except ValueError:
             row = []
-        if len(row) != len(names):
+        if len(row) != len(names) or not math.isfinite(row[step]):
             raise ValueError(f"line {number} of {path} is damaged, {line[:200]!r}: delete it")
         while rows and rows[-1][step] >= row[step]:
             rows.pop()

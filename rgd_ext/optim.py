@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .capture import Preconditioner, precondition
 from .capture.captures import is_captured
 from .capture.steps import pending_directions
-from .metric import Epsilon, Inverse
+from .metric import Epsilon, Inverse, Weights
 
 
 class RGD(torch.optim.SGD):
@@ -26,7 +26,8 @@ class RGD(torch.optim.SGD):
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
             a model that has been captured already.
-        epsilon, inverse, batch_norm, memory_budget, verify, batch_dim: of `rgd_ext.precondition`; only with a model.
+        epsilon, inverse, weights, batch_norm, memory_budget, verify, batch_dim: of `rgd_ext.precondition`; only with a
+            model. With `weights` the direction is sum_i w_i g_i in place of (I - eps D) g.
         lr, momentum, dampening, weight_decay, nesterov, others: of `torch.optim.SGD`.
 
     Attributes:
@@ -61,14 +62,15 @@ class RGD(torch.optim.SGD):
         *,
         epsilon: Epsilon | None = None,
         inverse: Inverse | None = None,
+        weights: Weights | None = None,
         batch_norm: Literal["error", "contribution"] | None = None,
         memory_budget: float | None = None,
         verify: bool | None = None,
         batch_dim: int | None = 0,
         **others: Any,
     ) -> None:
-        options: dict[str, Any] = {"epsilon": epsilon, "inverse": inverse, "batch_norm": batch_norm}
-        options |= {"memory_budget": memory_budget, "verify": verify}
+        options: dict[str, Any] = {"epsilon": epsilon, "inverse": inverse, "weights": weights}
+        options |= {"batch_norm": batch_norm, "memory_budget": memory_budget, "verify": verify}
         options = {name: value for name, value in options.items() if value is not None}
         options |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
         handle: Preconditioner | None = None

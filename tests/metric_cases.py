@@ -3,14 +3,24 @@
 import torch
 from hypothesis import strategies as st
 
-from rgd_ext import Fixed, Rayleigh, Spectral, Trace
+from rgd_ext import Ascent, Fixed, Rayleigh, Spectral, Trace
 
-POLICIES = [Fixed(0.05), Spectral(0.5), Spectral(-0.5), Trace(0.5), Trace(-0.9), Rayleigh(0.5), Rayleigh(-2.0)]
+POLICIES = [
+    *(Fixed(0.05), Spectral(0.5), Spectral(-0.5), Trace(0.5), Trace(-0.9), Rayleigh(0.5), Rayleigh(-2.0), Ascent(0.2)),
+]
+# Each policy with the inverses that it suits.
+PAIRS = [(policy, "weak-field") for policy in POLICIES]
+PAIRS += [(policy, "exact") for policy in POLICIES if not isinstance(policy, Ascent)]
 SHAPES = [(6, 3), (6, 2, 4), (6,)]
 # Rows of small whole numbers.
 batches = st.integers(2, 6).flatmap(
     lambda b: st.lists(st.lists(st.integers(-4, 4), min_size=3, max_size=3), min_size=b, max_size=b)
 )
+
+
+def number_of(policy):
+    """The first argument of a policy."""
+    return next(iter(vars(policy).values()))
 
 
 def sample(dtype=torch.float64, scale=1.0):

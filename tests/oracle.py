@@ -61,6 +61,7 @@ def epsilon(grads, policy, fraction):
         "Spectral": lambda: fraction / torch.linalg.eigvalsh(matrix)[-1],
         "Trace": lambda: fraction / matrix.trace(),
         "Rayleigh": lambda: fraction * mean.square().sum() / (mean @ matrix @ mean),
+        "Ascent": lambda: -fraction / mean.norm(),
     }[policy]()
 
 

@@ -135,6 +135,13 @@ def accumulated_step(handle, x):
         step(handle, x)
 
 
+def weighted_step(handle, x):
+    handle.remove()
+    vectors = [torch.ones_like(p) for p in handle.model.parameters()]
+    with rgd_ext.precondition(handle.model, weights=lambda stats: stats.align(vectors), verify=False) as weighted:
+        step(weighted, x)
+
+
 # What takes the road with that heading.
 ACTIONS = {
     "FORWARD": (lambda: nn.Sequential(*parts()), step),
@@ -143,6 +150,7 @@ ACTIONS = {
     "(b) UNITS": (lambda: nn.Sequential(nn.PReLU(), *parts()), step),
     "(c) ACCUMULATE": (lambda: nn.Sequential(*parts()), accumulated_step),
     "(c) PLAN": (lambda: nn.Sequential(*parts()), lambda handle, x: handle.plan(x)),
+    "(d) WEIGHTS": (lambda: nn.Sequential(*parts()), weighted_step),
 }
 # The first three parts are one road.
 FORWARD, BACKWARD, END, *SIDE_ROADS = ROADS

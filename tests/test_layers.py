@@ -18,7 +18,7 @@ LAYERS = [
     ["planning"],
     ["layers"],
     ["capture"],
-    ["optim", "monitor", "diffusion", "geometry"],
+    ["optim", "monitor", "weights", "diffusion", "geometry"],
     ["rgd_ext"],
     ["commands"],
     ["__main__"],

@@ -52,12 +52,14 @@ def test_row_holds_the_numbers_of_the_last_backward(model, handle, path):
         "grad_norm": stats.grad_norm,
         "direction_norm": torch.cat([p.grad.flatten() for p in model.parameters()]).norm(),
         "negative_weights": (stats.weights < 0).sum(),
+        "noise_scale": stats.noise_scale if stats.noise_scale > 0 else math.nan,
+        "grad_snr": 8 / stats.noise_scale if stats.noise_scale > 0 else math.nan,
         **dict(zip(monitor.QUANTILES, quantiles, strict=True)),
     }
     run = monitor.read(path)
     assert run.keys() == expected.keys()
     for name, value in expected.items():
-        assert run[name].tolist() == pytest.approx([float(value)], rel=1e-8), name
+        assert run[name].tolist() == pytest.approx([float(value)], rel=1e-8, nan_ok=True), name
 
 
 @pytest.mark.parametrize("loss", [2.5, torch.tensor(2.5), torch.tensor([[2.5]], dtype=torch.bfloat16), np.float32(2.5)])
@@ -76,8 +78,67 @@ def test_cells_without_a_number_are_empty(path):
         record.log()
     with path.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert {name for name, cell in row.items() if cell == ""} == {"loss", "lambda_max"}
-    assert not {"rgd/loss", "rgd/lambda_max"} & {tag for tag, _, _ in writer}
+    empty = {"loss", "lambda_max"} | (set() if handle.stats.noise_scale > 0 else set(monitor.NOISE))
+    assert {name for name, cell in row.items() if cell == ""} == empty
+    assert not {f"rgd/{name}" for name in empty} & {tag for tag, _, _ in writer}
+
+
+def noise_of(rows):
+    """The last noise scale of rows of the batch size, |g| and tr D, from running means over all of them."""
+    numerator = denominator = 0.0
+    for batch_size, norm, trace in rows:
+        unbiased = trace * batch_size / (batch_size - 1)
+        numerator = math.exp(-0.01) * numerator + unbiased
+        denominator = math.exp(-0.01) * denominator + norm**2 - unbiased / batch_size
+    return numerator / denominator if denominator > 0 else math.nan
+
+
+@pytest.mark.parametrize("capture", [rgd_ext.precondition, rgd_ext.observe])
+def test_the_noise_scale_is_that_of_running_means_and_survives_a_restart(capture, path):
+    model, seen = torch.nn.Linear(6, 2, dtype=torch.float64), []
+    torch.nn.init.constant_(model.weight, 0.5)
+    with capture(model) as handle:
+        for batches in ((8, 4, 16), (8, 8)):
+            with rgd_ext.Monitor(handle, path) as record:
+                for batch in batches:
+                    record.log(backward(model, batch))
+                    stats = handle.stats
+                    seen.append((batch, stats.grad_norm.item(), stats.trace.item()))
+    run = monitor.read(path)
+    expected = [noise_of(seen[: row + 1]) for row in range(len(seen))]
+    assert any(value > 0 for value in expected)
+    assert run["noise_scale"].tolist() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_rows_that_are_replaced_count_no_more_in_the_noise_scale(path):
+    model, seen = torch.nn.Linear(6, 2, dtype=torch.float64), {}
+    torch.nn.init.constant_(model.weight, 0.5)
+    with rgd_ext.observe(model) as handle, rgd_ext.Monitor(handle, path) as record:
+        for step in (0, 1, 2, 3, 1, 2):
+            record.log(backward(model), step)
+            seen = {s: row for s, row in seen.items() if s < step}
+            seen[step] = 8, handle.stats.grad_norm.item(), handle.stats.trace.item()
+    assert monitor.read(path)["noise_scale"][-1] == pytest.approx(noise_of(seen.values()), rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [((1j,), TypeError, "loss"), ((torch.tensor(1j),), TypeError, "real"), ((1.0, 10**400), ValueError, "at most")],
+    ids=["complex", "complex tensor", "step"],
+)
+def test_numbers_that_no_row_can_hold_are_refused(arguments, error, message, model, handle, path):
+    with rgd_ext.Monitor(handle, path) as record:
+        backward(model)
+        with pytest.raises(error, match=message):
+            record.log(*arguments)
+    assert path.read_text() == HEADER
+
+
+def test_one_sample_adds_nothing_to_the_noise_scale(path):
+    model = torch.nn.Linear(6, 2, dtype=torch.float64)
+    with rgd_ext.observe(model) as handle, rgd_ext.Monitor(handle, path) as record:
+        record.log(backward(model, 1))
+    assert math.isnan(monitor.read(path)["noise_scale"].item())
 
 
 def test_numbers_of_a_diverged_run_are_recorded(model, handle, path):
@@ -185,10 +246,13 @@ def test_file_of_other_columns_is_refused_and_left_alone(content, handle, path):
     assert path.read_text() == content
 
 
-def test_file_whose_last_row_has_no_step_is_refused(handle, path):
-    write(path, 0, "x")
-    with pytest.raises(ValueError, match=r"no step, 'x,.*: repair it"):
+@pytest.mark.parametrize("step", ["x", "nan", "inf", ""])
+def test_file_with_a_damaged_row_is_refused_and_left_alone(step, handle, path):
+    write(path, 0, step)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=rf"line 3 of .* is damaged, '{step},.*: delete it"):
         rgd_ext.Monitor(handle, path)
+    assert path.read_text() == before
 
 
 CHILD = """

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import rgd_ext
-from rgd_ext.metric import Statistics
 
 
 class Scale(nn.Module):
@@ -29,7 +28,7 @@ def scale_rule(module: Scale, inputs: tuple[Tensor, ...], output_grad: Tensor) -
     return {"gain": inputs[0] * output_grad}
 
 
-def a_fifth(stats: Statistics) -> Tensor:
+def a_fifth(stats: rgd_ext.Statistics) -> Tensor:
     """A policy of the user's."""
     return 0.2 / stats.trace
 
@@ -53,14 +52,31 @@ def optimise(folder: Path) -> None:
     assert_type(stats, rgd_ext.Stats | None)
     assert stats is not None
     assert_type(stats.weights, Tensor)
+    assert_type(stats.epsilon, Tensor | None)
     assert_type(stats.trace, Tensor)
     assert_type(stats.largest_eigenvalue, Tensor | None)
     optimizer.load_state_dict(optimizer.state_dict())
 
 
+def agreeing(stats: rgd_ext.Statistics) -> Tensor:
+    """A rule of the user's."""
+    return (stats.alignments > 0) / stats.batch_size
+
+
 def capture() -> None:
     """Use a capture without the optimizer of the package."""
     model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    with rgd_ext.observe(model) as observer:
+        assert_type(observer, rgd_ext.Preconditioner)
+        observer.align([torch.ones_like(p) for p in model.parameters()])
+        model(x).square().mean().backward()
+        assert observer.stats is not None
+        assert_type(observer.stats.aligned, Tensor | None)
+        assert_type(observer.stats.noise_scale, Tensor)
+    rules = agreeing, rgd_ext.weights.Clip(1.0), rgd_ext.weights.FromGramian(lambda gram: gram.mean(1))
+    for rule in rules:
+        with rgd_ext.precondition(model, weights=rule):
+            model(x).square().mean().backward()
     with rgd_ext.precondition(model, epsilon=a_fifth, batch_norm="error") as handle:
         assert_type(handle, rgd_ext.Preconditioner)
         assert_type(rgd_ext.handle_of(model), rgd_ext.Preconditioner | None)

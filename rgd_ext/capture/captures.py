@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..contributions.buffers import KEPT_BYTES
-from ..metric import Epsilon, Inverse, Solver, Spectral
+from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
 from .handle import Preconditioner
 from .model_checks import check_model
@@ -63,14 +63,15 @@ def is_captured(parameter: Tensor) -> bool:
 def precondition(
     model: nn.Module,
     *,
-    epsilon: Epsilon = Spectral(0.5),
-    inverse: Inverse = "weak-field",
+    epsilon: Epsilon | None = None,
+    inverse: Inverse | None = None,
+    weights: Weights | None = None,
     batch_norm: Literal["error", "contribution"] = "error",
     memory_budget: float | None = None,
     verify: bool = True,
     batch_dim: int | None = 0,
 ) -> Preconditioner:
-    """Make every `backward()` through `model` write the RGD direction into `.grad`, for any torch optimizer to use.
+    """Make every `backward()` through `model` add the RGD direction, or that of `weights`, to `.grad`.
 
     At the end of each backward, `.grad` has (I - eps D) g added to it, eq. (10), where autograd would have added g; g_i
     is sample i's part of the gradient of the loss times the batch size, whatever the reduction of the loss. Samples lie
@@ -80,11 +81,15 @@ def precondition(
     Args:
         model: at least one trainable parameter; not captured already, nor any of its modules. Only a capture that
             `RGD(model)` made is taken over, and that optimizer refuses to step from then on.
-        epsilon: a policy, a number (`Fixed`), or a callable from the statistics of the batch (all of `Stats` that does
-            not depend on epsilon) to epsilon. Under a `torch.amp.GradScaler` they are those of the scaled loss: pass
+        epsilon: a policy, a number (`Fixed`), or a callable from the `Statistics` of the batch to epsilon; by default
+            `Spectral(0.5)`. Under a `torch.amp.GradScaler` they are those of the scaled loss: pass
             `Fixed(value, loss_scale=scaler.get_scale)` for a constant, and divide in a callable of yours by the square
             of the scale.
-        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+        inverse: "weak-field", the default, for I - eps D, "exact" for (I + eps D)^-1.
+        weights: in place of both, a weighting rule: a callable from these statistics to w, (B,), such as those of
+            `rgd_ext.weights`; `.grad` then gets sum_i w_i g_i. On the CPU weights that are not finite are an error,
+            unless the gradients are not finite either; on a GPU, where the check would wait for the device, `.grad`
+            gets them.
         batch_norm: batch normalisation in training mode couples the samples. "error" refuses it; "contribution" takes
             the batch's statistics as part of the layer: g_i is then sample i's contribution to the exact gradient.
         memory_budget: bytes that per-sample gradients, or layers' inputs and output gradients in their place, may take
@@ -100,10 +105,12 @@ def precondition(
             nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
 
     Returns:
-        The handle: `.stats`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`; a context manager.
+        The handle: `.stats`, `.align()`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`; a context
+        manager.
 
     Raises:
-        TypeError: if `model` is not a module, `epsilon` not a policy, `verify` not a bool, or `batch_dim` no int.
+        TypeError: if `model` is not a module, `epsilon` not a policy, `weights` not a callable or given together
+            with `epsilon` or `inverse`, `verify` not a bool, or `batch_dim` no int.
         ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
             second capture, or batch normalisation in training mode.
 
@@ -116,11 +123,59 @@ def precondition(
         >>> handle.stats.batch_size
         8
     """
+    return _capture(model, checked_rule(epsilon, inverse, weights), batch_norm, memory_budget, verify, batch_dim)
+
+
+def observe(
+    model: nn.Module,
+    *,
+    gram: bool = False,
+    batch_norm: Literal["error", "contribution"] = "error",
+    memory_budget: float | None = None,
+    verify: bool = True,
+    batch_dim: int | None = 0,
+) -> Preconditioner:
+    """Have every `backward()` through `model` leave the plain gradient in `.grad`, and statistics in `.stats`.
+
+    The statistics are those that need no Gramian: the norms of gradients and of their differences from the mean, the
+    alignments, tr D, the noise scale. The Gramian, the eigenvalues and the rank of D are None where layers do not give
+    the Gramian anyway, unless `gram` is True.
+
+    Args:
+        gram: whether to compute the Gramian.
+        model, batch_norm, memory_budget, verify, batch_dim: as for `precondition`.
+
+    Returns:
+        The handle, as from `precondition`; `.stats.epsilon` is None, and the weights are 1/B. `.grad` has the bits that
+        `precondition(model, epsilon=0.0)` gives it, but for subnormal numbers.
+
+    Raises:
+        TypeError, ValueError: as `precondition`; TypeError if `gram` is not a bool.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> with rgd_ext.observe(model) as handle:
+        ...     model(torch.randn(8, 3)).square().mean().backward()
+        >>> handle.stats.sample_norms.shape
+        torch.Size([8])
+    """
+    if not isinstance(gram, bool):
+        raise TypeError(f"gram is {gram!r}: pass True or False")
+    return _capture(model, Observation("gram" if gram else "norms"), batch_norm, memory_budget, verify, batch_dim)
+
+
+def _capture(
+    model: nn.Module,
+    rule: Rule,
+    batch_norm: Literal["error", "contribution"],
+    memory_budget: float | None,
+    verify: bool,
+    batch_dim: int | None,
+) -> Preconditioner:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     if batch_norm not in ("error", "contribution"):
         raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
-    solver = Solver(epsilon, inverse)
     budget = _checked_budget(memory_budget)
     earlier = next((handle for handle in _live() if handle.model is model and handle.has_owner), None)
     _check_free(model, earlier)
@@ -131,7 +186,7 @@ def precondition(
     if earlier is not None:
         earlier.give_way()
     kept = KEPT_BYTES if budget in (None, math.inf) else 0
-    handle = Preconditioner(model, solver, Options(batch_norm, batch_dim, budget, kept), verify)
+    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept), verify)
     _handles.add(handle)
     return handle
 

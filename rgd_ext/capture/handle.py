@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace
 from ..contributions.ledger import Contributions
-from ..metric import Solver, Stats
-from ..metric.solver import State
+from ..metric import ParameterVector, Rule, Solver, State, Stats
 from ..planning.planner import Choice, Planner
 from ..planning.table import Plan, plan_of
 from ..planning.trial import dry_run
@@ -29,7 +28,7 @@ from .wrappers import check_not_in_ddp
 
 
 class Preconditioner:
-    """The handle of a captured model, from `rgd_ext.precondition`; a context manager that removes the capture.
+    """The handle of a captured model, from `precondition` or `observe`; a context manager that removes the capture.
 
     Attributes:
         model: the captured model.
@@ -37,12 +36,13 @@ class Preconditioner:
         verifier: verifies calls of the model.
     """
 
-    def __init__(self, model: nn.Module, solver: Solver, options: Options, verify: bool = True) -> None:
+    def __init__(self, model: nn.Module, rule: Rule, options: Options, verify: bool = True) -> None:
         self.model = model
         self.context = CaptureContext(model, options, receive)
         self.verifier = Verifier(self.context, verify)
         self._planner = Planner(options.memory_budget)
-        self._direction = WriteDirection(solver, self._planner, self.context.parameters, Workspace(options.kept))
+        workspace = Workspace(options.kept)
+        self._direction = WriteDirection(Solver(rule), self._planner, self.context.parameters, workspace)
         self._union: BatchUnion | None = None
         # The `RGD` that made the capture, which ends with a new capture of the model.
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None
@@ -54,8 +54,7 @@ class Preconditioner:
 
     def __repr__(self) -> str:
         state = "removed" if self.context.is_removed else f"{len(self._recorders)} modules"
-        solver = self._direction.solver
-        return f"Preconditioner({type(self.model).__name__}, {state}, {solver.policy}, inverse={solver.inverse!r})"
+        return f"Preconditioner({type(self.model).__name__}, {state}, {self._direction.solver.rule})"
 
     def __enter__(self) -> Preconditioner:
         return self
@@ -76,6 +75,35 @@ class Preconditioner:
     def batch_dim(self) -> int | None:
         """The dimension of the samples in the model's inputs, or None where each call is for one sample."""
         return self.context.options.batch_dim
+
+    def align(self, vectors: ParameterVector | None) -> None:
+        """From now on `stats.aligned` has <g_i, v> of each sample i, (B,), not centred; pass None to end it.
+
+        For v the gradient of a validation batch it is the first-order change of that batch's loss per step along g_i.
+        The vector is copied. No per-sample gradient is formed for it beyond those that the strategies form. Like the
+        g_i, the products carry the scale of the loss: divide by that of a GradScaler, and with a sum over samples by B.
+
+        Args:
+            vectors: v: a dict from names of trainable parameters, where missing ones count as zeros, or a sequence
+                with a tensor for each trainable parameter, in the order of `model.parameters()`.
+
+        Raises:
+            ValueError: for wrong names, numbers, shapes or devices.
+            TypeError: for wrong dtypes.
+            RuntimeError: if the capture has been removed.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> validation = torch.autograd.grad(model(torch.randn(5, 3)).square().mean(), list(model.parameters()))
+            >>> with rgd_ext.observe(model) as handle:
+            ...     handle.align(validation)
+            ...     model(torch.randn(8, 3)).square().mean().backward()
+            >>> handle.stats.aligned.shape
+            torch.Size([8])
+        """
+        if self.context.is_removed:
+            raise RuntimeError("the capture was removed, so there are no statistics: capture the model again")
+        self._direction.align(vectors)
 
     def remove(self) -> None:
         """Leave the model as it was found. Gradients already written stay; what `defer` has collected is dropped."""
@@ -166,6 +194,7 @@ class Preconditioner:
         Raises:
             RuntimeError: if the handle does not defer.
             ValueError: for gradient hooks on parameters.
+            Exception: of a policy or a rule of yours. What was collected is kept then, for another `write`.
         """
         if self._union is None or not self._union.is_deferred:
             raise RuntimeError(NOT_DEFERRED if self._union is None else INSIDE_BLOCK)
@@ -174,7 +203,8 @@ class Preconditioner:
     def _write(self, union: BatchUnion) -> None:
         self.context.parameters.check_unhooked(union.parameters())
         if union:
-            self._direction.finish_union(union.batch_size, union.joined)
+            self._direction.finish_union(union.batch_size, union.joined())
+            union.drop()
 
     def drop(self) -> None:
         """Forget the backwards that `defer` or `accumulate` has collected since the last direction."""
@@ -187,14 +217,14 @@ class Preconditioner:
         with self.context.collecting(self._planner, keeps_contributions=True) as parts:
             yield parts
 
-    def state_dict(self) -> dict[str, State]:
+    def state_dict(self) -> State:
         """What later directions depend on besides the parameters, for a training that is resumed.
 
-        It is the memory of `Spectral(every=...)`, and empty for other policies. `RGD.state_dict` contains it.
+        It is the memory of `Spectral(every=...)`, and empty otherwise. `RGD.state_dict` contains it.
         """
         return self._direction.solver.state_dict()
 
-    def load_state_dict(self, state: dict[str, State]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on from where `state_dict` was called; an empty dict lets the policy begin anew, and others ignore it.
 
         Raises:

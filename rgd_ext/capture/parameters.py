@@ -9,8 +9,10 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..metric import ParameterVector
 from ..nests import modules_in
 from .native import GUARD_HOOKS, NativeContext, guard
+from .parameter_vector import by_parameter
 from .wrappers import check_not_sharded, check_not_wrapped
 
 # A parameter's place: the module that owns it, and its name there.
@@ -79,6 +81,10 @@ class WatchedParameters:
         """Its name in the model."""
         name = self._names.get(parameter)  # type: ignore[call-overload]  # None for what is no Parameter
         return name or next((name for name, p in self._model.named_parameters() if p is parameter), "?")
+
+    def vector(self, vectors: ParameterVector) -> dict[nn.Parameter, Tensor]:
+        """The part of a vector of the parameter space that belongs to each parameter; raises as `by_parameter`."""
+        return by_parameter(self._model, vectors)
 
     def names(self) -> list[str]:
         """As the model lists its parameters."""

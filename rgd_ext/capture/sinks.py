@@ -10,12 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..contributions.buffers import Workspace, fresh
 from ..contributions.factor import Dense, Factor, blank
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
-from ..metric import Solver, Stats
+from ..metric import ParameterVector, Solver, Stats
 from ..planning.planner import Planner
 from .parameters import WatchedParameters
 from .precision import full_precision
@@ -82,6 +83,7 @@ class WriteDirection(Sink):
         solver: computes the direction.
         planner, parameters: as for `Sink`.
         workspace: the memory for gradients that a strategy forms.
+        vector: v of `Stats.aligned`, by the names of parameters, since parameters may be replaced.
 
     Attributes:
         stats: `Stats` of the last direction, or None before the first.
@@ -89,9 +91,16 @@ class WriteDirection(Sink):
 
     writes = True
 
-    def __init__(self, solver: Solver, planner: Planner, parameters: WatchedParameters, workspace: Workspace) -> None:
+    def __init__(
+        self,
+        solver: Solver,
+        planner: Planner,
+        parameters: WatchedParameters,
+        workspace: Workspace,
+        vector: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__(planner, parameters)
-        self.solver, self._workspace = solver, workspace
+        self.solver, self._workspace, self._vector = solver, workspace, vector
         self._needs_gram = True
         self.stats: Stats | None = None
 
@@ -109,20 +118,20 @@ class WriteDirection(Sink):
         if contributions:
             self.write(contributions)
 
-    def finish_union(self, batch_size: int, joined: Callable[[], Iterable[tuple[nn.Parameter, Factor]]]) -> None:
+    def finish_union(self, batch_size: int, joined: Iterable[tuple[nn.Parameter, Factor]]) -> None:
         """Add the direction of a union of batches to `.grad`.
 
         Args:
             batch_size: the number of samples in the union.
-            joined: gives each parameter and its contributions.
+            joined: each parameter and its contributions.
         """
+        self._needs_gram = self.solver.needs_gram
         self._workspace.restart()
         contributions = Contributions(batch_size)
-        for parameter, factor in joined():
+        for parameter, factor in joined:
             name = self._parameters.name_of(parameter)
             # Planned for the Gramian, as when they were collected.
             contributions.add_factor(parameter, self._planner.apply(name, factor, True, self._workspace.empty))
-            del factor
         contributions.close(self.total)
         self.write(contributions)
 
@@ -135,14 +144,47 @@ class WriteDirection(Sink):
         """
         parameters = contributions.parameters()
         self._parameters.check_unhooked(parameters)
-        with full_precision(parameters[0].device):
-            direction, self.stats = self.solver.solve(contributions.release())
+
+        def align(vectors: ParameterVector) -> Tensor:
+            return contributions.align_with(self._parameters.vector(vectors))
+
+        with full_precision(parameters[0].device), self._workspace.reading():
+            vector = self._own_vector(parameters)
+            aligned = None if vector is None else contributions.align_with(vector)
+            direction, self.stats = self.solver.solve(contributions.release(), self._needs_gram, align, aligned)
         _add_to_grads(parameters, direction)
         self._workspace.release()
 
+    def _own_vector(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
+        """The parts of the vector that belong to these parameters, which may have been replaced or converted since."""
+        if self._vector is None:
+            return None
+        found = {}
+        for parameter in parameters:
+            name = self._parameters.name_of(parameter)
+            if name in self._vector:
+                part = self._vector[name].to(parameter)
+                ops.check_vector(f"the vector of parameter '{name}' in handle.align", part, parameter.shape, parameter)
+                found[parameter] = part
+        return found
+
+    def align(self, vectors: ParameterVector | None) -> None:
+        """From now on `Stats.aligned` are the products with a vector that a user passes, or None for None.
+
+        Raises:
+            ValueError, TypeError: if it does not match the parameters.
+        """
+        if vectors is None:
+            self._vector = None
+            return
+        # Copies: a gradient that was passed may change in the next backward.
+        parts = self._parameters.vector(vectors).items()
+        self._vector = {self._parameters.name_of(parameter): part.clone() for parameter, part in parts}
+
     def rehearsal(self) -> WriteDirection:
         """A sink that does the same work, for timings, and of which nothing is remembered."""
-        return WriteDirection(self.solver.rehearsal(), self._planner, self._parameters, self._workspace)
+        solver = self.solver.rehearsal()
+        return WriteDirection(solver, self._planner, self._parameters, self._workspace, self._vector)
 
     def clear(self) -> None:
         """Free the memory for gradients."""

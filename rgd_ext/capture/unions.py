@@ -33,6 +33,10 @@ _SEVERAL = (
     "this backward goes through calls of the model whose backwards were collected as those of separate samples before,"
     " so which samples are the same cannot be told: run one backward of the sum of these losses"
 )
+_TORN = (
+    "what was collected is lost, because an earlier handle.write() failed while it joined the batches: call"
+    " handle.drop(), and run the backwards again"
+)
 
 
 class _Samples:
@@ -40,23 +44,35 @@ class _Samples:
 
     Args:
         size: the number of samples.
+        calls: the calls of the model that these backwards went through.
 
     Attributes:
-        size: as given.
-        calls: the calls of the model that these backwards went through.
+        size, calls: as given.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.calls: CallNumbers = set()
+    def __init__(self, size: int, calls: CallNumbers) -> None:
+        self.size, self.calls = size, calls
         # What each backward contributed, by parameter.
         self._parts: list[dict[nn.Parameter, Factor]] = []
 
     def add(self, contributions: Contributions, calls: CallNumbers) -> None:
         """Keep what another backward contributed."""
-        self.calls |= calls
+        self.calls = self.calls | calls
         # The sum is formed at the end: an error in the midst of it would leave half of it.
-        self._parts.append(dict(contributions.factors()))
+        self.put(dict(contributions.factors()))
+
+    def put(self, contributions: dict[nn.Parameter, Factor]) -> None:
+        """Keep contributions, by parameter."""
+        self._parts.append(contributions)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether there is one contribution to each parameter."""
+        return len(self._parts) == 1
+
+    def items(self) -> list[tuple[nn.Parameter, Factor]]:
+        """The contributions, parameter by parameter, if they are joined."""
+        return [*self._parts[0].items()]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that have contributions, some more than once."""
@@ -80,7 +96,7 @@ class BatchUnion(steps.PendingDirection):
     """
 
     def __init__(self, is_deferred: bool) -> None:
-        self._is_deferred = is_deferred
+        self._is_deferred, self._is_torn = is_deferred, False
         self._samples: list[_Samples] = []
         steps.refuse_steps(self)
 
@@ -105,10 +121,11 @@ class BatchUnion(steps.PendingDirection):
             RuntimeError: if the backward ties samples that were separate so far.
         """
         same = [each for each in self._samples if not each.calls.isdisjoint(calls)]
-        if len(same) > 1:
+        # Batches that were joined, by a `write` that failed, have more samples.
+        if len(same) > 1 or (same and same[0].size != contributions.batch_size):
             raise RuntimeError(_SEVERAL)
         if not same:
-            same = [_Samples(contributions.batch_size)]
+            same = [_Samples(contributions.batch_size, calls)]
             self._samples += same
         same[0].add(contributions, calls)
 
@@ -117,11 +134,24 @@ class BatchUnion(steps.PendingDirection):
         """The number of samples in the union."""
         return sum(each.size for each in self._samples)
 
-    def joined(self) -> Iterator[tuple[nn.Parameter, Factor]]:
-        """Each parameter and its contributions in the union; nothing of them is kept here."""
-        parameters, samples, self._samples = self.parameters(), self._samples, []
-        for parameter in parameters:
-            yield parameter, concatenate_batches([each.pop(parameter) for each in samples])
+    def joined(self) -> list[tuple[nn.Parameter, Factor]]:
+        """Each parameter and its contributions in the union, whose batches are kept as one from now on.
+
+        Raises:
+            RuntimeError: if an earlier call has failed half-way.
+        """
+        if self._is_torn:
+            raise RuntimeError(_TORN)
+        if len(self._samples) > 1 or not self._samples[0].is_joined:
+            # Parameter by parameter, so that no more than one has its contributions twice in memory.
+            self._is_torn = True
+            whole = _Samples(self.batch_size, set().union(*(each.calls for each in self._samples)))
+            whole.put({parameter: self._pop(parameter) for parameter in self.parameters()})
+            self._samples, self._is_torn = [whole], False
+        return self._samples[0].items()
+
+    def _pop(self, parameter: nn.Parameter) -> Factor:
+        return concatenate_batches([each.pop(parameter) for each in self._samples])
 
     def drop(self) -> None:
-        self._samples = []
+        self._samples, self._is_torn = [], False

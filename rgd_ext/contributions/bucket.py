@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..gradients import Moments, squared_norm
 from .factor import Dense, Factor
 from .outer import Bias, Outer
 from .vectors import VectorLayers
@@ -44,6 +45,21 @@ class Bucket:
         """sum_i w_i h_i for `vector_parameters`. If it is the `last` time, the layers are not kept."""
         combined = self.vectors.combine(weights, last) if self.vectors else []
         return in_shapes(combined, self.vector_parameters)
+
+    def moments_and_sum(self) -> tuple[Moments, list[Tensor]]:
+        """The moments of `tensors` and sum_i h_i for each, in one read, for a B that `has_exact_sums`."""
+        mean, alignments, squared_norms = torch.ops.rgd_ext.moments(self.tensors)
+        sums = list(torch._foreach_mul(mean, float(len(self.tensors[0]))))
+        return Moments(squared_norm(mean), alignments, squared_norms), sums
+
+    @property
+    def has_exact_sums(self) -> bool:
+        """Whether B times a mean has the bits of the sum: a power of two only changes exponents.
+
+        Subnormal numbers lose digits by it. In float16 gradients often are, in wider dtypes only below 1e-37.
+        """
+        batch_size, dtype = len(self.tensors[0]), self.tensors[0].dtype
+        return batch_size & (batch_size - 1) == 0 and dtype != torch.float16
 
     def combine_tensors(self, weights: Tensor, last: bool) -> list[Tensor]:
         """sum_i w_i h_i for each of `tensors`, which are not kept if it is the `last` time."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -19,6 +20,10 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
+_IN_USE = (
+    "a backward of the captured model began while a policy or a rule was choosing for another one, whose gradients it"
+    " would overwrite: run it before the other one, or forward and backward under `with handle.paused():`"
+)
 # How many bytes may stay allocated between backwards. To allocate them again takes small models a noticeable time.
 KEPT_BYTES = 16 << 20
 # The least number of bytes of a block that is put in huge pages.
@@ -64,10 +69,26 @@ class Workspace:
         self._blocks: list[Tensor] = []
         self._tensors: list[Tensor] = []
         self._used = 0
+        self._is_read = False
 
     def restart(self) -> None:
-        """Let the memory of all tensors that were returned so far be used again."""
+        """Let the memory of all tensors that were returned so far be used again.
+
+        Raises:
+            RuntimeError: while they are read.
+        """
+        if self._is_read:
+            raise RuntimeError(_IN_USE)
         self._used = 0
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, what is in the memory is read, and may not be overwritten."""
+        self._is_read = True
+        try:
+            yield
+        finally:
+            self._is_read = False
 
     def release(self) -> None:
         """Free the memory, if it is more than may stay allocated."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -188,7 +189,13 @@ class Contributions(PerSampleGradients):
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
-        parts = [factor.align(v) for (_, factor), v in zip(self.factors(), vector, strict=True)]
+        return self.align_with(dict(zip(self.parameters(), vector, strict=True)))
+
+    def align_with(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """`align` with a vector whose parts are given by parameter; those of other parameters are zero."""
+        parts = [factor.align(vectors[parameter]) for parameter, factor in self.factors() if parameter in vectors]
+        if not parts:
+            return torch.zeros_like(self._equal_weights())
         return self._batch_size * total(parts)
 
     def gram(self) -> Tensor:
@@ -208,12 +215,25 @@ class Contributions(PerSampleGradients):
         has_tensors = any(bucket.tensors for bucket in buckets)
         if not has_tensors and all(factor.gram_is_free for factor in self._factors.values()):
             return None
-        parts = [moments_of(bucket.tensors) for bucket in buckets if bucket.tensors]
-        parts += [factor.moments() for factor in self._factors.values()]
+        return self._moments_with([moments_of(bucket.tensors) for bucket in buckets if bucket.tensors])
+
+    def _moments_with(self, of_tensors: list[Moments]) -> Moments:
+        """The moments of all, given those of the tensors."""
+        parts = [*of_tensors, *(factor.moments() for factor in self._factors.values())]
         parts += [moments_from_gram(gram) for gram in self._vector_grams()]
         squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
         scale = float(self._batch_size**2)  # as in `gram`
         return Moments(scale * squared, scale * alignments, scale * squared_norms)
+
+    def moments_and_mean(self) -> tuple[Moments, list[Tensor]] | None:
+        """`moments` and `mean`, in one read of the tensors; None where that takes no fewer reads, or has other bits."""
+        buckets = [bucket for bucket in self._buckets.values() if bucket.tensors]
+        if not buckets or not all(bucket.has_exact_sums for bucket in buckets):
+            return None
+        moments, sums = zip(*(bucket.moments_and_sum() for bucket in buckets), strict=True)
+        found = self._moments_with([*moments])  # before the ledger is used up
+        joined = self._combine_others(self._start_combination(self._equal_weights()))
+        return found, self._cut([*joined, *chain.from_iterable(sums)])
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
@@ -235,18 +255,28 @@ class Contributions(PerSampleGradients):
 
     def _combine_joined(self, weights: Tensor) -> list[Tensor]:
         """`combine`, but with one tensor for parameters that lie side by side. What gives memory back comes first."""
+        weights = self._start_combination(weights)
+        found = self._combine_others(weights)
+        buckets = self._buckets.values()
+        return found + [step for bucket in buckets for step in bucket.combine_tensors(weights, self._is_last)]
+
+    def _start_combination(self, weights: Tensor) -> Tensor:
+        """The weights of the h_i, w_i B; RuntimeError if there can be no other combination."""
         if self._is_used_up:
             raise RuntimeError("the contributions are used up: ask for all but the last combination before release()")
-        weights, last = weights * float(self._batch_size), self._is_last
-        self._is_used_up = last
-        buckets = self._buckets.values()
-        result = [step for bucket in buckets for step in bucket.combine_vectors(weights, last)]
+        self._is_used_up = self._is_last
+        return weights * float(self._batch_size)
+
+    def _combine_others(self, weights: Tensor) -> list[Tensor]:
+        """The weighted sums of all but the tensors in the buckets."""
+        last = self._is_last
+        result = [step for bucket in self._buckets.values() for step in bucket.combine_vectors(weights, last)]
         for parameter in list(self._factors):
             factor = self._factors.pop(parameter) if last else self._factors[parameter]
             there = weights.to(factor.example.device, accumulate_dtype(factor.example.dtype))
             result.append(factor.combine_sparse(there) if last and factor.is_sparse else factor.combine(there))
             del factor
-        return result + [step for bucket in buckets for step in bucket.combine_tensors(weights, last)]
+        return result
 
     def _cut(self, joined: list[Tensor]) -> list[Tensor]:
         """One tensor per parameter of what `_combine_joined` gives."""

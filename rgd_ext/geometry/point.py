@@ -21,8 +21,8 @@ from torch.func import jacfwd, jacrev, jvp
 from .. import ops
 from ..gradients import DenseGradients
 from ..metric import Epsilon, statistics
+from ..metric.inverses import weak_field_weights
 from ..metric.policies import checked_policy, chosen_epsilon
-from ..metric.weights import weak_field_weights
 
 Losses: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -190,8 +190,10 @@ def local_metric(losses: Losses, x: Tensor, epsilon: Epsilon, weak_field: bool) 
     """The metric at x, with the epsilon that the policy chooses there, checked against eq. (6)."""
     policy = checked_policy(epsilon, "weak-field" if weak_field else "exact")
     point = Point(losses, x)
-    found = statistics(DenseGradients(point.gradients), policy.needs_gram)
-    chosen, _ = weak_field_weights(found, chosen_epsilon(policy, found))  # 0 where D = 0 to rounding
+    gradients = DenseGradients(point.gradients)
+    found = statistics(gradients, policy.needs == "gram")
+    with found.aligning(gradients.align_with):
+        chosen, _ = weak_field_weights(found, chosen_epsilon(policy, found))  # 0 where D = 0 to rounding
     check_epsilon(point, chosen, weak_field)
     return LocalMetric(point, chosen, weak_field)
 

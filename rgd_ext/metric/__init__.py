@@ -1,24 +1,35 @@
-"""The diffusion metric: statistics of per-sample gradients -> epsilon -> weights on the samples."""
+"""The diffusion metric and other rules: statistics of per-sample gradients -> weights on the samples."""
 
-from .policies import POLICIES, SCALE_FREE_POLICIES, Epsilon, Fixed, Policy, Rayleigh, Spectral, Trace
-from .solver import Solver, direction
-from .stats import Statistics, Stats, rounding, statistics
-from .weights import INVERSES, Inverse
+from .arguments import NEEDS, Need
+from .inverses import INVERSES, Inverse
+from .policies import POLICIES, SCALE_FREE_POLICIES, Ascent, Epsilon, Fixed, Policy, Rayleigh, Spectral, Trace
+from .rules import Observation, Rule, State, Weights
+from .solver import Solver, checked_rule, direction
+from .stats import ParameterVector, Statistics, Stats, rounding, statistics
 
 __all__ = [
     "INVERSES",
+    "NEEDS",
     "POLICIES",
     "SCALE_FREE_POLICIES",
+    "Ascent",
     "Epsilon",
     "Fixed",
     "Inverse",
+    "Need",
+    "Observation",
+    "ParameterVector",
     "Policy",
     "Rayleigh",
+    "Rule",
     "Solver",
     "Spectral",
+    "State",
     "Statistics",
     "Stats",
     "Trace",
+    "Weights",
+    "checked_rule",
     "direction",
     "rounding",
     "statistics",

@@ -14,20 +14,21 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .arguments import LossScale, Need, check_finite, check_scale, checked_need, current_scale
+from .inverses import INVERSES, Inverse
 from .stats import Statistics
-from .weights import INVERSES, Inverse
 
 
 class Policy(ABC):
-    """A rule that chooses epsilon for each batch.
+    """What chooses epsilon for each batch.
 
     Attributes:
-        needs_gram: whether the policy reads `largest_eigenvalue`, `eigenvalues` or `rank`, which come from the Gramian
-            and may be None without it.
+        needs: "gram" if the policy reads the Gramian, or `largest_eigenvalue`, `eigenvalues` or `rank`, which come from
+            it and may be None without it; else "alignments" or "norms".
         every: a captured model computes the Gramian in every so many backwards, and estimates lambda_max in the others.
     """
 
-    needs_gram: bool = True
+    needs: Need = "gram"
     every: int = 1
 
     def check(self, inverse: Inverse) -> None:  # noqa: B027
@@ -53,29 +54,77 @@ class Fixed(Policy):
             scaled loss, which is in `Stats`, is value / loss_scale^2.
 
     Raises:
-        ValueError: if `value` is not finite, or `loss_scale` not positive.
-        TypeError: if `value` is no number.
+        ValueError: if `value` is not finite, or `loss_scale` not positive (a function is called in every backward).
+        TypeError: if `value` or `loss_scale` is not a number.
     """
 
     value: float
-    loss_scale: float | Callable[[], float] = 1.0
-    needs_gram = False
+    loss_scale: LossScale = 1.0
+    needs = "alignments"
 
     def __post_init__(self) -> None:
-        _check_finite("Fixed", "value", self.value)
-        if not callable(self.loss_scale):
-            self._check_scale(self.loss_scale)
-
-    def _check_scale(self, scale: float) -> None:
-        _check_finite("Fixed", "loss_scale", scale)
-        if scale <= 0:
-            raise ValueError(f"Fixed(loss_scale={scale}): pass a positive number, or a function that returns one")
+        check_finite("Fixed", "value", self.value)
+        check_scale("Fixed", self.loss_scale)
 
     def __call__(self, stats: Statistics) -> float:
         """value / loss_scale^2."""
-        scale = self.loss_scale() if callable(self.loss_scale) else self.loss_scale
-        self._check_scale(scale)
-        return self.value / scale**2
+        return self.value / current_scale("Fixed", self.loss_scale) ** 2
+
+
+@dataclass(frozen=True)
+class Ascent(Policy):
+    """epsilon = -rho / |g|: from one backward, an estimate of the gradient at x + rho g / |g|.
+
+    That is the point of steepest ascent within a distance of rho, at which sharpness-aware minimisation (P. Foret et
+    al., 2021, arXiv 2010.01412) takes its gradient by a second backward. To first order in rho it is
+    grad f(x + rho g / |g|) = g + (rho / |g|) H g, with H the Hessian of the mean loss. Where the losses of the samples
+    are negative log-likelihoods and the labels are distributed as the model predicts them, H is on average the Fisher
+    matrix, and mean_i g_i g_i^T = D + g g^T, the empirical Fisher matrix, is an estimate of it (F. Kunstner et al.,
+    2019, arXiv 1905.12558). With D in the place of H, up to g g^T, which is small near a minimum and only lengthens the
+    direction, it is (I + (rho / |g|) D) g = (I - eps D) g.
+
+    It is a poor estimate where these assumptions fail: far from a fit; with wrong labels; where the model interpolates
+    its training data, since g_i g_i^T then falls faster than H; for losses that are no likelihoods or have another
+    scale (D grows with its square, H with the scale itself); and for a large rho.
+
+    I - eps D = I + |eps| D is positive definite for any rho, so the direction is one of descent, and eq. (6), which
+    bounds positive epsilons, sets no bound. I + eps D is a metric only for |eps| < 1 / lambda_max(D); beyond that the
+    direction is just g + (rho / |g|) D g.
+
+    Args:
+        rho: the distance, in units of the parameters.
+        loss_scale: what the mean loss is multiplied by before its backward, as for `Fixed`: epsilon is then
+            -rho / (loss_scale |g|), with the g of the scaled loss. For the sum of the losses pass the batch size.
+
+    Raises:
+        ValueError: if `rho` is not finite or is negative, `loss_scale` is not positive (a function is called in every
+            backward), or with the exact inverse, whose metric I - (rho / |g|) D may be singular.
+        TypeError: if `rho` or `loss_scale` is not a number.
+    """
+
+    rho: float
+    loss_scale: LossScale = 1.0
+    needs = "alignments"
+
+    def __post_init__(self) -> None:
+        check_finite("Ascent", "rho", self.rho)
+        if self.rho < 0:
+            raise ValueError(f"Ascent(rho={self.rho}): pass the distance to ascend, a number of at least 0")
+        check_scale("Ascent", self.loss_scale)
+
+    def check(self, inverse: Inverse) -> None:
+        """Raise ValueError for the exact inverse."""
+        if inverse == "exact":
+            raise ValueError(
+                f"Ascent(rho={self.rho}) with inverse='exact': I + eps D may be singular for its negative epsilon; use"
+                " inverse='weak-field', whose I - eps D is the step of the ascent"
+            )
+
+    def __call__(self, stats: Statistics) -> Tensor:
+        """-rho / (loss_scale |g|); 0 where g = 0."""
+        norm = stats.grad_norm
+        epsilon = -self.rho / (current_scale("Ascent", self.loss_scale) * norm)
+        return epsilon.masked_fill(norm == 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -85,7 +134,7 @@ class _Fraction(Policy):
     fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_finite(type(self).__name__, "fraction", self.fraction)
+        check_finite(type(self).__name__, "fraction", self.fraction)
 
 
 @dataclass(frozen=True)
@@ -129,7 +178,7 @@ class Spectral(_Fraction):
 
     def __call__(self, stats: Statistics) -> Tensor:
         """fraction / lambda_max."""
-        return self.fraction / stats.largest_eigenvalue  # type: ignore[operator, return-value]  # see needs_gram
+        return self.fraction / stats.largest_eigenvalue  # type: ignore[operator, return-value]  # see `needs`
 
 
 @dataclass(frozen=True)
@@ -140,7 +189,7 @@ class Trace(_Fraction):
         ValueError: as `Spectral`.
     """
 
-    needs_gram = False
+    needs = "norms"
 
     def check(self, inverse: Inverse) -> None:
         """Raise ValueError if `inverse` allows no such fraction."""
@@ -162,7 +211,7 @@ class Rayleigh(_Fraction):
         ValueError: if `fraction` is not finite.
     """
 
-    needs_gram = False
+    needs = "alignments"
 
     def __call__(self, stats: Statistics) -> Tensor:
         """fraction |g|^2 / (g^T D g)."""
@@ -173,20 +222,21 @@ class Rayleigh(_Fraction):
         return (self.fraction * squared / form).masked_fill(excess <= 0, 0.0)
 
 
-# All named policies, and those of them that suit every loss, so that they have defaults for all arguments.
-POLICIES: tuple[type[Policy], ...] = (Fixed, Spectral, Trace, Rayleigh)
+# All named policies, and those of them whose epsilon follows the scale of the loss.
+POLICIES: tuple[type[Policy], ...] = (Fixed, Spectral, Trace, Rayleigh, Ascent)
 SCALE_FREE_POLICIES = tuple(policy for policy in POLICIES if issubclass(policy, _Fraction))
 
 
 class _FromCallable(Policy):
-    """A user's callable as a policy. It needs the Gramian unless the callable has an attribute `needs_gram` = False."""
+    """A user's callable as a policy. It needs the Gramian unless its attribute `needs` says otherwise."""
 
     def __init__(self, function: Callable[[Statistics], float | Tensor]) -> None:
         self._function = function
+        checked_need(function)
 
     @property
-    def needs_gram(self) -> bool:  # type: ignore[override]  # a callable may change it
-        return getattr(self._function, "needs_gram", True)
+    def needs(self) -> Need:  # type: ignore[override]  # a callable may change it
+        return checked_need(self._function)
 
     def __call__(self, stats: Statistics) -> float | Tensor:
         return self._function(stats)
@@ -224,15 +274,6 @@ def chosen_epsilon(policy: Policy, statistics: Statistics) -> Tensor:
     if epsilon.shape == () and epsilon.dtype == like.dtype and epsilon.device == like.device:
         return epsilon
     return epsilon.to(like).reshape(())
-
-
-def _check_finite(policy: str, name: str, value: float) -> None:
-    try:
-        is_finite = math.isfinite(value)
-    except TypeError as error:
-        raise TypeError(f"{policy}({name}={value!r}): pass a number") from error
-    if not is_finite:
-        raise ValueError(f"{policy}({name}={value}): pass a finite number")
 
 
 def _check_fraction(policy: str, fraction: float, inverse: Inverse) -> None:

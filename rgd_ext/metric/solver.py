@@ -1,117 +1,99 @@
-"""From per-sample gradients to the direction: statistics -> epsilon -> weights -> combination.
+"""From per-sample gradients to the direction: statistics -> weights -> combination.
 
 Nothing here knows where the gradients come from.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..gradients import DenseGradients, PerSampleGradients, adapted
-from .policies import Epsilon, Fixed, Spectral, checked_policy, chosen_epsilon
-from .stats import Statistics, Stats, statistics
-from .weights import Inverse, exact_weights, weak_field_weights
+from .inverses import Inverse
+from .policies import Epsilon, Policy, Spectral
+from .relativistic import Relativistic
+from .rules import Rule, State, UserRule, Weights
+from .stats import ParameterVector, Stats, statistics, statistics_of
 
-# Of an `EigenvalueShare`: a number of batches and a tensor or None.
-State: TypeAlias = dict[str, Any]
 
+def checked_rule(epsilon: Epsilon | None, inverse: Inverse | None, weights: Weights | None) -> Rule:
+    """The rule that the arguments of `precondition`, `RGD` and `direction` stand for.
 
-class EigenvalueShare:
-    """lambda_max / tr D over a sequence of batches, for `Spectral(every=...)`.
-
-    It is measured in every `every`-th batch; in the batches between, lambda_max is estimated from the last value.
+    Raises:
+        TypeError: for `weights` together with one of the others, or what is neither a policy nor a rule.
+        ValueError: for a policy out of range, or an `inverse` that does not suit it.
     """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._batches = 0
-        self._share: Tensor | None = None
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the next batch is one in which it is measured, for which the Gramian is needed."""
-        return self._share is None or self._batches % self.every == 0
-
-    def statistics(self, grads: PerSampleGradients, with_gram: bool) -> Statistics:
-        """The statistics of the next batch, with lambda_max estimated if the measurement is not due."""
-        if not self.is_due:
-            self._batches += 1
-            return statistics(grads, with_gram, self._share)
-        found = statistics(grads, with_gram)
-        share = torch.div(found.largest_eigenvalue, found.trace)  # type: ignore[arg-type]  # Spectral has it
-        # Where D = 0, or where gradients have overflowed, the last value stays; at first the largest possible one.
-        known = torch.ones_like(share) if self._share is None else self._share.to(share)
-        self._share = torch.where(share.isfinite(), share, known)
-        self._batches += 1
-        return found
-
-    def state_dict(self) -> State:
-        """The number of batches there were, and the last share."""
-        return {"batches": self._batches, "share": self._share}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on after the batches of `state`, from `state_dict`; ValueError for another."""
-        batches, share = state.get("batches"), state.get("share")
-        is_share = share is None or (isinstance(share, Tensor) and share.shape == () and share.is_floating_point())
-        if type(batches) is not int or batches < 0 or not is_share:
-            raise ValueError(
-                f"{state!r} is no state of Spectral(every=...): expected 'batches', a number, and 'share', a scalar"
-                " tensor or None, as state_dict() gives them"
-            )
-        self._batches, self._share = batches, share
+    if weights is None:
+        return Relativistic(Spectral(0.5) if epsilon is None else epsilon, "weak-field" if inverse is None else inverse)
+    given = {name: value for name, value in (("epsilon", epsilon), ("inverse", inverse)) if value is not None}
+    if given:
+        names = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TypeError(f"got weights={weights!r} and {names}: pass one or the other, since a rule chooses all weights")
+    if isinstance(weights, Policy):
+        raise TypeError(f"weights is the policy {weights!r}: pass it as epsilon")
+    return UserRule(weights)
 
 
 class Solver:
     """Computes the directions of a sequence of batches, such as those of a captured model.
 
     Args:
-        epsilon: a policy, a number or a callable, as `direction` takes it.
-        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+        rule: chooses the weights.
 
     Attributes:
-        policy: the policy that `epsilon` stands for.
-        inverse: the argument.
-
-    Raises:
-        ValueError: if the policy or `inverse` is out of range, or one does not suit the other.
-        TypeError: if `epsilon` is no policy.
+        rule: the argument.
     """
 
-    def __init__(self, epsilon: Epsilon, inverse: Inverse) -> None:
-        self.policy, self.inverse = checked_policy(epsilon, inverse), inverse
-        self._share = EigenvalueShare(self.policy.every) if self.policy.every > 1 else None
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
 
     @property
     def needs_gram(self) -> bool:
         """Whether the next batch needs K = G G^T."""
-        return self.inverse == "exact" or ((self._share is None or self._share.is_due) and self.policy.needs_gram)
+        return self.rule.needs == "gram"
 
-    def solve(self, grads: PerSampleGradients) -> tuple[list[Tensor], Stats]:
-        """The direction of a batch, a list of (*param.shape) tensors, and the `Stats` it came from."""
-        source = statistics if self._share is None else self._share.statistics
-        found = source(grads, self.needs_gram)
-        epsilon, weights = weak_field_weights(found, chosen_epsilon(self.policy, found))
-        if self.inverse == "exact":
-            weights = exact_weights(found, epsilon)
-        if found.centred_gram is not None:
-            return grads.combine(weights), Stats(found, epsilon, weights)
+    def solve(
+        self,
+        grads: PerSampleGradients,
+        with_gram: bool,
+        align: Callable[[ParameterVector], Tensor] | None = None,
+        aligned: Tensor | None = None,
+    ) -> tuple[list[Tensor], Stats]:
+        """The direction of a batch, a list of (*param.shape) tensors, and the `Stats` it came from.
+
+        Args:
+            grads: of the batch.
+            with_gram: what `needs_gram` was when the batch began.
+            align: gives <g_i, v> for a v as users pass it; by default `grads.align`.
+            aligned: the <g_i, v> for the v that was asked for in advance, if any.
+        """
+        at_once = grads.moments_and_mean() if self.rule.is_mean and not with_gram else None
+        if at_once is not None:
+            moments, mean = at_once
+            found = statistics_of(moments, aligned)
+            return mean, Stats(found, *self.rule.choose(found), moments.squared_grad_norm)
+        found = statistics(grads, with_gram, aligned)
+        with found.aligning(align or grads.align):  # type: ignore[arg-type]  # a source of the user's defines what it takes
+            weights, epsilon = self.rule.choose(found)
+        # Weights that cancel leave no correct digits of a norm from the Gramian; those of the metric sum to one.
+        if found.grams is not None and epsilon is not None:
+            return grads.combine(weights), Stats(found, weights, epsilon)
         direction, squared_norm = grads.combine_with_norm(weights)
-        return direction, Stats(found, epsilon, weights, squared_norm)
+        return direction, Stats(found, weights, epsilon, squared_norm)
 
     def rehearsal(self) -> Solver:
-        """A solver that does the work of the next batch, for timings; a user's policy is not called by it."""
-        return Solver(Spectral() if self.needs_gram else Fixed(0), self.inverse)
+        """A solver that does the work of the next batch, for timings; it calls no policy and no rule of the user's."""
+        return Solver(self.rule.rehearsal())
 
-    def state_dict(self) -> dict[str, State]:
+    def state_dict(self) -> State:
         """What later directions depend on besides the gradients: the memory of `Spectral(every=...)`, or nothing."""
-        return {} if self._share is None else {"largest_eigenvalue": self._share.state_dict()}
+        return self.rule.state_dict()
 
-    def load_state_dict(self, state: dict[str, State]) -> None:
-        """Go on from where `state_dict` was called; an empty dict lets the policy begin anew, and others ignore it.
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where `state_dict` was called; an empty dict lets the rule begin anew, and others ignore it.
 
         Raises:
             ValueError: if `state` is not from a `state_dict`; nothing is changed then.
@@ -121,33 +103,36 @@ class Solver:
                 f"a handle has no state {state!r}: pass what its state_dict() gave, which the state_dict() of RGD"
                 " has under 'preconditioner'"
             )
-        if self._share is not None:
-            share = EigenvalueShare(self._share.every)
-            if state:
-                share.load_state_dict(state["largest_eigenvalue"])
-            self._share = share
+        self.rule.load_state_dict(state)
 
 
 @torch.no_grad()
 def direction(
-    grads: ops.Tensors | PerSampleGradients, *, epsilon: Epsilon = Spectral(0.5), inverse: Inverse = "weak-field"
+    grads: ops.Tensors | PerSampleGradients,
+    *,
+    epsilon: Epsilon | None = None,
+    inverse: Inverse | None = None,
+    weights: Weights | None = None,
 ) -> tuple[list[Tensor], Stats]:
-    """The RGD direction of materialised per-sample gradients: (I - eps D) g, eq. (10), or (I + eps D)^-1 g.
+    """The RGD direction of materialised per-sample gradients, (I - eps D) g, eq. (10), or (I + eps D)^-1 g.
 
     Args:
         grads: a (B, d) tensor, a sequence of (B, *shape) tensors (as `torch.func.vmap(grad(...))` or Opacus'
             `grad_sample` give them), or any `PerSampleGradients`.
-        epsilon: a policy (`Fixed`, `Spectral`, `Trace`, `Rayleigh`), a number (the same as `Fixed`), or a callable
-            that takes `Stats` and returns a number or a scalar tensor.
-        inverse: "weak-field" for I - eps D, "exact" for (I + eps D)^-1.
+        epsilon: a policy (`Fixed`, `Spectral`, `Trace`, `Rayleigh`, `Ascent`), a number (the same as `Fixed`), or a
+            callable from `Statistics` to a number or a scalar tensor. By default it is `Spectral(0.5)`.
+        inverse: "weak-field", the default, for I - eps D, "exact" for (I + eps D)^-1.
+        weights: in place of both, a weighting rule: a callable from `Statistics` to w, (B,), such as those of
+            `rgd_ext.weights`. The direction is then sum_i w_i g_i.
 
     Returns:
         The direction, a list of (*shape) in the dtype of `grads`, and the `Stats` it came from. With D = 0 (B = 1, or
-        samples identical to rounding) the direction is the plain mean.
+        samples identical to rounding) the direction of a policy is the plain mean.
 
     Raises:
         ValueError, TypeError: for bad gradients (see `rgd_ext.ops.moments`), fractions out of range, an epsilon
-            that is not finite.
+            that is not finite, or weights that are not a finite tensor (B,); TypeError for `weights` together with
+            `epsilon` or `inverse`.
 
     Example:
         >>> grads = torch.tensor([[1.0, 2.0], [1.0, -2.0], [1.0, 0.0]])
@@ -156,6 +141,12 @@ def direction(
         tensor([1., 0.])
         >>> round(stats.largest_eigenvalue.item(), 4)  # of D = diag(0, 8/3)
         2.6667
+        >>> clipped, _ = rgd_ext.direction(grads, weights=rgd_ext.weights.Clip(1.0))  # each g_i to a norm of 1
+        >>> clipped[0]
+        tensor([0.6315, 0.0000])
     """
-    solver = Solver(epsilon, inverse)
-    return solver.solve(adapted(grads) if isinstance(grads, PerSampleGradients) else DenseGradients(grads))
+    solver = Solver(checked_rule(epsilon, inverse, weights))
+    if isinstance(grads, PerSampleGradients) and not isinstance(grads, DenseGradients):
+        return solver.solve(adapted(grads), solver.needs_gram)
+    dense = grads if isinstance(grads, DenseGradients) else DenseGradients(grads)
+    return solver.solve(dense, solver.needs_gram, dense.align_with)

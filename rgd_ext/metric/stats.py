@@ -1,54 +1,107 @@
-"""The statistics of one batch: those from which a policy chooses epsilon, and those of the direction."""
+"""The statistics of one batch: those from which epsilon or weights are chosen, and those of the direction."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from ..gradients import PerSampleGradients
+from ..gradients import Moments, PerSampleGradients
+from .noise import unbiased
+
+# A vector of the parameter space, as users pass it.
+ParameterVector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class Grams(NamedTuple):
+    """The Gramians of a batch.
+
+    Attributes:
+        gram: K = G G^T, <g_i, g_j>, shape (B, B), in the dtype in which it was accumulated.
+        centred: <g_i - g, g_j - g>, shape (B, B), in the dtype of the moments.
+    """
+
+    gram: Tensor
+    centred: Tensor
 
 
 @dataclass(eq=False, repr=False)
 class Statistics:
-    """The statistics of a batch before epsilon is chosen: what a policy is called with.
+    """The statistics of a batch before the weights are chosen: what rules and policies are called with.
 
     With g_i the per-sample gradients, g their mean and D their covariance. All are those of the loss whose backward was
-    called: if that was multiplied by S, as by a `torch.amp.GradScaler`, so is g, and D by S^2; the epsilon of a policy
-    that is invariant to the scale of the loss is then multiplied by 1 / S^2. Tensors stay on the device, and reading a
+    called: if that was multiplied by c, as by a `torch.amp.GradScaler`, so is g, and D by c^2; the epsilon of a policy
+    that is invariant to the scale of the loss is then multiplied by 1 / c^2. Tensors stay on the device, and reading a
     number synchronises.
 
     Attributes:
         batch_size: B.
-        squared_grad_norm: |g|^2.
-        alignments: a_i = <g_i - g, g>, shape (B,).
-        squared_norms: |g_i - g|^2, shape (B,).
-        centred_gram: the Gramian of g_i - g, shape (B, B), or None where the policy does not need it and the layers do
-            not compute it anyway.
+        moments: the statistics that need no Gramian.
+        grams: the Gramians, or None where they are not needed and the layers do not compute them anyway.
         ulp: the part of D that may be rounding error where all gradients agree, relative to the largest |g_i|^2; see
             `rounding`.
+        aligned: <g_i, v> for the vector v of `Preconditioner.align`, shape (B,), or None without one.
         eigenvalue_share: lambda_max(D) / tr D of an earlier batch, from which `largest_eigenvalue` is to be estimated;
             None where it is to be computed.
     """
 
     batch_size: int
-    squared_grad_norm: Tensor
-    alignments: Tensor
-    squared_norms: Tensor
-    centred_gram: Tensor | None
+    moments: Moments
+    grams: Grams | None
     ulp: float
+    aligned: Tensor | None = None
     eigenvalue_share: Tensor | None = None
+    # While the gradients are there.
+    _align: Callable[[ParameterVector], Tensor] | None = field(default=None, init=False)
 
-    _shown: ClassVar[tuple[str, ...]] = ("grad_norm", "rayleigh", "trace", "largest_eigenvalue", "rank")
+    _shown: ClassVar[tuple[str, ...]] = ("grad_norm", "rayleigh", "trace", "noise_scale", "largest_eigenvalue", "rank")
+
+    @property
+    def squared_grad_norm(self) -> Tensor:
+        """|g|^2."""
+        return self.moments.squared_grad_norm
+
+    @property
+    def alignments(self) -> Tensor:
+        """a_i = <g_i - g, g>, shape (B,), which sum to zero; <g_i, g> is a_i + |g|^2."""
+        return self.moments.alignments
+
+    @property
+    def squared_norms(self) -> Tensor:
+        """|g_i - g|^2, shape (B,), whose mean is tr D; for |g_i| see `sample_norms`."""
+        return self.moments.squared_norms
+
+    @cached_property
+    def gram(self) -> Tensor | None:
+        """K = G G^T, the Gramian of the g_i, shape (B, B), not centred; None without `grams`."""
+        return None if self.grams is None else self.grams.gram.to(self.alignments)
+
+    @property
+    def centred_gram(self) -> Tensor | None:
+        """The Gramian of g_i - g, shape (B, B); None without `grams`."""
+        return None if self.grams is None else self.grams.centred
 
     @property
     def grad_norm(self) -> Tensor:
         """|g|."""
         return self.squared_grad_norm.sqrt()
+
+    @property
+    def sample_norms(self) -> Tensor:
+        """|g_i|, shape (B,); not the roots of `squared_norms`, which are those of g_i - g.
+
+        From the Gramian, if it is there. Else from the moments, by |g_i|^2 = |g|^2 + 2 a_i + |g_i - g|^2, which has an
+        error of a few ulps of |g|^2: norms that are much smaller than |g| then have few correct digits.
+        """
+        if self.grams is not None:
+            return self.grams.gram.diagonal().to(self.alignments).clamp(min=0).sqrt()
+        return (self.squared_grad_norm + 2 * self.alignments + self.squared_norms).clamp(min=0).sqrt()
 
     @cached_property
     def trace(self) -> Tensor:
@@ -60,6 +113,33 @@ class Statistics:
         """The Rayleigh quotient g^T D g / |g|^2 = mean_i a_i^2 / |g|^2; 0 where g = 0."""
         squared = self.squared_grad_norm
         return torch.where(squared == 0, squared, self.alignments.square().mean() / squared)
+
+    @property
+    def unbiased_trace(self) -> Tensor:
+        """An unbiased estimate of tr Sigma, with Sigma the covariance of the gradients of single samples, a scalar.
+
+        It is B / (B - 1) tr D for independent samples; NaN for one sample.
+        """
+        return unbiased(self.batch_size, self.squared_grad_norm, self.trace)[0]
+
+    @property
+    def unbiased_squared_grad_norm(self) -> Tensor:
+        """An unbiased estimate of |mu|^2, with mu the gradient over all data, a scalar: |g|^2 - tr Sigma / B.
+
+        It may be negative where noise dominates, and is NaN for one sample.
+        """
+        return unbiased(self.batch_size, self.squared_grad_norm, self.trace)[1]
+
+    @property
+    def noise_scale(self) -> Tensor:
+        """The gradient noise scale tr Sigma / |mu|^2, in samples, a scalar; tr(Sigma) / |G|^2 in the paper.
+
+        It is the batch size at which the variance of a batch's gradient equals |mu|^2. S. McCandlish et al., *An
+        Empirical Model of Large-Batch Training*, 2018 (arXiv 1812.06162), eq. (2.9) and appendix A. `unbiased_trace`
+        and `unbiased_squared_grad_norm` have no bias, but their ratio has: for an estimate divide the mean of the first
+        over some batches by that of the second, as `Monitor` does.
+        """
+        return self.unbiased_trace / self.unbiased_squared_grad_norm
 
     @cached_property
     def eigenvalues(self) -> Tensor | None:
@@ -85,8 +165,41 @@ class Statistics:
         """The number of eigenvalues of D above the rounding of its entries, at most B - 1; None without the Gramian."""
         if self.eigenvalues is None:
             return None
-        largest = (self.squared_grad_norm + 2 * self.alignments + self.squared_norms).max()  # |g_i|^2
+        largest = self.sample_norms.max().square()
         return linalg.rank(self.eigenvalues, self.batch_size, largest, self.ulp).clamp(max=self.batch_size - 1)
+
+    def estimate_largest_eigenvalue(self, share: Tensor) -> None:
+        """From now on `largest_eigenvalue` is `share` times tr D."""
+        self.eigenvalue_share = share
+
+    def align(self, vectors: ParameterVector) -> Tensor:
+        """<g_i, v>, shape (B,), not centred, in the scale of the loss; only while a rule or a policy chooses.
+
+        Args:
+            vectors: v, for example the gradient of a validation batch. In a captured model a dict from the names of
+                parameters, where missing ones count as zeros, or a sequence with a tensor for each trainable
+                parameter, in the order of `model.parameters()`; in `rgd_ext.direction` one for each of its `grads`.
+
+        Raises:
+            RuntimeError: later, when the gradients are not there any more.
+            ValueError: for wrong names, numbers, shapes or devices.
+            TypeError: for wrong dtypes.
+        """
+        if self._align is None:
+            raise RuntimeError(
+                "the per-sample gradients are not there: call stats.align(vectors) while a weights= rule or a policy"
+                " chooses, or handle.align(vectors) before the backward, and read handle.stats.aligned after it"
+            )
+        return self._align(vectors).to(self.alignments)
+
+    @contextmanager
+    def aligning(self, align: Callable[[ParameterVector], Tensor]) -> Iterator[None]:
+        """Inside, `align` may be called."""
+        self._align = align
+        try:
+            yield
+        finally:
+            self._align = None
 
     def __repr__(self) -> str:
         values = {name: getattr(self, name) for name in self._shown}
@@ -95,50 +208,56 @@ class Statistics:
 
 
 class Stats(Statistics):
-    """What the diffusion metric knows of a batch and of the direction it gave: `Statistics`, epsilon and the weights.
+    """What is known of a batch and of the direction it gave: `Statistics`, the weights, and epsilon.
 
     Args:
-        statistics: of the batch; what the policy has read of them is not computed again.
-        epsilon: what the policy chose; 0 where D = 0 to rounding.
+        statistics: of the batch; what has been read of them is not computed again.
         weights: w_i, shape (B,), of which the direction is sum_i w_i g_i.
+        epsilon: what the policy chose; 0 where D = 0 to rounding, and None where the weights come from no epsilon.
         squared_direction_norm: |sum_i w_i g_i|^2; it may be None if the Gramian is there.
 
     Attributes:
-        epsilon, weights: the arguments.
+        weights, epsilon: the arguments.
     """
 
     _shown = (
-        *("epsilon", "grad_norm", "direction_norm", "cosine", "rayleigh", "trace", "largest_eigenvalue", "rank"),
-        *("effective_sample_size", "negative_weights"),
+        *("epsilon", "grad_norm", "direction_norm", "cosine", "rayleigh", "trace", "noise_scale", "largest_eigenvalue"),
+        *("rank", "effective_sample_size", "negative_weights"),
     )
 
     def __init__(
-        self, statistics: Statistics, epsilon: Tensor, weights: Tensor, squared_direction_norm: Tensor | None = None
+        self,
+        statistics: Statistics,
+        weights: Tensor,
+        epsilon: Tensor | None,
+        squared_direction_norm: Tensor | None = None,
     ) -> None:
         # With the cached properties, too.
         vars(self).update(vars(statistics))
-        self.epsilon, self.weights, self._squared_direction_norm = epsilon, weights, squared_direction_norm
+        self.weights, self.epsilon, self._squared_direction_norm = weights, epsilon, squared_direction_norm
 
     @cached_property
     def direction_norm(self) -> Tensor:
-        """The norm of the direction, |g + sum_i w_i (g_i - g)|."""
+        """The norm of the direction, |s g + sum_i w_i (g_i - g)| with s = sum_i w_i, which is 1 for RGD."""
         if self._squared_direction_norm is not None:
             return self._squared_direction_norm.sqrt().to(self.weights)
-        cross = 2 * self.weights @ self.alignments
-        squared = self.squared_grad_norm + cross + self.weights @ self.centred_gram @ self.weights  # type: ignore[operator]  # see the class
-        return squared.clamp(min=0).sqrt()
+        total = self.weights.sum()
+        cross = 2 * total * (self.weights @ self.alignments)
+        form = self.weights @ self.centred_gram @ self.weights  # type: ignore[operator]  # see the class
+        return (total.square() * self.squared_grad_norm + cross + form).clamp(min=0).sqrt()
 
     @property
     def cosine(self) -> Tensor:
         """The cosine of the angle between the direction and g; 1 where one of them is zero."""
-        product = self.squared_grad_norm + (self.weights * self.alignments).sum()
+        product = self.weights.sum() * self.squared_grad_norm + (self.weights * self.alignments).sum()
         norms = self.grad_norm * self.direction_norm
         return torch.where(norms == 0, torch.ones_like(norms), product / norms)
 
     @property
     def effective_sample_size(self) -> Tensor:
-        """(sum_i w_i)^2 / sum_i w_i^2, which is B for equal weights."""
-        return self.weights.sum().square() / self.weights.square().sum()
+        """(sum_i w_i)^2 / sum_i w_i^2, which is B for equal weights; 0 where all are zero."""
+        squares = self.weights.square().sum()
+        return torch.where(squares == 0, squares, self.weights.sum().square() / squares)
 
     @property
     def negative_weights(self) -> Tensor:
@@ -146,16 +265,29 @@ class Stats(Statistics):
         return (self.weights < 0).sum()
 
 
-def statistics(grads: PerSampleGradients, with_gram: bool, eigenvalue_share: Tensor | None = None) -> Statistics:
-    """The statistics of a batch, from K = G G^T if `with_gram`, or if the source has no moments without it."""
+def statistics(grads: PerSampleGradients, with_gram: bool, aligned: Tensor | None = None) -> Statistics:
+    """The statistics of a batch, from K = G G^T if `with_gram`, or if the source has no moments without it.
+
+    Args:
+        grads: the per-sample gradients.
+        with_gram: whether the Gramian is needed.
+        aligned: of `Statistics`.
+    """
     moments = None if with_gram else grads.moments()
     if moments is not None:
-        ulp = rounding(moments.alignments.dtype, moments.alignments.device)
-        return Statistics(grads.batch_size, *moments, None, ulp, eigenvalue_share)
+        return statistics_of(moments, aligned)
     gram = grads.gram()
+    *found, centred = torch.ops.rgd_ext.gram_moments(gram)
     ulp = rounding(gram.dtype, gram.device)
-    squared_grad_norm, alignments, squared_norms, centred = torch.ops.rgd_ext.gram_moments(gram)
-    return Statistics(grads.batch_size, squared_grad_norm, alignments, squared_norms, centred, ulp, eigenvalue_share)
+    aligned = None if aligned is None else aligned.to(centred)
+    return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned)
+
+
+def statistics_of(moments: Moments, aligned: Tensor | None = None) -> Statistics:
+    """The statistics of a batch without a Gramian."""
+    like = moments.alignments
+    aligned = None if aligned is None else aligned.to(like)
+    return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned)
 
 
 @cache

@@ -12,7 +12,7 @@ accumulated in float32 (float64 for float64).
 """
 
 from . import embedding, layer  # noqa: F401  they have no public function
-from .checks import Tensors, as_list, checked_grads
+from .checks import Tensors, as_list, check_vector, checked_grads
 from .combine import combine
 from .convolution import conv_weight_grads
 from .diffusion_mv import diffusion_mv
@@ -30,6 +30,7 @@ __all__ = [
     "KERNELS",
     "Tensors",
     "as_list",
+    "check_vector",
     "checked_grads",
     "combine",
     "conv_weight_grads",

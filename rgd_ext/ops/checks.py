@@ -76,6 +76,18 @@ def check_weights(weights: Tensor, grad: Tensor) -> None:
         raise ValueError(f"weights is on {weights.device} but grads on {grad.device}: move them to one device")
 
 
+def check_vector(name: str, vector: Tensor, shape: torch.Size, like: Tensor) -> None:
+    """Raise unless `vector`, which the message calls `name`, has `shape`, and the dtype and the device of `like`."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} is a {type(vector).__name__}: pass a tensor of shape {tuple(shape)}")
+    if vector.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}: pass a tensor of shape {tuple(shape)}")
+    if vector.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {vector.dtype}: convert it with .to({like.dtype})")
+    if vector.device != like.device:
+        raise ValueError(f"{name} is on {vector.device}: move it with .to({str(like.device)!r})")
+
+
 def check_gramian(name: str, matrix: Tensor) -> None:
     """Raise unless `matrix` is (B, B) in float64 or float32; symmetry itself is taken on trust."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():

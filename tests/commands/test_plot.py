@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,6 +47,17 @@ def test_missing_file_is_one_line(path, capsys):
     assert "No such file" in capsys.readouterr().err
 
 
+CLIPPED = partial(rgd_ext.precondition, weights=rgd_ext.weights.Clip(1e-6))
+
+
+@pytest.mark.parametrize(("capture", "panels"), [(rgd_ext.observe, 3), (CLIPPED, 5)], ids=["observed", "clipped"])
+def test_plot_leaves_out_panels_that_say_nothing(capture, panels, model, path):
+    with capture(model) as handle, rgd_ext.Monitor(handle, path) as record:
+        record.log(backward(model))
+    assert main(["plot", str(path)]) == 0
+    assert imread(path.with_suffix(".png")).shape[:2] == (panels * 336, 1080)
+
+
 @pytest.mark.parametrize("steps", [1, 60])
 @pytest.mark.parametrize("policy", [rgd_ext.Spectral(0.5), rgd_ext.Spectral(-0.5), rgd_ext.Trace(0.5)], ids=str)
 def test_plot_draws_what_there_is(policy, steps, model, path, capsys):
@@ -57,7 +69,7 @@ def test_plot_draws_what_there_is(policy, steps, model, path, capsys):
     assert main(["plot", str(path)]) == 0
     output = path.with_suffix(".png")
     assert capsys.readouterr().out == f"{output.resolve()}\n"
-    assert imread(output).shape[:2] == (1680, 1080)
+    assert imread(output).shape[:2] == (6 * 336, 1080)
 
 
 def test_plot_of_identical_samples_without_loss(path, tmp_path):

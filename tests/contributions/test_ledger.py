@@ -86,3 +86,32 @@ def test_a_released_ledger_gives_one_combination_and_then_says_that_it_is_used_u
     assert_close(mean, tensor.sum(0))
     with pytest.raises(RuntimeError, match="before release"):
         ledger.combine(double(B))
+
+
+def filled(batch_size, dtype=torch.float32):
+    """A closed ledger of vectors, a tensor and a factor."""
+    x, e = torch.randn(batch_size, 7, N).to(dtype), torch.randn(batch_size, 7, M).to(dtype)
+    parts = [nn.Parameter(torch.zeros(M, N, dtype=dtype)) for _ in range(3)]
+    ledger = Contributions(batch_size)
+    ledger.add_vectors(parts[:1], VectorLayers([x[:, 0]], [e[:, 0]], [False]))
+    ledger.add_tensor(parts[1:2], torch.randn(batch_size, M, N).to(dtype))
+    ledger.add_factor(parts[2], Outer(x, e, parts[2].shape))
+    ledger.close(lambda parameter, factors: sum_uses(factors))
+    return ledger
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_moments_and_mean_of_one_read_are_those_of_two(batch_size, dtype):
+    ledger = filled(batch_size, dtype)
+    moments, mean = ledger.moments_and_mean()
+    for found, wanted in zip(mean, ledger.mean(), strict=True):
+        assert torch.equal(found, wanted)
+    squared, *others = zip(moments, ledger.moments(), strict=True)
+    assert_close(*squared, dtype)  # the norm of a mean that was rounded to its dtype
+    assert all(torch.equal(found, wanted) for found, wanted in others)
+
+
+@pytest.mark.parametrize(("batch_size", "dtype"), [(5, torch.float32), (4, torch.float16)])
+def test_there_is_no_mean_of_one_read_where_it_would_have_other_bits(batch_size, dtype):
+    assert filled(batch_size, dtype).moments_and_mean() is None

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metric_cases import POLICIES, batches, rows_of, sample
+from metric_cases import PAIRS, POLICIES, batches, number_of, rows_of, sample
 from oracle import assert_close, direction, epsilon, flat
 
 import rgd_ext
-from rgd_ext import Fixed, Rayleigh, Spectral, Trace, metric
+from rgd_ext import Rayleigh, Spectral, Trace, metric
 from rgd_ext.metric import INVERSES
 
 
@@ -16,15 +16,13 @@ def test_every_policy_is_among_the_cases():
     assert {type(policy) for policy in POLICIES} == set(metric.POLICIES)
 
 
-@pytest.mark.parametrize("inverse", INVERSES)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("policy", "inverse"), PAIRS, ids=str)
 def test_direction_matches_the_explicit_matrix(policy, inverse):
     grads = sample()
     result, stats = rgd_ext.direction(grads, epsilon=policy, inverse=inverse)
-    fraction = policy.value if isinstance(policy, Fixed) else policy.fraction
-    name, rows = type(policy).__name__, rows_of(grads)
-    assert_close(flat(result), direction(rows, name, fraction, inverse))
-    assert_close(stats.epsilon, torch.as_tensor(epsilon(rows, name, fraction), dtype=torch.float64))
+    name, number, rows = type(policy).__name__, number_of(policy), rows_of(grads)
+    assert_close(flat(result), direction(rows, name, number, inverse))
+    assert_close(stats.epsilon, torch.as_tensor(epsilon(rows, name, number), dtype=torch.float64))
     assert [r.shape for r in result] == [g.shape[1:] for g in grads]
 
 
@@ -37,14 +35,14 @@ def test_direction_in_lower_precision(policy, dtype):
 
 
 @settings(deadline=None, max_examples=60)
-@given(batches, st.sampled_from(POLICIES), st.sampled_from(INVERSES))
-def test_weights_sum_to_one(rows, policy, inverse):
+@given(batches, st.sampled_from(PAIRS))
+def test_weights_sum_to_one(rows, pair):
+    policy, inverse = pair
     _, stats = rgd_ext.direction(torch.tensor(rows, dtype=torch.float64), epsilon=policy, inverse=inverse)
     assert torch.allclose(stats.weights.sum(), torch.ones((), dtype=torch.float64), atol=1e-9)
 
 
-@pytest.mark.parametrize("inverse", INVERSES)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("policy", "inverse"), PAIRS, ids=str)
 def test_order_of_samples_does_not_matter(policy, inverse):
     grads, order = sample(), torch.randperm(6)
     result, _ = rgd_ext.direction(grads, epsilon=policy, inverse=inverse)
@@ -52,8 +50,7 @@ def test_order_of_samples_does_not_matter(policy, inverse):
     assert_close(flat(permuted), flat(result))
 
 
-@pytest.mark.parametrize("inverse", INVERSES)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("policy", "inverse"), PAIRS, ids=str)
 def test_every_sample_twice_changes_nothing(policy, inverse):
     grads = sample()
     result, _ = rgd_ext.direction(grads, epsilon=policy, inverse=inverse)
@@ -62,8 +59,7 @@ def test_every_sample_twice_changes_nothing(policy, inverse):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("inverse", INVERSES)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("policy", "inverse"), PAIRS, ids=str)
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_identical_samples_give_the_plain_gradient_bitwise(batch, policy, inverse, dtype):
     sample = torch.randn(1, 1000).to(dtype)
@@ -106,8 +102,7 @@ def test_exact_inverse_allows_what_the_weak_field_does_not():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("inverse", INVERSES)
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(("policy", "inverse"), PAIRS, ids=str)
 def test_gradients_that_are_not_finite_flow_through(policy, inverse, value):
     grads = sample(torch.float32)
     grads[0][2, 1] = value

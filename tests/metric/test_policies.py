@@ -6,7 +6,7 @@ from metric_cases import rows_of, sample
 from oracle import assert_close, diffusion_matrix, direction, flat
 
 import rgd_ext
-from rgd_ext import Fixed, Rayleigh, Spectral, Trace
+from rgd_ext import Ascent, Fixed, Rayleigh, Spectral, Trace
 from rgd_ext.commands import plan
 from rgd_ext.metric import POLICIES, SCALE_FREE_POLICIES, Policy
 from rgd_ext.metric.policies import checked_policy
@@ -80,7 +80,17 @@ BAD = {
         "every=2.*weak-field",
     ),
     "inverse": (lambda: rgd_ext.direction(torch.ones(3, 2), inverse="weak"), ValueError, "'weak'"),
-    "policy": (lambda: rgd_ext.direction(torch.ones(3, 2), epsilon=None), TypeError, "None"),
+    "policy": (lambda: rgd_ext.direction(torch.ones(3, 2), epsilon="half"), TypeError, "'half'"),
+    "needs": (lambda: rgd_ext.direction(torch.ones(3, 2), epsilon=Needing("all")), ValueError, "needs = 'all'.*'gram'"),
+    "ascent -1": (lambda: Ascent(-1.0), ValueError, r"rho=-1.0.*at least 0"),
+    "ascent nan": (lambda: Ascent(float("nan")), ValueError, "nan"),
+    "ascent str": (lambda: Ascent("far"), TypeError, "'far'"),
+    "ascent scale": (lambda: Ascent(0.1, 0.0), ValueError, "loss_scale=0.0"),
+    "ascent exact": (
+        lambda: rgd_ext.direction(torch.ones(3, 2), epsilon=Ascent(0.1), inverse="exact"),
+        ValueError,
+        "singular.*inverse='weak-field'",
+    ),
     "policy nan": (lambda: rgd_ext.direction(torch.randn(3, 2), epsilon=lambda s: float("nan")), ValueError, "nan"),
     "policy str": (lambda: rgd_ext.direction(torch.randn(3, 2), epsilon=lambda s: "1"), TypeError, "'1'"),
     "policy of two": (
@@ -110,11 +120,9 @@ class OnlyExact(OfTheLargest):
             raise ValueError("only for the exact inverse")
 
 
-class WithoutGramian:
-    needs_gram = False
-
-    def __init__(self, seen):
-        self.seen = seen
+class Needing:
+    def __init__(self, needs, seen=None):
+        self.needs, self.seen = needs, seen
 
     def __call__(self, stats):
         self.seen.append(stats)
@@ -137,12 +145,12 @@ def test_a_policy_of_ones_own_has_the_gramian_and_may_refuse_an_inverse():
 def test_a_callable_has_the_gramian_unless_it_says_that_it_needs_none():
     rows, seen = rows_of(sample()), []
     rgd_ext.direction(rows, epsilon=lambda stats: seen.append(stats) or 0.1)
-    rgd_ext.direction(rows, epsilon=WithoutGramian(seen))
+    rgd_ext.direction(rows, epsilon=Needing("norms", seen))
     assert [stats.largest_eigenvalue is None for stats in seen] == [False, True]
 
 
 def test_a_policy_from_a_callable_shows_as_the_callable():
-    policy = WithoutGramian([])
+    policy = Needing("norms", [])
     assert repr(checked_policy(policy, "exact")) == "my policy"
     with pytest.raises(ValueError, match=r"the policy <function .*<lambda> at .*> returned epsilon = nan"):
         rgd_ext.direction(rows_of(sample()), epsilon=lambda stats: float("nan"))
@@ -151,7 +159,7 @@ def test_a_policy_from_a_callable_shows_as_the_callable():
 def test_the_list_of_policies_has_all_that_the_package_offers():
     offered = {value for value in vars(rgd_ext).values() if isinstance(value, type) and issubclass(value, Policy)}
     assert offered == set(POLICIES)
-    assert {type(policy()) for policy in SCALE_FREE_POLICIES} == offered - {Fixed}
+    assert {type(policy()) for policy in SCALE_FREE_POLICIES} == offered - {Ascent, Fixed}
     assert set(plan.POLICIES.values()) == set(SCALE_FREE_POLICIES)
 
 

@@ -8,6 +8,11 @@ from oracle import assert_close, direction
 from rgd_ext import Fixed, Rayleigh, Spectral, Trace
 from rgd_ext.gradients import DenseGradients
 from rgd_ext.metric import Solver
+from rgd_ext.metric.relativistic import Relativistic
+
+
+def solver_of(epsilon, inverse="weak-field"):
+    return Solver(Relativistic(epsilon, inverse))
 
 
 def batches(count):
@@ -15,7 +20,7 @@ def batches(count):
 
 
 def solve(solver, rows):
-    (step,), stats = solver.solve(DenseGradients(rows))
+    (step,), stats = solver.solve(DenseGradients(rows), solver.needs_gram)
     return step, stats
 
 
@@ -31,12 +36,12 @@ def solve(solver, rows):
     ],
 )
 def test_needs_the_gramian_for_the_policy_or_the_exact_inverse(policy, weak_field, exact):
-    assert Solver(policy, "weak-field").needs_gram is weak_field
-    assert Solver(policy, "exact").needs_gram is exact
+    assert solver_of(policy).needs_gram is weak_field
+    assert solver_of(policy, "exact").needs_gram is exact
 
 
 def test_lambda_max_is_computed_in_every_third_batch_and_follows_the_trace_in_between():
-    solver, needed = Solver(Spectral(0.5, every=3), "weak-field"), []
+    solver, needed = solver_of(Spectral(0.5, every=3)), []
     for number, rows in enumerate(batches(7)):
         needed.append(solver.needs_gram)
         step, stats = solve(solver, rows)
@@ -50,7 +55,7 @@ def test_lambda_max_is_computed_in_every_third_batch_and_follows_the_trace_in_be
 
 
 def test_gradients_that_overflow_leave_the_estimate_as_it_was():
-    solver = Solver(Spectral(0.5, every=2), "weak-field")
+    solver = solver_of(Spectral(0.5, every=2))
     rows = batches(1)[0]
     _, first = solve(solver, rows)
     solve(solver, rows)
@@ -60,7 +65,7 @@ def test_gradients_that_overflow_leave_the_estimate_as_it_was():
 
 
 def test_the_first_estimate_after_equal_gradients_is_the_trace():
-    solver = Solver(Spectral(0.5, every=2), "weak-field")
+    solver = solver_of(Spectral(0.5, every=2))
     solve(solver, torch.ones(6, 3, dtype=torch.float64))
     _, stats = solve(solver, batches(1)[0])
     assert_close(stats.largest_eigenvalue, stats.trace)
@@ -69,10 +74,10 @@ def test_the_first_estimate_after_equal_gradients_is_the_trace():
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_a_resumed_solver_goes_on_as_the_first_would(before):
     data, policy = batches(before + 4), Spectral(0.5, every=3)
-    solver = Solver(policy, "weak-field")
+    solver = solver_of(policy)
     for rows in data[:before]:
         solve(solver, rows)
-    resumed = Solver(policy, "weak-field")
+    resumed = solver_of(policy)
     resumed.load_state_dict(solver.state_dict())
     for rows in data[before:]:
         assert resumed.needs_gram is solver.needs_gram
@@ -80,14 +85,14 @@ def test_a_resumed_solver_goes_on_as_the_first_would(before):
 
 
 def test_an_empty_state_begins_anew_and_other_policies_have_none():
-    solver = Solver(Spectral(0.5, every=3), "weak-field")
+    solver = solver_of(Spectral(0.5, every=3))
     solve(solver, batches(1)[0])
     assert solver.state_dict().keys() == {"largest_eigenvalue"}
     state = solver.state_dict()
     assert not solver.needs_gram
     solver.load_state_dict({})
     assert solver.needs_gram
-    other = Solver(Trace(0.5), "weak-field")
+    other = solver_of(Trace(0.5))
     other.load_state_dict(state)
     assert other.state_dict() == {}
 
@@ -97,13 +102,14 @@ def test_an_empty_state_begins_anew_and_other_policies_have_none():
     [
         ({"more": 1}, "a handle has no state {'more': 1}: .*'preconditioner'"),
         ([], r"a handle has no state \[\]"),
-        ({"largest_eigenvalue": {"batches": -1}}, r"no state of Spectral\(every=...\)"),
-        ({"largest_eigenvalue": {"batches": 1, "share": 0.5}}, r"no state of Spectral\(every=...\)"),
-        ({"largest_eigenvalue": {"batches": 1, "share": torch.ones(2)}}, r"no state of Spectral\(every=...\)"),
+        ({"largest_eigenvalue": None}, r"not a state of Spectral\(every=...\)"),
+        ({"largest_eigenvalue": {"batches": -1}}, r"not a state of Spectral\(every=...\)"),
+        ({"largest_eigenvalue": {"batches": 1, "share": 0.5}}, r"not a state of Spectral\(every=...\)"),
+        ({"largest_eigenvalue": {"batches": 1, "share": torch.ones(2)}}, r"not a state of Spectral\(every=...\)"),
     ],
 )
 def test_another_state_is_refused_and_nothing_changes(state, message):
-    solver = Solver(Spectral(0.5, every=3), "weak-field")
+    solver = solver_of(Spectral(0.5, every=3))
     solve(solver, batches(1)[0])
     before = solver.state_dict()
     with pytest.raises(ValueError, match=message):
@@ -112,21 +118,21 @@ def test_another_state_is_refused_and_nothing_changes(state, message):
 
 
 @pytest.mark.parametrize("inverse", ["weak-field", "exact"])
-@pytest.mark.parametrize("needs_gram", [True, False])
-def test_a_rehearsal_needs_the_same_asks_no_policy_and_leaves_nothing_behind(needs_gram, inverse):
+@pytest.mark.parametrize("needs", ["gram", "norms"])
+def test_a_rehearsal_needs_the_same_asks_no_policy_and_leaves_nothing_behind(needs, inverse):
     def policy(stats):
         pytest.fail("was asked")
 
-    policy.needs_gram = needs_gram
-    solver = Solver(policy, inverse)
+    policy.needs = needs
+    solver = solver_of(policy, inverse)
     rehearsal = solver.rehearsal()
     assert rehearsal.needs_gram is solver.needs_gram
-    assert rehearsal.inverse == inverse
+    assert rehearsal.rule.inverse == inverse
     solve(rehearsal, batches(1)[0])
 
 
 def test_rehearsals_do_not_count_as_batches():
-    solver = Solver(Spectral(0.5, every=2), "weak-field")
+    solver = solver_of(Spectral(0.5, every=2))
     for needed in (True, False, True):
         before = solver.state_dict()
         rehearsal = solver.rehearsal()

@@ -8,7 +8,9 @@ from oracle import assert_close, diffusion_matrix, flat
 
 import rgd_ext
 from rgd_ext import Fixed, Rayleigh, Spectral, Trace, linalg, ops
+from rgd_ext.gradients import Moments
 from rgd_ext.metric import Statistics, rounding
+from rgd_ext.metric.stats import Grams
 
 
 def test_stats_match_the_explicit_matrix():
@@ -49,10 +51,11 @@ def test_what_tf32_leaves_of_equal_gradients_is_no_direction():
     tie = torch.full((1024,), 1 + 2.0**-11)  # halfway between two numbers of 11 bits
     rows = torch.stack([tie.nextafter(torch.zeros(())), tie])
     rounded = (rows.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32).double()
-    moments = torch.ops.rgd_ext.gram_moments((rounded @ rounded.T).float())
+    gram = (rounded @ rounded.T).float()
+    moments = torch.ops.rgd_ext.gram_moments(gram)
 
     def stats(dtype, device):
-        return Statistics(2, *moments, rounding(dtype, torch.device(device)))
+        return Statistics(2, Moments(*moments[:3]), Grams(gram, moments[3]), rounding(dtype, torch.device(device)))
 
     on_matrix_units = stats(torch.float32, "cuda")
     assert on_matrix_units.trace > 0

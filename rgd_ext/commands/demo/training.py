@@ -72,9 +72,9 @@ class Learner:
     def _observe(self, mislabelled: Tensor) -> None:
         self.history.mislabelled.append(mislabelled.tolist())
         handle = rgd_ext.handle_of(self.model)
-        if handle is None or handle.stats is None:
+        stats = None if handle is None else handle.stats
+        if stats is None or stats.epsilon is None:
             return
-        stats = handle.stats
         self.history.epsilons.append(stats.epsilon.item())
         self.history.weights.append((stats.batch_size * stats.weights).tolist())
         if stats.largest_eigenvalue is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,15 @@ from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 Run = dict[str, np.ndarray]
 # More points than this across a panel would cover each other.
 POINTS = 500
+PANEL_HEIGHT = 2.8  # inches
+NOISE_CAPTION = (
+    "The noise scale estimates the critical batch size: doubling a B far below it nearly halves the steps to a loss,\n"
+    "and doubling one far above it saves hardly any."
+)
 
 
 def draw(run: Run, path: Path) -> None:
-    """Write the figure to `path` as PNG: five panels over the steps, of medians of consecutive steps in a long run.
+    """Write the figure to `path` as PNG: panels over the steps, of medians of consecutive steps in a long run.
 
     Args:
         run: from `monitor.read`.
@@ -23,9 +29,10 @@ def draw(run: Run, path: Path) -> None:
     """
     size = -(-len(run["step"]) // POINTS)
     run = {name: _medians(values, size) for name, values in (run | _derived(run)).items()}
-    figure = Figure(figsize=(9, 14), layout="constrained")
-    panels = figure.subplots(5, sharex=True)
-    for axes, fill in zip(panels, (_loss, _epsilon, _curvature, _agreement, _weights), strict=True):
+    fills = _panels(run)
+    figure = Figure(figsize=(9, PANEL_HEIGHT * len(fills)), layout="constrained")
+    panels = figure.subplots(len(fills), sharex=True)
+    for axes, fill in zip(panels, fills, strict=True):
         fill(axes, run)
         axes.grid(alpha=0.3)
         if not axes.has_data():
@@ -36,6 +43,15 @@ def draw(run: Run, path: Path) -> None:
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     figure.align_ylabels(panels)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _panels(run: Run) -> list[Callable[[Axes, Run], None]]:
+    """The functions that fill the panels: fewer where the weights do not come from epsilon, or are all 1."""
+    if np.isfinite(run["epsilon"]).any():
+        return [_loss, _epsilon, _curvature, _agreement, _weights, _noise]
+    if np.array_equal(run["weight_min"], run["weight_max"]):  # only observed
+        return [_loss, _curvature, _noise]
+    return [_loss, _curvature, _agreement, _weights, _noise]
 
 
 def _derived(run: Run) -> Run:
@@ -88,6 +104,13 @@ def _weights(axes: Axes, run: Run) -> None:
     _line(axes, run, run["weight_median"], "median", "C0")
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--", label="SGD")
     axes.set_ylabel(r"weight of a sample, $B\,w_i$")
+
+
+def _noise(axes: Axes, run: Run) -> None:
+    _line(axes, run, _positive(run["noise_scale"]), r"noise scale, $\mathrm{tr}\,\Sigma \,/\, |\mu|^2$", "C3")
+    axes.plot(run["step"], run["batch_size"], color="black", linewidth=0.8, linestyle="--", label="batch size B")
+    axes.set_title(NOISE_CAPTION, loc="left", fontsize="medium")
+    _log(axes, "samples")
 
 
 def _line(axes: Axes, run: Run, values: np.ndarray, label: str | None, colour: str) -> None:

@@ -35,7 +35,7 @@ def exact_weights(statistics: Statistics, epsilon: Tensor) -> Tensor:
     Gramian and a the alignments; the coefficients sum to zero, so C^T may be replaced by G^T.
     """
     identity = torch.eye(statistics.batch_size, dtype=statistics.alignments.dtype, device=statistics.alignments.device)
-    scaled = epsilon / statistics.batch_size * statistics.centred_gram  # type: ignore[operator]  # `Solver.needs_gram`
+    scaled = epsilon / statistics.batch_size * statistics.centred_gram  # type: ignore[operator]  # `Relativistic.needs`
     system = identity + scaled
     coefficients = torch.linalg.solve_ex(system, statistics.alignments)[0]
     return (1 - epsilon * coefficients) / statistics.batch_size

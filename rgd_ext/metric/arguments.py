@@ -1,0 +1,55 @@
+"""Checks of what policies and rules are made with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, TypeAlias, get_args
+
+# What a policy or a rule reads of the statistics: the Gramian and the eigenvalues, or only what needs no Gramian.
+Need: TypeAlias = Literal["alignments", "norms", "gram"]
+NEEDS: tuple[Need, ...] = get_args(Need)
+# What a loss is multiplied by before its backward, or a function that returns it.
+LossScale: TypeAlias = float | Callable[[], float]
+
+
+def check_finite(owner: str, name: str, value: float) -> None:
+    """Raise unless `value`, the argument `name` of `owner`, is a finite number."""
+    try:
+        is_finite = math.isfinite(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{owner}({name}={value!r}): pass a number") from error
+    except OverflowError as error:
+        raise ValueError(f"{owner}({name}=...): pass a number that a float can hold") from error
+    if not is_finite:
+        raise ValueError(f"{owner}({name}={value}): pass a finite number")
+
+
+def check_positive(owner: str, name: str, value: float) -> None:
+    """Raise unless `value`, the argument `name` of `owner`, is a finite number above zero."""
+    check_finite(owner, name, value)
+    if value <= 0:
+        raise ValueError(f"{owner}({name}={value}): pass a positive number")
+
+
+def check_scale(owner: str, loss_scale: LossScale) -> None:
+    """Raise unless `loss_scale`, an argument of `owner`, is a positive number or a function."""
+    if not callable(loss_scale):
+        current_scale(owner, loss_scale)
+
+
+def current_scale(owner: str, loss_scale: LossScale) -> float:
+    """The scale of the loss now; ValueError unless it is positive."""
+    scale = loss_scale() if callable(loss_scale) else loss_scale
+    check_finite(owner, "loss_scale", scale)
+    if scale <= 0:
+        raise ValueError(f"{owner}(loss_scale={scale}): pass a positive number, or a function that returns one")
+    return scale
+
+
+def checked_need(function: object) -> Need:
+    """What a callable says that it needs, by its attribute `needs`; the Gramian if it says nothing."""
+    needs = getattr(function, "needs", "gram")
+    if needs not in NEEDS:
+        raise ValueError(f"{function!r} has needs = {needs!r}: choose {', '.join(map(repr, NEEDS))}")
+    return needs
