@@ -1,4 +1,4 @@
-"""Other packages, used to compute the RGD direction as their users would. Each leaves it in the `.grad` of a model.
+"""Other packages, used as their users would: each leaves a direction in the `.grad` of a model, RGD's by default.
 
 The packages that compute per-sample gradients are combined with our kernels for the rest of the direction, so that the
 times differ by the price of their gradients alone. A peer is a function of (model, x, y) that returns a backward. It
@@ -75,22 +75,46 @@ def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Backward:
     return backward
 
 
-def torchjd(model: nn.Module, x: Tensor, y: Tensor) -> Backward:
-    """The Gramian by TorchJD's autogram, and a backward of the losses with weights computed from it."""
-    from torchjd.autogram import Engine
-
-    engine = Engine(model, batch_dim=0)
-
-    def backward() -> None:
-        losses = F.cross_entropy(model(x).movedim(-1, 1), y, reduction="none").view(len(x), -1).mean(1)
-        losses.backward(spectral_weights(engine.compute_gramian(losses)))
-
-    return backward
-
-
 def spectral_weights(gram: Tensor) -> Tensor:
     """w of shape (B,) with sum_i w_i g_i = (I - eps D) g, for `Spectral`."""
     squared_norm, alignments, squared_norms, centred = ops.gram_moments(gram)
     epsilon = FRACTION * len(gram) / ops.largest_eigenvalue(centred)
     ulp = torch.finfo(gram.dtype).eps
     return ops.sample_weights(squared_norm, alignments, squared_norms, epsilon, ulp)[1].to(gram)
+
+
+def sample_losses(output: Tensor, y: Tensor) -> Tensor:
+    """The loss of each sample, shape (B,); their mean is `loss`."""
+    return F.cross_entropy(output.movedim(-1, 1), y, reduction="none").view(len(y), -1).mean(1)
+
+
+def torchjd(
+    model: nn.Module, x: Tensor, y: Tensor, weighting: Callable[[Tensor], Tensor] = spectral_weights
+) -> Backward:
+    """The Gramian by TorchJD's autogram, and a backward of the losses with weights computed from it."""
+    from torchjd.autogram import Engine
+
+    engine = Engine(model, batch_dim=0)
+
+    def backward() -> None:
+        losses = sample_losses(model(x), y)
+        losses.backward(weighting(engine.compute_gramian(losses)))
+
+    return backward
+
+
+def torchjd_autojac(model: nn.Module, x: Tensor, y: Tensor, aggregator: nn.Module) -> Backward:
+    """Per-sample gradients by TorchJD's autojac, which its `aggregator` combines.
+
+    On the CPU the rows of the Jacobian are computed one after the other, which takes less time there than by vmap, and
+    less memory where the activations are large.
+    """
+    from torchjd import autojac
+
+    rows_at_once = 1 if x.device.type == "cpu" else None
+
+    def backward() -> None:
+        autojac.backward(sample_losses(model(x), y), parallel_chunk_size=rows_at_once)
+        autojac.jac_to_grad(model.parameters(), aggregator, optimize_gramian_computation=True)
+
+    return backward

@@ -1,11 +1,13 @@
 """The commands run, and leave the records and tables that they promise."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
-from bench import modules, operators, overhead
+from bench import modules, operators, overhead, torchjd
+from bench.training.models import Case, mlp
 
 
 def test_kernels(run, tmp_path, capsys):
@@ -37,6 +39,35 @@ def test_steps(run, tmp_path, capsys):
     # The gradient, at least.
     assert min(model["peak_bytes"].values()) >= 4 * (784 * 1024 + 1024 * 1024 + 1024 * 10)
     assert model["model"] in printed
+
+
+@pytest.fixture
+def small_mlp(monkeypatch):
+    """The only model of the benchmark of TorchJD is a small MLP; skips where TorchJD or its solver is not installed."""
+    for package in ("torchjd", "qpsolvers", "quadprog"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(torchjd, "cases", lambda quick: {"small MLP": Case(partial(mlp, 8, width=16))})
+
+
+def test_torchjd(run, tmp_path, capsys, small_mlp):
+    path = tmp_path / "torchjd.json"
+    run("torchjd", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    (model,) = record["models"]
+    upgrad = {"UPGrad, ours", "autogram", "autojac"}
+    assert set(model["peak_bytes"]) == {"SGD", "RGD Spectral"} | upgrad
+    assert set(model["milliseconds"]) == set(model["peak_bytes"]) | {"rule"}
+    assert set(model["from_float64"]) == upgrad
+    assert max(model["from_float64"].values()) < 1e-5
+    assert set(model["error"]) == upgrad - {"UPGrad, ours"}
+    assert all(name in printed for name in ("small MLP", *model["peak_bytes"]))
+
+
+def test_direction_along_upgrad_that_is_wrong_fails(run, monkeypatch, small_mlp):
+    monkeypatch.setattr(torchjd, "FromGramian", lambda rule: lambda stats: rule(stats.gram) * (1 + 1e-4))
+    with pytest.raises(SystemExit, match="UPGrad, ours: the direction differs from float64 by"):
+        run("torchjd")
 
 
 def test_operators(run, tmp_path, capsys):
@@ -99,7 +130,7 @@ def test_verification(run, tmp_path, capsys):
         assert min(times["first, verified"]) > min(times["first, not verified"])
 
 
-@pytest.mark.parametrize("command", ["kernels", "steps", "operators", "scaling", "modules", "verification"])
+@pytest.mark.parametrize("command", ["kernels", "steps", "torchjd", "operators", "scaling", "modules", "verification"])
 def test_name_that_no_case_has_is_refused(run, command):
     with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
         run(command, "--only", "no such")

@@ -1,0 +1,38 @@
+"""The programs in examples/ run and print a table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What they import besides the package.
+NEEDS = {"upgrad": ["sklearn", "torchjd", "quadprog", "qpsolvers"]}
+
+
+def table_of(name, *arguments):
+    """The rows that an example prints, split into cells; skips where it needs what is not installed."""
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    command = [sys.executable, f"examples/{name}.py", *arguments]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
+def test_an_example_prints_a_table_of_numbers(path):
+    _, *rows = table_of(path.stem, "--steps", "5")
+    assert len(rows) > 1
+    for _, *numbers in rows:
+        assert len(numbers) == len(rows[0]) - 1
+        assert all(float(number.rstrip("%")) >= 0 for number in numbers)
+
+
+def test_upgrad_increases_no_loss_by_more_than_it_says():
+    _, mean, upgrad = table_of("upgrad", "--steps", "40")
+    assert float(mean[-1].rstrip("%")) > 5
+    assert float(upgrad[-1].rstrip("%")) < 0.1
