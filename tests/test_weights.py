@@ -6,6 +6,8 @@ from metric_cases import rows_of, sample
 from oracle import assert_close, flat
 
 import rgd_ext
+from rgd_ext.gradients import DenseGradients
+from rgd_ext.metric import statistics
 from rgd_ext.weights import Clip, FromGramian, Normalise
 
 
@@ -60,6 +62,8 @@ def test_rules_follow_the_scale_of_the_loss(rule, scale):
 def test_clip_drops_no_sample_whose_norm_overflows():
     rows = torch.randn(4, 3)
     rows[0, 0] = 3e20  # finite, but its square is not
+    weights = Clip(1.0)(statistics(DenseGradients(rows), with_gram=True))
+    assert weights.isnan().tolist() == [True, False, False, False]
     (step,), _ = rgd_ext.direction(rows, weights=Clip(1.0))
     assert step.isnan().all()
 
@@ -69,7 +73,7 @@ def test_a_function_of_the_gramian_need_not_know_of_overflows(value):
     rows = torch.randn(6, 3)
     rows[1] = value
     rule = FromGramian(lambda gram: torch.linalg.eigvalsh(gram))
-    assert rule(rgd_ext.metric.statistics(rgd_ext.gradients.DenseGradients(rows), True)).isnan().all()
+    assert rule(statistics(DenseGradients(rows), with_gram=True)).isnan().all()
     (step,), _ = rgd_ext.direction(rows, weights=rule)
     assert step.isnan().all()
 

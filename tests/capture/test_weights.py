@@ -165,6 +165,20 @@ def test_a_write_that_fails_keeps_what_was_collected_for_another():
         handle.defer(False)
 
 
+def test_after_a_write_that_failed_batches_are_not_told_apart_any_more():
+    model, x = mlp().double(), double(8, 6)
+    with rgd_ext.precondition(model, weights=lambda stats: 1 / 0) as handle:
+        handle.defer()
+        outputs = [model(part) for part in x.split(4)]
+        for output in outputs:
+            (loss_of(output) / 2).backward(retain_graph=True)
+        with pytest.raises(ZeroDivisionError):
+            handle.write()
+        with pytest.raises(RuntimeError, match="which samples are the same cannot be told"):
+            loss_of(outputs[0]).backward()
+        handle.drop()
+
+
 def test_what_is_lost_half_way_is_not_written(monkeypatch):
     model, x = mlp().double(), double(8, 6)
     with rgd_ext.precondition(model) as handle:
