@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .metric import Statistics
-from .metric.arguments import LossScale, check_positive, check_scale, current_scale
+from .metric.arguments import LossScale, check_positive, check_scale, current_scale, is_of_torchjd
 
 __all__ = ["Clip", "FromGramian", "Normalise"]
 
@@ -47,6 +47,12 @@ class FromGramian:
             raise TypeError(
                 f"FromGramian({self.function!r}): pass a callable (B, B) -> (B,), such as"
                 " torchjd.aggregation.UPGradWeighting()"
+            )
+
+        if is_of_torchjd(self.function, "Aggregator"):
+            raise TypeError(
+                f"FromGramian({self.function!r}): an aggregator gives a direction and not weights; pass its weighting,"
+                " such as torchjd.aggregation.UPGradWeighting()"
             )
 
     def __call__(self, stats: Statistics) -> Tensor:

@@ -104,6 +104,13 @@ def directions(case, weighting, dtype, seed=0):
     return direction(by_capture), [direction(engine) for engine in engines]
 
 
+def test_an_aggregator_is_not_taken_for_a_weighting_nor_a_weighting_for_a_rule():
+    with pytest.raises(TypeError, match=r"an aggregator gives a direction and not weights; pass its weighting"):
+        rgd_ext.weights.FromGramian(aggregation.MGDA())
+    with pytest.raises(TypeError, match=r"which takes a Gramian: wrap it, rgd_ext.weights.FromGramian\(...\)"):
+        rgd_ext.precondition(torch.nn.Linear(2, 1), weights=aggregation.MGDAWeighting())
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("case", CASES)
 def test_directions_in_float64_are_those_of_torchjd(case, weighting):

@@ -47,6 +47,12 @@ def current_scale(owner: str, loss_scale: LossScale) -> float:
     return scale
 
 
+def is_of_torchjd(function: object, name: str) -> bool:
+    """Whether `function` inherits from the class of that name in torchjd.aggregation, which need not be installed."""
+    bases = type(function).__mro__
+    return any(base.__module__.startswith("torchjd.aggregation") and base.__name__ == name for base in bases)
+
+
 def checked_need(function: object) -> Need:
     """What a callable says that it needs, by its attribute `needs`; the Gramian if it says nothing."""
     needs = getattr(function, "needs", "gram")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import Need, checked_need
+from .arguments import Need, checked_need, is_of_torchjd
 from .stats import Statistics
 
 # What may be passed for weights: Stats -> (B,).
@@ -97,8 +97,12 @@ class UserRule(Rule):
     def __init__(self, function: Weights) -> None:
         if not callable(function) or isinstance(function, type):
             raise TypeError(
-                f"weights is {function!r}: pass a callable Stats -> (B,), such as"
+                f"weights is {function!r}: pass a callable Statistics -> (B,), such as"
                 " rgd_ext.weights.Clip(1.0) or lambda stats: torch.full_like(stats.alignments, 1 / stats.batch_size)"
+            )
+        if is_of_torchjd(function, "Weighting"):
+            raise TypeError(
+                f"weights is {function!r}, which takes a Gramian: wrap it, rgd_ext.weights.FromGramian(...)"
             )
         self._function = function
         checked_need(function)

@@ -111,7 +111,7 @@ def test_a_rule_beside_what_it_replaces_is_refused_and_captures_nothing(option):
 @pytest.mark.parametrize("rule", [0.5, Clip, "clip"], ids=["a number", "a class", "a string"])
 def test_what_is_no_rule_is_refused_and_captures_nothing(rule):
     model = mlp()
-    with pytest.raises(TypeError, match="pass a callable Stats -> "):
+    with pytest.raises(TypeError, match="pass a callable Statistics -> "):
         rgd_ext.precondition(model, weights=rule)
     assert rgd_ext.handle_of(model) is None
 

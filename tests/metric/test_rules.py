@@ -156,7 +156,7 @@ def aligning(*vectors):
 
 
 BAD = {
-    "a number": (fails(0.5), TypeError, "weights is 0.5: pass a callable Stats"),
+    "a number": (fails(0.5), TypeError, "weights is 0.5: pass a callable Statistics"),
     "a class": (fails(rgd_ext.weights.Normalise), TypeError, "weights is <class .*Clip"),
     "a tensor": (fails(torch.ones(6)), TypeError, "weights is tensor"),
     "with epsilon": (
