@@ -22,7 +22,8 @@ def fresh(shape: Sequence[int], like: Tensor) -> Tensor:
 
 _IN_USE = (
     "a backward of the captured model began while a policy or a rule was choosing for another one, whose gradients it"
-    " would overwrite: run it before the other one, or forward and backward under `with handle.paused():`"
+    " would overwrite: run it before the other one, or forward and backward under"
+    " `with handle.paused(), torch.enable_grad():`"
 )
 # How many bytes may stay allocated between backwards. To allocate them again takes small models a noticeable time.
 KEPT_BYTES = 16 << 20

@@ -13,7 +13,7 @@ from torch import Tensor
 from .arguments import Need, checked_need, is_of_torchjd
 from .stats import Statistics
 
-# What may be passed for weights: Stats -> (B,).
+# What may be passed for weights: Statistics -> (B,).
 Weights: TypeAlias = Callable[[Statistics], Tensor]
 # What a rule remembers from batch to batch.
 State: TypeAlias = dict[str, Any]
@@ -84,13 +84,13 @@ class Observation(EqualWeights):
 
 
 class UserRule(Rule):
-    """A callable Stats -> (B,) as a rule. It needs the Gramian unless its attribute `needs` says otherwise.
+    """A callable Statistics -> (B,) as a rule. It needs the Gramian unless its attribute `needs` says otherwise.
 
     Args:
         function: the callable.
 
     Raises:
-        TypeError: if `function` is none.
+        TypeError: if `function` is not one, or takes a Gramian, as weightings of TorchJD do.
         ValueError: if its attribute `needs` is not one of `NEEDS`.
     """
 
@@ -153,6 +153,6 @@ class UserRule(Rule):
         if found.is_cpu and not found.isfinite().all():
             raise ValueError(
                 f"the rule {self._function!r} returned the weight {found[~found.isfinite()][0]}: return finite numbers;"
-                " torch.nan_to_num(weights) replaces others"
+                " torch.where(weights.isfinite(), weights, 0) replaces others"
             )
         return found

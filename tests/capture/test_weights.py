@@ -211,11 +211,27 @@ def test_a_backward_of_the_model_inside_of_a_rule_is_refused():
     with rgd_ext.precondition(model, weights=rule) as handle:
         loss, other = loss_of(model(x)), loss_of(model(2 * x))
         others.append(other)
-        with pytest.raises(RuntimeError, match=r"while a policy or a rule was choosing .* `with handle.paused\(\):`"):
+        with pytest.raises(
+            RuntimeError, match=r"a rule was choosing .* `with handle.paused\(\), torch.enable_grad\(\):`"
+        ):
             loss.backward()
         assert all(p.grad is None for p in model.parameters())
         loss_of(model(x)).backward()
     assert handle.stats.batch_size == B
+
+
+def test_a_backward_inside_of_a_rule_may_be_an_ordinary_one():
+    model, x = nn.Conv2d(2, 4, 3).double(), double(B, 2, 8, 8)
+
+    def rule(stats):
+        with handle.paused(), torch.enable_grad():
+            loss_of(model(2 * x)).backward()
+        return torch.full_like(stats.alignments, 1 / B)
+
+    expected = torch.autograd.grad(loss_of(model(x)) + loss_of(model(2 * x)), list(model.parameters()))
+    with rgd_ext.precondition(model, weights=rule) as handle:
+        loss_of(model(x)).backward()
+    assert_close(flat_grad(model), flat(expected))
 
 
 def test_what_a_rule_needs_is_read_once_for_each_backward():

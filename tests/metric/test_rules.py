@@ -64,6 +64,15 @@ def test_statistics_keep_their_own_weights():
     assert torch.equal(stats.weights, WEIGHTS)
 
 
+def test_weights_that_are_not_finite_can_be_replaced():
+    rows = rows_of(sample())
+    weights = WEIGHTS.clone()
+    weights[1] = float("inf")
+    (step,), _ = rgd_ext.direction(rows, weights=lambda stats: torch.where(weights.isfinite(), weights, 0))
+    weights[1] = 0
+    assert_close(step, weights @ rows)
+
+
 def test_weights_that_are_all_zero_have_no_effective_samples():
     result, stats = rgd_ext.direction(sample(), weights=Rule(0 * WEIGHTS))
     assert not flat(result).any()
@@ -172,7 +181,11 @@ BAD = {
     "returns five": (fails(Rule(WEIGHTS[:5])), ValueError, r"of shape \(5,\) for 6 samples: .* of shape \(6,\)"),
     "returns a column": (fails(Rule(WEIGHTS[:, None])), ValueError, r"of shape \(6, 1\) for 6 samples"),
     "returns a scalar": (fails(Rule(torch.tensor(1.0))), ValueError, r"of shape \(\) for 6 samples"),
-    "returns nan": (fails(Rule(WEIGHTS / 0)), ValueError, "my rule returned the weight inf: .*nan_to_num"),
+    "returns nan": (
+        fails(Rule(WEIGHTS / 0)),
+        ValueError,
+        r"my rule returned the weight inf: .*; torch.where\(weights.isfinite\(\), weights, 0\) replaces",
+    ),
     "returns sparse": (fails(Rule(WEIGHTS.to_sparse())), TypeError, "not dense.*: return an ordinary tensor on cpu"),
     "returns meta": (fails(Rule(WEIGHTS.to("meta"))), TypeError, "without numbers: return an ordinary tensor on cpu"),
     "returns complex": (fails(Rule(WEIGHTS + 0j)), TypeError, "complex128: return real numbers"),
