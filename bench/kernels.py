@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -28,7 +27,7 @@ from .measuring.agreement import error
 from .measuring.inputs import dtype_name
 from .measuring.memory import extra_memory
 from .measuring.report import Record, reason, show
-from .measuring.selection import chosen, run_cases
+from .measuring.selection import chosen, run_recorded
 from .measuring.timing import Clock, call_each, fastest, host_clock, interleave
 
 LAUNCHED = "precondition, launched from Python"
@@ -137,27 +136,20 @@ def run(
     torch.manual_seed(0)
     wanted = chosen({case.name: case for case in cases(max_bytes, quick)}, only)
     found = ceilings(min(max_bytes // 2, CEILING_BYTES), device, rounds)
-    results: list[Result] = []
     failures = []
     if on_cuda and not rgd_ext.build_info()["cuda"]:
         failures.append("rgd_ext is built without CUDA: what is called fused here is plain PyTorch")
-
-    def save() -> None:
-        record.write(ceilings=found, failures=failures, cases=[asdict(result) for result in results])
 
     def measured(_: str, case: Case) -> Result:
         why = "left out by --no-compile" if no_compile else why_no_compile(case, device, quick)
         return bench(case, device, rounds, why)
 
     def report(result: Result) -> None:
-        results.append(result)
         failures.extend(result.failures)
         progress(result)
-        save()  # the results so far are kept if the run is interrupted
         gc.collect()
 
-    run_cases(wanted, measured, report, failures)
-    save()
+    results = run_recorded(record, "cases", wanted, measured, report, failures, ceilings=found)
     show(HEADER, [section(result) for result in results], f"kernels, {device}")
     print({name: value for name, value in found.items() if name != "milliseconds"})
     if plot:

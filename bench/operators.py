@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from .measuring import cuda_timing
 from .measuring.agreement import TOLERANCE, error, without_tf32
 from .measuring.inputs import dtype_name, random
 from .measuring.report import Record, Section, reason, show
-from .measuring.selection import chosen, run_cases
+from .measuring.selection import chosen, run_recorded
 from .measuring.timing import Clock, Samples, interleave, ratio_text
 
 HEADER = ("case", "way", "median us", "GB/s of inputs", "time / operator (quartiles)", "error")
@@ -192,22 +192,15 @@ def failures_of(result: Result) -> list[str]:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the cases that `only` chooses, print a table and write the raw samples; returns what failed."""
-    record = Record(json, "operators", device)
+    record, failures = Record(json, "operators", device), []
     torch.manual_seed(0)
-    results: list[Result] = []
-    failures = []
-
-    def save() -> None:
-        record.write(failures=failures, cases=[asdict(result) for result in results])
 
     def report(result: Result) -> None:
-        results.append(result)
         failures.extend(failures_of(result))
         times = {way: f"{1e3 * statistics.median(t):.4g} us" for way, t in result.milliseconds.items()}
         print(f"{result.case}: {times}; left out: {result.left_out}", flush=True)
-        save()  # the results so far are kept if the run is interrupted
 
-    run_cases(chosen(cases(device, quick), only), partial(bench, device=device, quick=quick), report, failures)
-    save()
+    wanted = chosen(cases(device, quick), only)
+    results = run_recorded(record, "cases", wanted, partial(bench, device=device, quick=quick), report, failures)
     show(HEADER, [section(result) for result in results], f"operators, {device}")
     return failures

@@ -10,7 +10,6 @@ of a step are counted as well, and a profile of it is printed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from .measuring.memory import limited_memory
 from .measuring.profiling import profiled
 from .measuring.report import Record, show
-from .measuring.selection import chosen, run_cases
+from .measuring.selection import chosen, run_recorded
 from .measuring.timing import host_clock, interleave, synchronize
 from .training.arms import CONSECUTIVE, OURS, UNDER_AUTOCAST, repeat
 from .training.candidates import candidates, compare_with_float64
@@ -62,21 +61,14 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the models that `only` chooses, print tables and write the raw samples; returns what failed."""
-    record = Record(json, "steps", device)
+    record, failures = Record(json, "steps", device), []
     torch.manual_seed(0)
-    results: list[Result] = []
-    failures = []
-
-    def save() -> None:
-        record.write(failures=failures, models=[asdict(result) for result in results])
 
     def report(result: Result) -> None:
-        results.append(result)
         show(HEADER, [section(result)], f"training step, {device}")
         for arm, profile in result.profiles.items():
             print(f"{result.model}: {arm}\n{profile}", flush=True)
-        save()  # the results so far are kept if the run is interrupted
 
-    run_cases(chosen(cases(quick, device), only), partial(bench, device=device, quick=quick), report, failures)
-    save()
+    models = chosen(cases(quick, device), only)
+    run_recorded(record, "models", models, partial(bench, device=device, quick=quick), report, failures)
     return failures

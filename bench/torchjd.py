@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,7 +23,7 @@ from rgd_ext.weights import FromGramian
 from .measuring.agreement import without_tf32
 from .measuring.memory import limited_memory
 from .measuring.report import Record, Section, show
-from .measuring.selection import chosen, run_cases
+from .measuring.selection import chosen, run_recorded
 from .measuring.timing import host_clock, interleave, ratio_text, synchronize
 from .training import oracle, peers
 from .training.arms import OURS, Arm, Training, rgd, sgd
@@ -137,20 +137,12 @@ def section(result: Comparison) -> Section:
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
     """Run the models that `only` chooses, print tables and write the raw samples; returns what failed."""
-    record = Record(json, "torchjd", device)
+    record, failures = Record(json, "torchjd", device), []
     torch.manual_seed(0)
-    results: list[Comparison] = []
-    failures = []
-
-    def save() -> None:
-        record.write(failures=failures, models=[asdict(result) for result in results])
 
     def report(result: Comparison) -> None:
-        results.append(result)
         show(HEADER, [section(result)], f"training step along UPGrad, {device}")
-        save()  # the results so far are kept if the run is interrupted
 
-    models = dict(list(cases(quick).items())[:3])  # the MLP, the ResNet and the GPT
-    run_cases(chosen(models, only), partial(bench, device=device, quick=quick), report, failures)
-    save()
+    models = chosen(dict(list(cases(quick).items())[:3]), only)  # of the MLP, the ResNet and the GPT
+    run_recorded(record, "models", models, partial(bench, device=device, quick=quick), report, failures)
     return failures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from io import FileIO
 from numbers import Integral, Real
@@ -149,7 +149,7 @@ class Monitor:
         if abs(step) > _LARGEST_STEP:
             raise ValueError(f"step is {str(step)[:20]}...: pass a whole number of at most {_LARGEST_STEP}")
         values = {"batch_size": stats.batch_size, **_measure(stats, loss)}
-        noise = copy(self._noise) if step >= self._step else self._noise_before(step)
+        noise = copy(self._noise) if step >= self._step else _noise_of(read(self.path), step)
         noise.add(*_of_noise(values))
         found = zip(NOISE, (noise.value, noise.signal_to_noise), strict=True)
         values |= {name: value for name, value in found if value is not None}
@@ -158,14 +158,6 @@ class Monitor:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f"rgd/{name}", value, step)
-
-    def _noise_before(self, step: float) -> NoiseScale:
-        """The noise scale from the rows of the file that stay valid before a row of this step."""
-        found = NoiseScale()
-        for row in _rows(read(self.path)):
-            if row["step"] < step:
-                found.add(*_of_noise(row))
-        return found
 
     def _append(self, row: str) -> None:
         line, size = row.encode(), os.fstat(self._file.fileno()).st_size
@@ -187,8 +179,9 @@ class Monitor:
         whole = content[: content.rindex(b"\n") + 1]
         step = 0
         if whole != _HEADER:
-            step = int(read(self.path)["step"][-1]) + 1
-            self._noise = self._noise_before(step)
+            run = read(self.path)
+            step = int(run["step"][-1]) + 1
+            self._noise = _noise_of(run, step)
         self._file.truncate(len(whole))
         return step
 
@@ -218,9 +211,14 @@ def _of_noise(values: Mapping[str, float]) -> tuple[float, float, float]:
     return values["batch_size"], values["grad_norm"] ** 2, values["trace"]
 
 
-def _rows(run: dict[str, np.ndarray]) -> Iterator[dict[str, float]]:
-    for row in zip(*run.values(), strict=True):
-        yield dict(zip(run, row, strict=True))
+def _noise_of(run: dict[str, np.ndarray], step: float) -> NoiseScale:
+    """The noise scale from the rows of a file that come before a row of this step."""
+    found = NoiseScale()
+    for cells in zip(*run.values(), strict=True):
+        row = dict(zip(run, cells, strict=True))
+        if row["step"] < step:
+            found.add(*_of_noise(row))
+    return found
 
 
 def _cell(value: float | None) -> str:

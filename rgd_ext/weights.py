@@ -31,7 +31,7 @@ class FromGramian:
             for 16 bits), and returns w, shape (B,).
 
     Raises:
-        TypeError: if `function` is not callable.
+        TypeError: if `function` is not callable, or an aggregator of TorchJD, which gives a direction.
 
     Example:
         >>> grads = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -48,7 +48,6 @@ class FromGramian:
                 f"FromGramian({self.function!r}): pass a callable (B, B) -> (B,), such as"
                 " torchjd.aggregation.UPGradWeighting()"
             )
-
         if is_of_torchjd(self.function, "Aggregator"):
             raise TypeError(
                 f"FromGramian({self.function!r}): an aggregator gives a direction and not weights; pass its weighting,"

@@ -5,12 +5,12 @@ import statistics
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import MODELS
 from oracle import flat_grad, relative_error
 
 import rgd_ext
 from bench.training.models import GPT
+from bench.training.peers import sample_losses
 
 aggregation = pytest.importorskip("torchjd.aggregation")
 autogram = pytest.importorskip("torchjd.autogram")
@@ -44,26 +44,21 @@ def chosen_by(weighting, kind="Weighting"):
         pytest.skip(str(problem))
 
 
-def losses(output, y):
-    """The mean cross-entropy of each sample over its positions, shape (B,)."""
-    return F.cross_entropy(output.movedim(-1, 1), y, reduction="none").view(len(y), -1).mean(1)
-
-
 def by_capture(model, x, y, weighting):
     rule = rgd_ext.weights.FromGramian(chosen_by(weighting))
     with rgd_ext.precondition(model, weights=rule):
-        losses(model(x), y).mean().backward()
+        sample_losses(model(x), y).mean().backward()
 
 
 def by_autogram(model, x, y, weighting):
     engine = autogram.Engine(model, batch_dim=0)
-    found = losses(model(x), y)
+    found = sample_losses(model(x), y)
     found.backward(chosen_by(weighting)(engine.compute_gramian(found)))
 
 
 def by_autojac(model, x, y, weighting):
     # One row after another, since vmap warns that it has no batching rule for attention.
-    autojac.backward(losses(model(x), y), parallel_chunk_size=1)
+    autojac.backward(sample_losses(model(x), y), parallel_chunk_size=1)
     autojac.jac_to_grad(model.parameters(), chosen_by(weighting, ""))
 
 

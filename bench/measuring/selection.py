@@ -1,12 +1,13 @@
-"""Choosing the cases of a benchmark by name, and running them one after the other."""
+"""Choosing the cases of a benchmark by name, running them one after the other, and recording their results."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
-from .report import reason
+from .report import Record, reason
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,3 +33,40 @@ def run_cases(cases: dict[str, T], bench: Callable[[str, T], R], use: Callable[[
             use(result)
     except KeyboardInterrupt:
         failures.append("interrupted: the cases that follow are missing")
+
+
+def run_recorded(
+    record: Record,
+    key: str,
+    cases: dict[str, T],
+    bench: Callable[[str, T], R],
+    report: Callable[[R], None],
+    failures: list[str],
+    **others: object,
+) -> list[R]:
+    """`run_cases`, with a record of all results, which are dataclasses.
+
+    Args:
+        record: is written after each case, so that the results so far are kept if the run is interrupted.
+        key: the name of the results in the record.
+        cases, bench: of `run_cases`.
+        report: is called with each result, and may add to `failures`.
+        failures: of `run_cases`; it is recorded, too.
+        others: what else is recorded.
+
+    Returns:
+        The results.
+    """
+    results: list[R] = []
+
+    def save() -> None:
+        record.write(**others, failures=failures, **{key: [asdict(result) for result in results]})
+
+    def use(result: R) -> None:
+        results.append(result)
+        report(result)
+        save()
+
+    run_cases(cases, bench, use, failures)
+    save()
+    return results

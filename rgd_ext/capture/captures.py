@@ -159,8 +159,7 @@ def observe(
         >>> handle.stats.sample_norms.shape
         torch.Size([8])
     """
-    if not isinstance(gram, bool):
-        raise TypeError(f"gram is {gram!r}: pass True or False")
+    _check_flag("gram", gram)
     return _capture(model, Observation("gram" if gram else "norms"), batch_norm, memory_budget, verify, batch_dim)
 
 
@@ -180,8 +179,7 @@ def _capture(
     earlier = next((handle for handle in _live() if handle.model is model and handle.has_owner), None)
     _check_free(model, earlier)
     check_model(model, batch_norm)
-    if not isinstance(verify, bool):
-        raise TypeError(f"verify is {verify!r}: pass True or False")
+    _check_flag("verify", verify)
     batch_dim = _checked_dim(batch_dim)
     if earlier is not None:
         earlier.give_way()
@@ -189,6 +187,11 @@ def _capture(
     handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept), verify)
     _handles.add(handle)
     return handle
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}: pass True or False")
 
 
 def _checked_dim(batch_dim: int | None) -> int | None:

@@ -146,11 +146,11 @@ class WriteDirection(Sink):
         self._parameters.check_unhooked(parameters)
 
         def align(vectors: ParameterVector) -> Tensor:
-            return contributions.align_with(self._parameters.vector(vectors))
+            return contributions.align_by_parameter(self._parameters.vector(vectors))
 
         with full_precision(parameters[0].device), self._workspace.reading():
             vector = self._own_vector(parameters)
-            aligned = None if vector is None else contributions.align_with(vector)
+            aligned = None if vector is None else contributions.align_by_parameter(vector)
             direction, self.stats = self.solver.solve(contributions.release(), self._needs_gram, align, aligned)
         _add_to_grads(parameters, direction)
         self._workspace.release()

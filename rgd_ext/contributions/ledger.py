@@ -189,9 +189,9 @@ class Contributions(PerSampleGradients):
 
     def align(self, vector: list[Tensor]) -> Tensor:
         """G v = <g_i, v>, shape (B,), not centred."""
-        return self.align_with(dict(zip(self.parameters(), vector, strict=True)))
+        return self.align_by_parameter(dict(zip(self.parameters(), vector, strict=True)))
 
-    def align_with(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    def align_by_parameter(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """`align` with a vector whose parts are given by parameter; those of other parameters are zero."""
         parts = [factor.align(vectors[parameter]) for parameter, factor in self.factors() if parameter in vectors]
         if not parts:

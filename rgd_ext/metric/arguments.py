@@ -25,11 +25,11 @@ def check_finite(owner: str, name: str, value: float) -> None:
         raise ValueError(f"{owner}({name}={value}): pass a finite number")
 
 
-def check_positive(owner: str, name: str, value: float) -> None:
+def check_positive(owner: str, name: str, value: float, remedy: str = "pass a positive number") -> None:
     """Raise unless `value`, the argument `name` of `owner`, is a finite number above zero."""
     check_finite(owner, name, value)
     if value <= 0:
-        raise ValueError(f"{owner}({name}={value}): pass a positive number")
+        raise ValueError(f"{owner}({name}={value}): {remedy}")
 
 
 def check_scale(owner: str, loss_scale: LossScale) -> None:
@@ -41,9 +41,7 @@ def check_scale(owner: str, loss_scale: LossScale) -> None:
 def current_scale(owner: str, loss_scale: LossScale) -> float:
     """The scale of the loss now; ValueError unless it is positive."""
     scale = loss_scale() if callable(loss_scale) else loss_scale
-    check_finite(owner, "loss_scale", scale)
-    if scale <= 0:
-        raise ValueError(f"{owner}(loss_scale={scale}): pass a positive number, or a function that returns one")
+    check_positive(owner, "loss_scale", scale, "pass a positive number, or a function that returns one")
     return scale
 
 

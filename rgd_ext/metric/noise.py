@@ -10,7 +10,6 @@ from torch import Tensor
 # After so many batches the weight of a batch in the running means has fallen to 1/e.
 HORIZON = 100
 
-
 # Numbers or tensors.
 Number = TypeVar("Number", float, Tensor)
 

@@ -146,7 +146,6 @@ def direction(
         tensor([0.6315, 0.0000])
     """
     solver = Solver(checked_rule(epsilon, inverse, weights))
-    if isinstance(grads, PerSampleGradients) and not isinstance(grads, DenseGradients):
-        return solver.solve(adapted(grads), solver.needs_gram)
-    dense = grads if isinstance(grads, DenseGradients) else DenseGradients(grads)
-    return solver.solve(dense, solver.needs_gram, dense.align_with)
+    source = adapted(grads) if isinstance(grads, PerSampleGradients) else DenseGradients(grads)
+    align = source.align_with if isinstance(source, DenseGradients) else None
+    return solver.solve(source, solver.needs_gram, align)

@@ -62,6 +62,10 @@ class Statistics:
 
     _shown: ClassVar[tuple[str, ...]] = ("grad_norm", "rayleigh", "trace", "noise_scale", "largest_eigenvalue", "rank")
 
+    def __post_init__(self) -> None:
+        if self.aligned is not None:
+            self.aligned = self.aligned.to(self.alignments)
+
     @property
     def squared_grad_norm(self) -> Tensor:
         """|g|^2."""
@@ -279,14 +283,12 @@ def statistics(grads: PerSampleGradients, with_gram: bool, aligned: Tensor | Non
     gram = grads.gram()
     *found, centred = torch.ops.rgd_ext.gram_moments(gram)
     ulp = rounding(gram.dtype, gram.device)
-    aligned = None if aligned is None else aligned.to(centred)
     return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned)
 
 
 def statistics_of(moments: Moments, aligned: Tensor | None = None) -> Statistics:
     """The statistics of a batch without a Gramian."""
     like = moments.alignments
-    aligned = None if aligned is None else aligned.to(like)
     return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned)
 
 
