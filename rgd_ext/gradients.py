@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -188,6 +188,11 @@ def squared_norm(vector: list[Tensor]) -> Tensor:
             tensor = tensor.coalesce().values()
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     return total([torch.ops.rgd_ext.squared_norm(group) for group in groups.values()])
+
+
+def sum_of_moments(parts: Iterable[Moments]) -> Moments:
+    """The moments of gradients whose parts, side by side, have these moments."""
+    return Moments(*map(total, zip(*parts, strict=True)))
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:

@@ -142,6 +142,12 @@ def weighted_step(handle, x):
         step(weighted, x)
 
 
+def observed_step(handle, x):
+    handle.remove()
+    with rgd_ext.observe(handle.model, per_parameter=True, verify=False) as observed:
+        step(observed, x)
+
+
 # What takes the road with that heading.
 ACTIONS = {
     "FORWARD": (lambda: nn.Sequential(*parts()), step),
@@ -151,6 +157,7 @@ ACTIONS = {
     "(c) ACCUMULATE": (lambda: nn.Sequential(*parts()), accumulated_step),
     "(c) PLAN": (lambda: nn.Sequential(*parts()), lambda handle, x: handle.plan(x)),
     "(d) WEIGHTS": (lambda: nn.Sequential(*parts()), weighted_step),
+    "(e) PER PARAMETER": (lambda: nn.Sequential(*parts()), observed_step),
 }
 # The first three parts are one road.
 FORWARD, BACKWARD, END, *SIDE_ROADS = ROADS

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What they import besides the package.
-NEEDS = {"upgrad": ["sklearn", "torchjd", "quadprog", "qpsolvers"]}
+# What they import besides the package, and the arguments of a short run.
+NEEDS = {"upgrad": ["sklearn", "torchjd", "quadprog", "qpsolvers"], "suspicious_labels": ["sklearn"]}
+SHORT = {"upgrad": ["--steps", "5"], "suspicious_labels": ["--epochs", "1"]}
 
 
 def table_of(name, *arguments):
@@ -25,7 +26,7 @@ def table_of(name, *arguments):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
 def test_an_example_prints_a_table_of_numbers(path):
-    _, *rows = table_of(path.stem, "--steps", "5")
+    _, *rows = table_of(path.stem, *SHORT[path.stem])
     assert len(rows) > 1
     for _, *numbers in rows:
         assert len(numbers) == len(rows[0]) - 1
@@ -36,3 +37,11 @@ def test_upgrad_increases_no_loss_by_more_than_it_says():
     _, mean, upgrad = table_of("upgrad", "--steps", "40")
     assert float(mean[-1].rstrip("%")) > 5
     assert float(upgrad[-1].rstrip("%")) < 0.1
+
+
+def test_suspicious_labels_compares_its_scores_as_the_documentation_does():
+    rows = table_of("suspicious_labels", "--epochs", "6")[1:]
+    areas = {name: float(last.rstrip("%")) for name, *_, last in rows}
+    assert min(areas["loss"], areas["margin"], areas["gradient-norm"]) > 97
+    assert 80 < areas["validation-cosine"] < areas["gradient-norm"]
+    assert areas["batch-cosine"] < 60

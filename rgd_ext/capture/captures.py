@@ -130,6 +130,7 @@ def observe(
     model: nn.Module,
     *,
     gram: bool = False,
+    per_parameter: bool = False,
     batch_norm: Literal["error", "contribution"] = "error",
     memory_budget: float | None = None,
     verify: bool = True,
@@ -143,6 +144,8 @@ def observe(
 
     Args:
         gram: whether to compute the Gramian.
+        per_parameter: whether to compute `stats.per_parameter`, a dict from the names of parameters to the `grad_norm`,
+            `trace` and `noise_scale` of their part of the gradient; its `by_module()` has those of modules.
         model, batch_norm, memory_budget, verify, batch_dim: as for `precondition`.
 
     Returns:
@@ -150,7 +153,7 @@ def observe(
         `precondition(model, epsilon=0.0)` gives it, but for subnormal numbers.
 
     Raises:
-        TypeError, ValueError: as `precondition`; TypeError if `gram` is not a bool.
+        TypeError, ValueError: as `precondition`; TypeError if `gram` or `per_parameter` is not a bool.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -160,7 +163,9 @@ def observe(
         torch.Size([8])
     """
     _check_flag("gram", gram)
-    return _capture(model, Observation("gram" if gram else "norms"), batch_norm, memory_budget, verify, batch_dim)
+    _check_flag("per_parameter", per_parameter)
+    rule = Observation("gram" if gram else "norms")
+    return _capture(model, rule, batch_norm, memory_budget, verify, batch_dim, per_parameter)
 
 
 def _capture(
@@ -170,6 +175,7 @@ def _capture(
     memory_budget: float | None,
     verify: bool,
     batch_dim: int | None,
+    per_parameter: bool = False,
 ) -> Preconditioner:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
@@ -184,7 +190,7 @@ def _capture(
     if earlier is not None:
         earlier.give_way()
     kept = KEPT_BYTES if budget in (None, math.inf) else 0
-    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept), verify)
+    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept, per_parameter), verify)
     _handles.add(handle)
     return handle
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from .install import recorders_for
 from .model_call import ModelCall
 from .nodes import receive
 from .recorders.recorder import Recorder
+from .sample_record import SampleRecord
 from .sinks import HandOver, NoteShapes, WriteDirection
 from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion
 from .verification.verifier import Verifier
@@ -41,9 +44,10 @@ class Preconditioner:
         self.context = CaptureContext(model, options, receive)
         self.verifier = Verifier(self.context, verify)
         self._planner = Planner(options.memory_budget)
-        workspace = Workspace(options.kept)
-        self._direction = WriteDirection(Solver(rule), self._planner, self.context.parameters, workspace)
+        workspace, solver, parameters = Workspace(options.kept), Solver(rule), self.context.parameters
+        self._direction = WriteDirection(solver, self._planner, parameters, workspace, options.per_parameter)
         self._union: BatchUnion | None = None
+        self._record: SampleRecord | None = None
         # The `RGD` that made the capture, which ends with a new capture of the model.
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None
         self.context.start(self._direction, self._enter)
@@ -104,6 +108,58 @@ class Preconditioner:
         if self.context.is_removed:
             raise RuntimeError("the capture was removed, so there are no statistics: capture the model again")
         self._direction.align(vectors)
+
+    def record_to(self, path: str | os.PathLike[str], size: int) -> None:
+        """From now on `record` writes to a file with a row for each sample of a data set.
+
+        `numpy.load(path)` reads it, also while it is written: a structured array of shape (size,), which
+        `pandas.DataFrame` takes. Its fields have the names and the meaning that they have in `stats`: `batch_size`,
+        `grad_norm` and `trace` of the batch, `sample_norms`, `alignments`, `squared_norms`, `aligned` (NaN without
+        `align`) and `weights` of the sample. Where nothing was recorded yet, batch_size is 0 and the others are NaN.
+
+        Args:
+            path: the file, such as "epoch1.npy"; its folder exists. If the file exists, it is continued: rows that are
+                not recorded again stay.
+            size: the number of samples in the data set.
+
+        Raises:
+            TypeError, ValueError: for a size that is no positive whole number; ValueError if the file holds something
+                else, which is left as it is.
+            OSError: if the file cannot be written.
+        """
+        self._record = SampleRecord(path, size)
+
+    def record(self, index: Tensor | np.ndarray | Sequence[int]) -> None:
+        """Write the statistics of the samples of the last direction to the rows `index`; waits for the device.
+
+        Each row is written whole, over what was there: a process that is killed leaves no torn rows.
+
+        Args:
+            index: the places of the samples in the data set, whole numbers, shape (B,); after `accumulate` or `write`
+                those of all batches, in the order of their first backwards.
+
+        Raises:
+            RuntimeError: before `record_to` or a backward, or if the last direction is recorded already.
+            TypeError, ValueError: for indices that are not one for each sample, or outside of the data set.
+            OSError: if the file cannot be written. All rows are whole then, and the call may be repeated.
+
+        Example:
+            >>> import numpy, tempfile
+            >>> model, x = torch.nn.Linear(3, 1), torch.randn(20, 3)
+            >>> with tempfile.TemporaryDirectory() as folder, rgd_ext.observe(model) as handle:
+            ...     handle.record_to(f"{folder}/epoch.npy", size=20)
+            ...     for index in torch.randperm(20).split(5):
+            ...         model(x[index]).square().mean().backward()
+            ...         handle.record(index)
+            ...     rows = numpy.load(f"{folder}/epoch.npy")
+            >>> rows["sample_norms"].shape, set(rows["batch_size"].tolist())
+            ((20,), {5})
+        """
+        if self._record is None:
+            raise RuntimeError("there is no file to record to: call handle.record_to(path, size) first")
+        if self.stats is None:
+            raise RuntimeError("there was no backward of the captured model yet: call record(index) after it")
+        self._record.write(index, self.stats)
 
     def remove(self) -> None:
         """Leave the model as it was found. Gradients already written stay; what `defer` has collected is dropped."""
@@ -202,6 +258,8 @@ class Preconditioner:
 
     def _write(self, union: BatchUnion) -> None:
         self.context.parameters.check_unhooked(union.parameters())
+        if self.context.options.per_parameter:
+            union.check_complete(self.context.parameters.name_of)
         if union:
             self._direction.finish_union(union.batch_size, union.joined())
             union.drop()
@@ -266,7 +324,7 @@ class Preconditioner:
 
     def _choices(self) -> list[Choice]:
         """Those of the last backward, as the model lists its parameters."""
-        places = {name: place for place, name in enumerate(self.context.parameters.names())}
+        places = self.context.parameters.places()
         return sorted(self._planner.choices(), key=lambda choice: places.get(choice.name, len(places)))
 
     def is_recording(self) -> bool:

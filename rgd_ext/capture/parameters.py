@@ -86,9 +86,9 @@ class WatchedParameters:
         """The part of a vector of the parameter space that belongs to each parameter; raises as `by_parameter`."""
         return by_parameter(self._model, vectors)
 
-    def names(self) -> list[str]:
-        """As the model lists its parameters."""
-        return list(self._names.values())
+    def places(self) -> dict[str, int]:
+        """The place of each name in the model's list of parameters."""
+        return {name: place for place, name in enumerate(self._names.values())}
 
     def captures(self, parameter: Tensor) -> bool:
         """Whether the gradient of `parameter` is written by the capture."""

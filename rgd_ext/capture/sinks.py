@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..contributions.buffers import Workspace, fresh
+from ..contributions.by_parameter import ByParameter
 from ..contributions.factor import Dense, Factor, blank
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
-from ..metric import ParameterVector, Solver, Stats
+from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
 from .parameters import WatchedParameters
 from .precision import full_precision
@@ -83,6 +84,7 @@ class WriteDirection(Sink):
         solver: computes the direction.
         planner, parameters: as for `Sink`.
         workspace: the memory for gradients that a strategy forms.
+        per_parameter: whether to compute `Stats.per_parameter`.
         vector: v of `Stats.aligned`, by the names of parameters, since parameters may be replaced.
 
     Attributes:
@@ -97,10 +99,12 @@ class WriteDirection(Sink):
         planner: Planner,
         parameters: WatchedParameters,
         workspace: Workspace,
+        per_parameter: bool = False,
         vector: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
+        self.per_parameter = per_parameter
         self._needs_gram = True
         self.stats: Stats | None = None
 
@@ -151,9 +155,22 @@ class WriteDirection(Sink):
         with full_precision(parameters[0].device), self._workspace.reading():
             vector = self._own_vector(parameters)
             aligned = None if vector is None else contributions.align_by_parameter(vector)
-            direction, self.stats = self.solver.solve(contributions.release(), self._needs_gram, align, aligned)
+            direction, self.stats = self._solve(contributions.release(), align, aligned)
         _add_to_grads(parameters, direction)
         self._workspace.release()
+
+    def _solve(
+        self, contributions: Contributions, align: Callable[[ParameterVector], Tensor], aligned: Tensor | None
+    ) -> tuple[list[Tensor], Stats]:
+        """The direction and its `Stats`, with the statistics of each parameter if they were asked for."""
+        if not self.per_parameter:
+            return self.solver.solve(contributions, self._needs_gram, align, aligned)
+        grads = ByParameter(contributions)
+        direction, stats = self.solver.solve(grads, self._needs_gram, align, aligned)
+        moments, places = grads.moments_by_parameter(), self._parameters.places()
+        named = [(self._parameters.name_of(parameter), found) for parameter, found in moments.items()]
+        stats.add_parameters(PerParameter(dict(sorted(named, key=lambda item: places.get(item[0], len(places))))))
+        return direction, stats
 
     def _own_vector(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
         """The parts of the vector that belong to these parameters, which may have been replaced or converted since."""
@@ -184,7 +201,9 @@ class WriteDirection(Sink):
     def rehearsal(self) -> WriteDirection:
         """A sink that does the same work, for timings, and of which nothing is remembered."""
         solver = self.solver.rehearsal()
-        return WriteDirection(solver, self._planner, self._parameters, self._workspace, self._vector)
+        return WriteDirection(
+            solver, self._planner, self._parameters, self._workspace, self.per_parameter, self._vector
+        )
 
     def clear(self) -> None:
         """Free the memory for gradients."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -36,6 +36,11 @@ _SEVERAL = (
 _TORN = (
     "what was collected is lost, because an earlier handle.write() failed while it joined the batches: call"
     " handle.drop(), and run the backwards again"
+)
+_INCOMPLETE = (
+    "per_parameter=True, and parameter '{}' had a part in the backwards of some of the collected batches only, so that"
+    " its statistics would be of samples without a gradient: let every batch use it, or observe without per_parameter;"
+    " with handle.defer() call handle.drop() first, to forget these batches"
 )
 
 
@@ -128,6 +133,13 @@ class BatchUnion(steps.PendingDirection):
             same = [_Samples(contributions.batch_size, calls)]
             self._samples += same
         same[0].add(contributions, calls)
+
+    def check_complete(self, name_of: Callable[[nn.Parameter], str]) -> None:
+        """Raise RuntimeError if a parameter has contributions from some of the batches only."""
+        used = [set(each.parameters()) for each in self._samples]
+        for parameter in self.parameters():
+            if not all(parameter in each for each in used):
+                raise RuntimeError(_INCOMPLETE.format(name_of(parameter)))
 
     @property
     def batch_size(self) -> int:

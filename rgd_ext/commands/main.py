@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from . import demo, gallery, info, plan, plot, spectrum
+from . import demo, gallery, info, noise, plan, plot, spectrum
 from .errors import exit_code
 
-COMMANDS = (demo, plan, plot, spectrum, gallery, info)
+COMMANDS = (demo, plan, plot, noise, spectrum, gallery, info)
 
 
 def main(arguments: list[str] | None = None) -> int:

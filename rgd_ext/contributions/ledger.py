@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..gradients import Moments, PerSampleGradients, moments_of, squared_norm, total
+from ..gradients import Moments, PerSampleGradients, moments_of, squared_norm, sum_of_moments, total
 from ..linalg import accumulate_dtype
 from .bucket import Bucket, in_shapes, layer_factors, split_by_owner
 from .factor import Dense, Factor, moments_from_gram
@@ -148,6 +148,18 @@ class Contributions(PerSampleGradients):
         places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
         self._order = [places[id(parameter)] for parameter in order]
 
+    def split(self) -> dict[nn.Parameter, Contributions]:
+        """A ledger for each parameter by itself, in the order of `parameters`, released if this one is.
+
+        They take the place of this one, which is used up.
+        """
+        found = {p: Contributions.of([(p, factor)], self._batch_size) for p, factor in self.factors()}
+        if self._is_last:
+            for part in found.values():
+                part.release()
+        self._buckets, self._factors, self._is_used_up = {}, {}, True
+        return found
+
     # Asking
 
     def parameters(self) -> list[nn.Parameter]:
@@ -211,17 +223,21 @@ class Contributions(PerSampleGradients):
 
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None where the Gramian costs no more."""
-        buckets = self._buckets.values()
-        has_tensors = any(bucket.tensors for bucket in buckets)
-        if not has_tensors and all(factor.gram_is_free for factor in self._factors.values()):
+        if self.gram_is_free:
             return None
-        return self._moments_with([moments_of(bucket.tensors) for bucket in buckets if bucket.tensors])
+        return self._moments_with([moments_of(bucket.tensors) for bucket in self._buckets.values() if bucket.tensors])
+
+    @property
+    def gram_is_free(self) -> bool:
+        """Whether the Gramian costs no more than the moments."""
+        has_tensors = any(bucket.tensors for bucket in self._buckets.values())
+        return not has_tensors and all(factor.gram_is_free for factor in self._factors.values())
 
     def _moments_with(self, of_tensors: list[Moments]) -> Moments:
         """The moments of all, given those of the tensors."""
         parts = [*of_tensors, *(factor.moments() for factor in self._factors.values())]
         parts += [moments_from_gram(gram) for gram in self._vector_grams()]
-        squared, alignments, squared_norms = map(total, zip(*parts, strict=True))
+        squared, alignments, squared_norms = sum_of_moments(parts)
         scale = float(self._batch_size**2)  # as in `gram`
         return Moments(scale * squared, scale * alignments, scale * squared_norms)
 

@@ -43,7 +43,7 @@ def batch_gradients(
 
         @torch.enable_grad()
         def evaluate(x: object, y: object) -> tuple[Tensor, PerSampleGradients]:
-            x, y = _to_device(x, device), _to_device(y, device)
+            x, y = to_device(x, device), to_device(y, device)
             batch_size = next((t.shape[0] for t in tensors_in(x) if t.ndim), 0)
             if batch_size == 0:
                 raise ValueError("a batch has no samples: pass tensors with at least one along dimension 0")
@@ -53,7 +53,8 @@ def batch_gradients(
         yield evaluate
 
 
-def _to_device(tree: object, device: torch.device) -> object:
+def to_device(tree: object, device: torch.device) -> object:
+    """A nest of arguments with its tensors on `device`."""
     return pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, tree)
 
 

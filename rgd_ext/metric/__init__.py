@@ -2,14 +2,16 @@
 
 from .arguments import NEEDS, Need
 from .inverses import INVERSES, Inverse
+from .per_parameter import PerParameter
 from .policies import POLICIES, SCALE_FREE_POLICIES, Ascent, Epsilon, Fixed, Policy, Rayleigh, Spectral, Trace
 from .rules import Observation, Rule, State, Weights
 from .solver import Solver, checked_rule, direction
-from .stats import ParameterVector, Statistics, Stats, rounding, statistics
+from .stats import PER_SAMPLE, ParameterVector, Statistics, Stats, rounding, statistics
 
 __all__ = [
     "INVERSES",
     "NEEDS",
+    "PER_SAMPLE",
     "POLICIES",
     "SCALE_FREE_POLICIES",
     "Ascent",
@@ -19,6 +21,7 @@ __all__ = [
     "Need",
     "Observation",
     "ParameterVector",
+    "PerParameter",
     "Policy",
     "Rayleigh",
     "Rule",

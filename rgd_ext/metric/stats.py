@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import ClassVar, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import linalg
 from ..gradients import Moments, PerSampleGradients
 from .noise import unbiased
+from .per_parameter import PerParameter
 
 # A vector of the parameter space, as users pass it.
 ParameterVector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+# The statistics with a number for each sample.
+PER_SAMPLE = ("sample_norms", "alignments", "squared_norms", "aligned", "weights")
 
 
 class Grams(NamedTuple):
@@ -222,6 +227,7 @@ class Stats(Statistics):
 
     Attributes:
         weights, epsilon: the arguments.
+        per_parameter: statistics of the gradient of each parameter, by its name, or None where they were not asked for.
     """
 
     _shown = (
@@ -239,6 +245,11 @@ class Stats(Statistics):
         # With the cached properties, too.
         vars(self).update(vars(statistics))
         self.weights, self.epsilon, self._squared_direction_norm = weights, epsilon, squared_direction_norm
+        self.per_parameter: PerParameter | None = None
+
+    def add_parameters(self, found: PerParameter) -> None:
+        """From now on `per_parameter` has the statistics that were `found`."""
+        self.per_parameter = found
 
     @cached_property
     def direction_norm(self) -> Tensor:
@@ -267,6 +278,33 @@ class Stats(Statistics):
     def negative_weights(self) -> Tensor:
         """The number of negative weights."""
         return (self.weights < 0).sum()
+
+    def to_dict(self) -> dict[str, float | np.ndarray]:
+        """Numbers of the batch, and arrays of shape (B,) for its samples, NaN for those that are None.
+
+        It waits for the device. `pandas.DataFrame(stats.to_dict())` has a row for each sample. The Gramian and its
+        eigenvalues are not in it, nor `per_parameter`, which has a `to_dict` of its own.
+
+        Example:
+            >>> _, stats = rgd_ext.direction(torch.tensor([[1.0, 2.0], [1.0, -2.0]]), epsilon=0.0)
+            >>> found = stats.to_dict()
+            >>> found["trace"], found["alignments"]
+            (4.0, array([0., 0.]))
+        """
+        return {"batch_size": self.batch_size, **self.on_host(*self._shown, *PER_SAMPLE)}
+
+    def on_host(self, *names: str) -> dict[str, float | np.ndarray]:
+        """Some statistics by their names, as `to_dict` has them, in one transfer."""
+        like = self.alignments.double()
+        missing = torch.full_like(like, math.nan)
+        values = [getattr(self, name) for name in names]
+        for place, name in enumerate(names):
+            if values[place] is None:
+                values[place] = missing if name in PER_SAMPLE else missing[0]
+        ends = np.cumsum([value.numel() for value in values])[:-1]
+        parts = np.split(torch.cat([value.to(like).reshape(-1) for value in values]).cpu().numpy(), ends)
+        pairs = zip(names, parts, strict=True)
+        return {name: part if name in PER_SAMPLE else part.item() for name, part in pairs}
 
 
 def statistics(grads: PerSampleGradients, with_gram: bool, aligned: Tensor | None = None) -> Statistics:

@@ -11,7 +11,7 @@ import rgd_ext
 from rgd_ext.__main__ import main
 
 OPTIONAL = "matplotlib", "rich", "scipy", "sklearn"
-COMMANDS = [[], ["demo"], ["plan"], ["plot"], ["spectrum"], ["gallery"], ["info"]]
+COMMANDS = [[], ["demo"], ["plan"], ["plot"], ["noise"], ["spectrum"], ["gallery"], ["info"]]
 
 
 def run(code, without):
@@ -54,10 +54,12 @@ model = lambda: torch.nn.Linear(60_000, 3)
 data = lambda: [(torch.randn(100, 60_000, generator=torch.Generator().manual_seed(0)), torch.arange(100) % 3)]
 """
 SPECTRUM = ["spectrum", "wide:model", "--data", "wide:data", "-k", "1", "--quiet"]
+NOISE = ["noise", "wide:model", "--data", "wide:data"]
 NEEDS = [
     *((["demo"], module, package) for module, package in (("rich", "rich"), ("sklearn", "scikit-learn"))),
     *((["gallery", "new"], package, package) for package in ("matplotlib", "scipy")),
     *((SPECTRUM, package, package) for package in ("rich", "matplotlib", "scipy")),
+    *((NOISE, package, package) for package in ("rich", "matplotlib")),
 ]
 
 

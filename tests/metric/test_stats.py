@@ -1,5 +1,6 @@
 """The statistics of a batch against the explicit D, and what a policy sees of them."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -123,3 +124,32 @@ def test_what_a_policy_has_read_is_not_computed_again(monkeypatch):
     assert_close(stats.epsilon, 0.5 / stats.eigenvalues[-1])
     assert stats.rank == 5
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("epsilon", [Spectral(0.5), Trace(0.5)], ids=str)
+def test_a_dict_has_numbers_of_the_batch_and_arrays_of_its_samples(epsilon):
+    _, stats = rgd_ext.direction(sample(), epsilon=epsilon)
+    found = stats.to_dict()
+    numbers = {name: value for name, value in found.items() if isinstance(value, float)}
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    assert found["batch_size"] == 6
+    assert {*found} == {"batch_size", *numbers, *arrays}
+    assert {*arrays} == {"sample_norms", "alignments", "squared_norms", "aligned", "weights"}
+    for name, value in (numbers | arrays).items():
+        expected = getattr(stats, name)
+        if expected is None:
+            assert np.isnan(value).all(), name
+            continue
+        np.testing.assert_array_equal(value, expected.double().numpy(), err_msg=name)
+    assert {"epsilon", "trace", "cosine", "noise_scale"} < {*numbers}
+    assert all(array.shape == (6,) and array.dtype == np.float64 for array in arrays.values())
+    has_gram = isinstance(epsilon, Spectral)
+    assert np.isnan(found["rank"]) != has_gram
+
+
+def test_a_dict_keeps_its_numbers_when_the_tensors_change():
+    _, stats = rgd_ext.direction(sample(), epsilon=0.0)
+    found = stats.to_dict()
+    before = found["weights"].copy()
+    stats.weights.zero_()
+    np.testing.assert_array_equal(found["weights"], before)
