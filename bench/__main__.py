@@ -7,13 +7,13 @@ import sys
 
 import torch
 
-from . import kernels, modules, operators, overhead, scaling, steps, table1, torchjd, verification
+from . import kernels, modules, observe, operators, overhead, scaling, steps, table1, torchjd, verification
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (kernels, steps, torchjd, operators, scaling, overhead, modules, verification):
+    for module in (kernels, steps, observe, torchjd, operators, scaling, overhead, modules, verification):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,9 +2,11 @@
 
 40 % of the labels are replaced by wrong ones. An MLP is trained on them while `handle.record` keeps, for every sample
 of an epoch, the norm of its gradient and the inner products with the gradient of its batch and with that of a small
-validation set whose labels are right. The table has the area under the ROC curve (AUROC) of each score: the probability
-that a wrong label looks worse than a right one, 50 % for a coin. It needs scikit-learn; Fashion-MNIST is read from a
-folder with its four files, such as the one of Debian's package dataset-fashion-mnist.
+validation set whose labels are right. The larger a score, the more suspicious the label. The table has the area under
+the ROC curve (AUROC) of each: the probability that a wrong label gets a larger score than a right one.
+
+The data are scikit-learn's digits, or Fashion-MNIST from a folder with the four files of its authors, which Debian's
+package dataset-fashion-mnist installs. The program needs scikit-learn.
 """
 
 import argparse
@@ -39,7 +41,7 @@ def fashion_mnist(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scores(rows: np.ndarray, losses: torch.Tensor, margins: torch.Tensor) -> dict[str, np.ndarray]:
-    """What grows with the suspicion that a label is wrong, (N,) each.
+    """Scores that are larger where a label looks wrong, (N,) each, by name.
 
     Args:
         rows: what `handle.record` wrote in one epoch.
@@ -56,37 +58,39 @@ def scores(rows: np.ndarray, losses: torch.Tensor, margins: torch.Tensor) -> dic
     }
 
 
-def train(x: torch.Tensor, y: torch.Tensor, epochs: int, folder: str) -> tuple[torch.Tensor, list[dict]]:
-    """Which labels were replaced, (N,), and the scores of every epoch."""
-    torch.manual_seed(0)
-    order = torch.randperm(len(x))
-    validation, training = order[:VALIDATION], order[VALIDATION:]
-    x_validation, y_validation, x, y = x[validation], y[validation], x[training], y[training]
-    wrong = torch.rand(len(x)) < WRONG
-    y = torch.where(wrong, (y + torch.randint(1, 10, y.shape)) % 10, y)
+def with_wrong_labels(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels of which some were replaced by another class, and which ones those are, (N,) each."""
+    wrong = torch.rand(len(y)) < WRONG
+    return torch.where(wrong, (y + torch.randint(1, 10, y.shape)) % 10, y), wrong
 
+
+def train(x: torch.Tensor, y: torch.Tensor, validation: list[torch.Tensor], epochs: int, folder: str) -> list[dict]:
+    """The scores of every epoch of a training on images (N, ...) and labels (N,)."""
     model = torch.nn.Sequential(torch.nn.Linear(x.shape[1], 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    losses, margins, found = torch.zeros(len(x)), torch.zeros(len(x)), []
+    found = []
     with rgd_ext.observe(model) as handle:
         for epoch in range(epochs):
-            path = f"{folder}/epoch{epoch}.npy"
+            path, losses, margins = f"{folder}/epoch{epoch}.npy", torch.zeros(len(x)), torch.zeros(len(x))
             handle.record_to(path, size=len(x))
             for index in torch.randperm(len(x)).split(BATCH_SIZE):
                 with handle.paused():
-                    loss = cross_entropy(model(x_validation), y_validation)
+                    loss = cross_entropy(model(validation[0]), validation[1])
                     handle.align(torch.autograd.grad(loss, [*model.parameters()]))
                 optimizer.zero_grad()
-                output, given = model(x[index]), y[index][:, None]
-                loss = cross_entropy(output, y[index], reduction="none")
+                output, labels = model(x[index]), y[index]
+                loss = cross_entropy(output, labels, reduction="none")
                 loss.mean().backward()
                 handle.record(index)
                 optimizer.step()
-                losses[index], output = loss.detach(), output.detach()
-                others = output.scatter(1, given, -torch.inf).max(1).values
-                margins[index] = output.gather(1, given)[:, 0] - others
-            found.append(scores(np.load(path), losses.clone(), margins.clone()))
-    return wrong, found
+                losses[index], margins[index] = loss.detach(), margin(output.detach(), labels[:, None])
+            found.append(scores(np.load(path), losses, margins))
+    return found
+
+
+def margin(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The logit of the label less the largest other one, (B,), for logits (B, 10) and labels (B, 1)."""
+    return output.gather(1, labels)[:, 0] - output.scatter(1, labels, -torch.inf).max(1).values
 
 
 if __name__ == "__main__":
@@ -95,10 +99,14 @@ if __name__ == "__main__":
     parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="in place of scikit-learn's digits")
     options = parser.parse_args()
     x, y = fashion_mnist(options.fashion_mnist) if options.fashion_mnist else digits()
+    torch.manual_seed(0)
+    order = torch.randperm(len(x))
+    x, y = x[order], y[order]
+    labels, wrong = with_wrong_labels(y[VALIDATION:])
     with tempfile.TemporaryDirectory() as folder:
-        wrong, epochs = train(x, y, options.epochs, folder)
+        by_epoch = train(x[VALIDATION:], labels, [x[:VALIDATION], y[:VALIDATION]], options.epochs, folder)
     print(f"{'AUROC of':<20}{'first epoch':>13}{'last epoch':>13}{'sum of all':>13}")
-    for name in epochs[0]:
-        values = [epoch[name] for epoch in epochs]
+    for name in by_epoch[0]:
+        values = [scores_of_epoch[name] for scores_of_epoch in by_epoch]
         areas = [roc_auc_score(wrong, value) for value in (values[0], values[-1], sum(values))]
         print(f"{name:<20}" + "".join(f"{area:>13.1%}" for area in areas))

@@ -57,8 +57,8 @@ class Monitor:
     of the weights B w_i, which are 1 for SGD. A cell is empty where there is no number: that of the loss if none was
     given, that of epsilon where the weights come from none, that of lambda_max without the Gramian, and noise_scale and
     grad_snr as long as noise hides the gradient. These two come from running means over about a hundred rows, of
-    numerator and denominator, for which the loss has to keep its scale. The gradient is that of the loss on which
-    `backward` was called, in its scale (sum or mean, times that of a GradScaler).
+    numerator and denominator, in which small batches count less; for them the loss has to keep its scale. The gradient
+    is that of the loss on which `backward` was called, in its scale (sum or mean, times that of a GradScaler).
 
     Each row is appended by one unbuffered write, so a run that is killed leaves whole rows. If a crash of the machine
     leaves a part of the last row, it is dropped when the file is opened again. An existing file is continued.

@@ -84,12 +84,16 @@ def test_cells_without_a_number_are_empty(path):
 
 
 def noise_of(rows):
-    """The last noise scale of rows of the batch size, |g| and tr D, from running means over all of them."""
-    numerator = denominator = 0.0
-    for batch_size, norm, trace in rows:
-        unbiased = trace * batch_size / (batch_size - 1)
-        numerator = math.exp(-0.01) * numerator + unbiased
-        denominator = math.exp(-0.01) * denominator + norm**2 - unbiased / batch_size
+    """The last noise scale of rows of the batch size, |g| and tr D, from running means over all of them.
+
+    Estimates of tr Sigma are weighted by degrees of freedom, and those of |mu|^2 by pairs of samples.
+    """
+    rows = np.array([*rows])
+    batch_sizes, norms, traces = rows.T
+    unbiased = traces * batch_sizes / (batch_sizes - 1)
+    decay = np.exp(-0.01 * np.arange(len(rows)))[::-1]
+    numerator = np.average(unbiased, weights=decay * (batch_sizes - 1))
+    denominator = np.average(norms**2 - unbiased / batch_sizes, weights=decay * batch_sizes * (batch_sizes - 1))
     return numerator / denominator if denominator > 0 else math.nan
 
 

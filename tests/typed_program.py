@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
@@ -63,16 +64,22 @@ def agreeing(stats: rgd_ext.Statistics) -> Tensor:
     return (stats.alignments > 0) / stats.batch_size
 
 
-def capture() -> None:
+def capture(folder: Path) -> None:
     """Use a capture without the optimizer of the package."""
     model, x = nn.Linear(4, 3), torch.randn(8, 4)
-    with rgd_ext.observe(model) as observer:
+    with rgd_ext.observe(model, per_parameter=True) as observer:
         assert_type(observer, rgd_ext.Preconditioner)
         observer.align([torch.ones_like(p) for p in model.parameters()])
         model(x).square().mean().backward()
         assert observer.stats is not None
         assert_type(observer.stats.aligned, Tensor | None)
         assert_type(observer.stats.noise_scale, Tensor)
+        assert observer.stats.per_parameter is not None
+        assert_type(observer.stats.per_parameter["weight"].noise_scale, Tensor)
+        assert_type(observer.stats.per_parameter.by_module().traces, Tensor)
+        assert_type(observer.stats.to_dict(), dict[str, float | np.ndarray])
+        observer.record_to(folder / "epoch.npy", size=100)
+        observer.record(range(8))
     rules = agreeing, rgd_ext.weights.Clip(1.0), rgd_ext.weights.FromGramian(lambda gram: gram.mean(1))
     for rule in rules:
         with rgd_ext.precondition(model, weights=rule):

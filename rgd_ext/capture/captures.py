@@ -105,8 +105,8 @@ def precondition(
             nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
 
     Returns:
-        The handle: `.stats`, `.align()`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`; a context
-        manager.
+        The handle: `.stats`, `.align()`, `.record()`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`;
+        a context manager.
 
     Raises:
         TypeError: if `model` is not a module, `epsilon` not a policy, `weights` not a callable or given together
@@ -144,8 +144,9 @@ def observe(
 
     Args:
         gram: whether to compute the Gramian.
-        per_parameter: whether to compute `stats.per_parameter`, a dict from the names of parameters to the `grad_norm`,
-            `trace` and `noise_scale` of their part of the gradient; its `by_module()` has those of modules.
+        per_parameter: whether to compute `stats.per_parameter`, a mapping from the names of parameters to the
+            `grad_norm`, `trace` and `noise_scale` of their part of the gradient; its `by_module()` has those of
+            modules. A union of batches, some of which do not use a parameter that others use, is a RuntimeError then.
         model, batch_norm, memory_budget, verify, batch_dim: as for `precondition`.
 
     Returns:
@@ -190,7 +191,7 @@ def _capture(
     if earlier is not None:
         earlier.give_way()
     kept = KEPT_BYTES if budget in (None, math.inf) else 0
-    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept, per_parameter), verify)
+    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept), verify, per_parameter)
     _handles.add(handle)
     return handle
 

@@ -36,14 +36,12 @@ class Options(NamedTuple):
         batch_dim: the dimension of the samples in the model's inputs, or None where each call is for one sample.
         memory_budget: how many bytes per-sample gradients may take at the end of a backward; None for the default.
         kept: how many bytes may stay allocated between backwards.
-        per_parameter: whether to compute the statistics of each parameter.
     """
 
     batch_norm: Literal["error", "contribution"]
     batch_dim: int | None
     memory_budget: float | None
     kept: int
-    per_parameter: bool = False
 
 
 class CaptureContext:

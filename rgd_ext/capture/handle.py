@@ -39,13 +39,16 @@ class Preconditioner:
         verifier: verifies calls of the model.
     """
 
-    def __init__(self, model: nn.Module, rule: Rule, options: Options, verify: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, rule: Rule, options: Options, verify: bool = True, per_parameter: bool = False
+    ) -> None:
         self.model = model
         self.context = CaptureContext(model, options, receive)
         self.verifier = Verifier(self.context, verify)
         self._planner = Planner(options.memory_budget)
         workspace, solver, parameters = Workspace(options.kept), Solver(rule), self.context.parameters
-        self._direction = WriteDirection(solver, self._planner, parameters, workspace, options.per_parameter)
+        self._direction = WriteDirection(solver, self._planner, parameters, workspace, per_parameter)
+        self._per_parameter = per_parameter
         self._union: BatchUnion | None = None
         self._record: SampleRecord | None = None
         # The `RGD` that made the capture, which ends with a new capture of the model.
@@ -110,38 +113,40 @@ class Preconditioner:
         self._direction.align(vectors)
 
     def record_to(self, path: str | os.PathLike[str], size: int) -> None:
-        """From now on `record` writes to a file with a row for each sample of a data set.
+        """From now on `record` writes to a .npy file with a row for each sample of a data set.
 
-        `numpy.load(path)` reads it, also while it is written: a structured array of shape (size,), which
-        `pandas.DataFrame` takes. Its fields have the names and the meaning that they have in `stats`: `batch_size`,
-        `grad_norm` and `trace` of the batch, `sample_norms`, `alignments`, `squared_norms`, `aligned` (NaN without
-        `align`) and `weights` of the sample. Where nothing was recorded yet, batch_size is 0 and the others are NaN.
+        `numpy.load(path)` reads it: a structured array of shape (size,), which `pandas.DataFrame` takes. Its fields
+        have the names and the meaning that they have in `stats`: `batch_size`, `grad_norm` and `trace` of the batch,
+        `sample_norms`, `alignments`, `squared_norms`, `aligned` (NaN without `align`) and `weights` of the sample. A
+        row that was never recorded has batch_size 0 and NaN elsewhere.
 
         Args:
-            path: the file, such as "epoch1.npy"; its folder exists. If the file exists, it is continued: rows that are
-                not recorded again stay.
+            path: the file, such as "epoch1.npy"; its folder exists. An existing file is continued: rows that are not
+                recorded again stay.
             size: the number of samples in the data set.
 
         Raises:
-            TypeError, ValueError: for a size that is no positive whole number; ValueError if the file holds something
+            TypeError, ValueError: for a size that is not a positive integer; ValueError if the file holds something
                 else, which is left as it is.
             OSError: if the file cannot be written.
         """
         self._record = SampleRecord(path, size)
 
     def record(self, index: Tensor | np.ndarray | Sequence[int]) -> None:
-        """Write the statistics of the samples of the last direction to the rows `index`; waits for the device.
+        """Replace the rows `index` by the statistics of the samples of the last direction; waits for the device.
 
-        Each row is written whole, over what was there: a process that is killed leaves no torn rows.
+        Each row is written whole: a process that is killed leaves no torn rows.
 
         Args:
-            index: the places of the samples in the data set, whole numbers, shape (B,); after `accumulate` or `write`
-                those of all batches, in the order of their first backwards.
+            index: the indices of the samples in the data set, integers, shape (B,); after `accumulate` or `write` those
+                of all batches, one batch after another, in the order of their first backwards. Where an index is
+                repeated, its last sample stays.
 
         Raises:
             RuntimeError: before `record_to` or a backward, or if the last direction is recorded already.
-            TypeError, ValueError: for indices that are not one for each sample, or outside of the data set.
-            OSError: if the file cannot be written. All rows are whole then, and the call may be repeated.
+            TypeError, ValueError: for indices that are not one for each sample, or outside of the data set; ValueError
+                if something else is in the place of the file.
+            OSError: if the file is not there or cannot be written. All rows are whole then.
 
         Example:
             >>> import numpy, tempfile
@@ -158,7 +163,10 @@ class Preconditioner:
         if self._record is None:
             raise RuntimeError("there is no file to record to: call handle.record_to(path, size) first")
         if self.stats is None:
-            raise RuntimeError("there was no backward of the captured model yet: call record(index) after it")
+            raise RuntimeError(
+                "there was no backward of the captured model yet: call record(index) after loss.backward(), or after"
+                " handle.write() if the handle defers"
+            )
         self._record.write(index, self.stats)
 
     def remove(self) -> None:
@@ -258,7 +266,7 @@ class Preconditioner:
 
     def _write(self, union: BatchUnion) -> None:
         self.context.parameters.check_unhooked(union.parameters())
-        if self.context.options.per_parameter:
+        if self._per_parameter:
             union.check_complete(self.context.parameters.name_of)
         if union:
             self._direction.finish_union(union.batch_size, union.joined())
@@ -324,8 +332,7 @@ class Preconditioner:
 
     def _choices(self) -> list[Choice]:
         """Those of the last backward, as the model lists its parameters."""
-        places = self.context.parameters.places()
-        return sorted(self._planner.choices(), key=lambda choice: places.get(choice.name, len(places)))
+        return self.context.parameters.in_model_order(self._planner.choices(), lambda choice: choice.name)
 
     def is_recording(self) -> bool:
         """Whether forwards are recorded now: not when paused, without gradients, or inside torch.func transforms."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,6 +16,8 @@ from .native import GUARD_HOOKS, NativeContext, guard
 from .parameter_vector import by_parameter
 from .wrappers import check_not_sharded, check_not_wrapped
 
+T = TypeVar("T")
+UNKNOWN = "?"
 # A parameter's place: the module that owns it, and its name there.
 Place = tuple[nn.Module, str]
 
@@ -78,17 +81,18 @@ class WatchedParameters:
         self._guards = {}
 
     def name_of(self, parameter: Tensor) -> str:
-        """Its name in the model."""
+        """Its name in the model, or `UNKNOWN` for one that was replaced since."""
         name = self._names.get(parameter)  # type: ignore[call-overload]  # None for what is no Parameter
-        return name or next((name for name, p in self._model.named_parameters() if p is parameter), "?")
+        return name or next((name for name, p in self._model.named_parameters() if p is parameter), UNKNOWN)
 
     def vector(self, vectors: ParameterVector) -> dict[nn.Parameter, Tensor]:
         """The part of a vector of the parameter space that belongs to each parameter; raises as `by_parameter`."""
         return by_parameter(self._model, vectors)
 
-    def places(self) -> dict[str, int]:
-        """The place of each name in the model's list of parameters."""
-        return {name: place for place, name in enumerate(self._names.values())}
+    def in_model_order(self, items: Iterable[T], name_of: Callable[[T], str]) -> list[T]:
+        """What belongs to parameters of these names, as the model lists its parameters."""
+        order = {name: number for number, name in enumerate(self._names.values())}
+        return sorted(items, key=lambda item: order.get(name_of(item), len(order)))
 
     def captures(self, parameter: Tensor) -> bool:
         """Whether the gradient of `parameter` is written by the capture."""

@@ -8,15 +8,16 @@ import weakref
 from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tokenize import TokenError
+from uuid import uuid4
 
 import numpy as np
 from torch import Tensor
 
-from ..metric import PER_SAMPLE, Stats
+from ..metric import Stats, on_host
 
-_NUMBERS = ("grad_norm", "trace", *PER_SAMPLE)
-# A row has 64 bytes, and .npy files a header of a multiple of 64: no row lies in two sectors of a disk.
+_NUMBERS = ("grad_norm", "trace", "sample_norms", "alignments", "squared_norms", "aligned", "weights")
+# A row has 64 bytes, and .npy files have a header of a multiple of 64: no row lies in two sectors of a disk.
 ROW = np.dtype([("batch_size", "<i8"), *((name, "<f8") for name in _NUMBERS)])
 
 
@@ -30,61 +31,71 @@ class SampleRecord:
         size: the number of samples in the data set.
 
     Raises:
-        TypeError, ValueError: for a size that is no positive whole number; ValueError if the file holds something
-            else, which is left as it is.
+        TypeError, ValueError: for a size that is not a positive integer; ValueError if the file holds something else,
+            which is left as it is.
         OSError: if the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], size: int) -> None:
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"size is {size!r}: pass the number of samples in the data set, such as len(dataset)")
+        remedy = f"size is {size!r}: pass the number of samples in the data set, such as len(dataset)"
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(remedy)
         if size < 1:
-            raise ValueError(f"size is {size}: pass the number of samples in the data set")
-        self._path, self._size = Path(path), size
+            raise ValueError(remedy)
+        self._path, self._size = Path(path).absolute(), int(size)
         # A weak reference to the Stats that were recorded last.
         self._recorded: Callable[[], Stats | None] = lambda: None
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self._path.parent}: make it first")
         if not self._path.exists():
             self._create()
-        # The header, which tells what is in the file.
-        self._header = self._checked_header()
+        with FileIO(self._path, "r+") as file:
+            # The header, which tells what is in the file.
+            self._header = self._checked_header(file)
 
     def _create(self) -> None:
-        """A file without numbers, which is there whole or not at all."""
+        """A file without numbers, which is there whole or not at all, unless another process has just made it."""
         rows = np.zeros(self._size, ROW)
         for name in _NUMBERS:
             rows[name] = math.nan
-        with NamedTemporaryFile(dir=self._path.parent, prefix=f"{self._path.name}.", delete=False) as file:
-            try:
+        part = self._path.with_name(f"{self._path.name}.{uuid4().hex}")
+        try:
+            with part.open("wb") as file:
                 np.save(file, rows)
-                file.flush()
-                os.replace(file.name, self._path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-
-    def _checked_header(self) -> bytes:
-        """The header of the file; ValueError if there is something else in the file."""
-        with FileIO(self._path) as file:
             try:
-                is_own = np.lib.format.read_magic(file) == (1, 0) and (
-                    np.lib.format.read_array_header_1_0(file) == ((self._size,), False, ROW)
-                )
-            except ValueError:
-                is_own = False
-            end = file.tell()
-            if not is_own or os.fstat(file.fileno()).st_size != end + self._size * ROW.itemsize:
-                raise ValueError(
-                    f"{self._path} is not the record of a data set of {self._size} samples: pass a new file"
-                )
-            file.seek(0)
-            return file.read(end)
+                os.link(part, self._path)
+            except FileExistsError:
+                pass
+            except OSError:  # where there are no hard links
+                part.replace(self._path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _checked_header(self, file: FileIO) -> bytes:
+        """The header of the file; ValueError if there is something else in the file."""
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except (ValueError, SyntaxError, TokenError):  # what numpy raises for other headers
+            raise ValueError(f"{self._path} is not a .npy file of a record: pass a new file") from None
+        end = file.tell()
+        if dtype != ROW or len(shape) != 1 or _size(file) != end + shape[0] * ROW.itemsize:
+            raise ValueError(f"{self._path} holds an array of other columns, or a part of one: pass a new file")
+        if shape != (self._size,):
+            raise ValueError(
+                f"{self._path} is a record of {shape[0]} samples, and size is {self._size}: pass a new file, or the"
+                " size of its data set"
+            )
+        file.seek(0)
+        return file.read(end)
 
     def write(self, index: Tensor | np.ndarray | Sequence[int], stats: Stats) -> None:
-        """Write the statistics of a batch to the rows `index`, (B,), over what was there; waits for the device.
+        """Replace the rows `index`, (B,), by the statistics of a batch; waits for the device.
 
         Raises:
             RuntimeError: if these statistics are recorded already.
-            TypeError, ValueError: for indices that are not one for each sample, or outside of the data set.
+            TypeError, ValueError: for indices that are not one for each sample, or outside of the data set; ValueError
+                if somebody has put something else in the place of the file.
             OSError: if the file cannot be written. All rows are whole then, and the call may be repeated.
         """
         if stats is self._recorded():
@@ -95,25 +106,43 @@ class SampleRecord:
         places = self._checked(index, stats.batch_size)
         rows = np.empty(stats.batch_size, ROW)
         rows["batch_size"] = stats.batch_size
-        for name, values in stats.on_host(*_NUMBERS).items():
+        for name, values in on_host(stats, *_NUMBERS).items():
             rows[name] = values
         with FileIO(self._path, "r+") as file:
-            if file.read(len(self._header)) != self._header:
+            whole = len(self._header) + self._size * ROW.itemsize
+            if file.read(len(self._header)) != self._header or _size(file) != whole:
                 raise ValueError(f"{self._path} has been overwritten: call handle.record_to with a new file")
             for row, place in zip(rows, places.tolist(), strict=True):
-                os.pwrite(file.fileno(), row.tobytes(), len(self._header) + place * ROW.itemsize)
+                self._replace(file.fileno(), place, row.tobytes())
         self._recorded = weakref.ref(stats)
 
+    def _replace(self, file: int, place: int, row: bytes) -> None:
+        """Write a row, or leave the one that is there and raise OSError."""
+        offset = len(self._header) + place * ROW.itemsize
+        before = os.pread(file, ROW.itemsize, offset)
+        if os.pwrite(file, row, offset) != ROW.itemsize:
+            os.pwrite(file, before, offset)
+            raise OSError(f"only a part of a row fitted into {self._path}, and was taken back: make room on the disk")
+
     def _checked(self, index: Tensor | np.ndarray | Sequence[int], batch_size: int) -> np.ndarray:
-        places = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-        if places.dtype.kind not in "iu":
-            raise TypeError(f"index is of {places.dtype}: pass the places of samples in the data set, whole numbers")
+        remedy = (
+            f"pass the index in the data set of each of the {batch_size} samples of the last direction, integers in the"
+            " order of the batch; for a union of batches, one batch after another"
+        )
+        try:
+            places = index.tolist() if isinstance(index, Tensor) else index
+            places = np.asarray(places)
+        except (ValueError, RuntimeError, TypeError) as error:  # ragged lists, and tensors without numbers
+            raise TypeError(f"index is {type(index).__name__} that holds no array ({error}): {remedy}") from None
         if places.shape != (batch_size,):
-            raise ValueError(
-                f"index has shape {places.shape}, and the last direction is of {batch_size} samples: pass one for each,"
-                " in the order of the batch, and of a union in the order of its batches"
-            )
+            raise ValueError(f"index has shape {places.shape}: {remedy}")
+        if places.dtype.kind not in "iu":
+            raise TypeError(f"index is of {places.dtype}: {remedy}")
         outside = places[(places < 0) | (places >= self._size)]
         if outside.size:
             raise ValueError(f"index has {outside[0]}, outside of a data set of {self._size} samples: count from 0")
         return places
+
+
+def _size(file: FileIO) -> int:
+    return os.fstat(file.fileno()).st_size

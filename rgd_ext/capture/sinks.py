@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..contributions.buffers import Workspace, fresh
-from ..contributions.by_parameter import ByParameter
 from ..contributions.factor import Dense, Factor, blank
+from ..contributions.itemised import Item, ItemisedContributions
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
 from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
-from .parameters import WatchedParameters
+from .parameters import UNKNOWN, WatchedParameters
 from .precision import full_precision
 
 # The numbers of the calls of the model that a backward goes through, each with its number of samples.
@@ -104,7 +104,7 @@ class WriteDirection(Sink):
     ) -> None:
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
-        self.per_parameter = per_parameter
+        self._per_parameter = per_parameter
         self._needs_gram = True
         self.stats: Stats | None = None
 
@@ -149,28 +149,28 @@ class WriteDirection(Sink):
         parameters = contributions.parameters()
         self._parameters.check_unhooked(parameters)
 
+        if self._per_parameter:
+            contributions = ItemisedContributions(contributions)
+
         def align(vectors: ParameterVector) -> Tensor:
             return contributions.align_by_parameter(self._parameters.vector(vectors))
 
         with full_precision(parameters[0].device), self._workspace.reading():
             vector = self._own_vector(parameters)
             aligned = None if vector is None else contributions.align_by_parameter(vector)
-            direction, self.stats = self._solve(contributions.release(), align, aligned)
+            direction, self.stats = self.solver.solve(contributions.release(), self._needs_gram, align, aligned)
+        if isinstance(contributions, ItemisedContributions):
+            items = contributions.items(dict(zip(parameters, direction, strict=True)))
+            self.stats.attach(PerParameter(contributions.batch_size, self._by_name(items)))
         _add_to_grads(parameters, direction)
         self._workspace.release()
 
-    def _solve(
-        self, contributions: Contributions, align: Callable[[ParameterVector], Tensor], aligned: Tensor | None
-    ) -> tuple[list[Tensor], Stats]:
-        """The direction and its `Stats`, with the statistics of each parameter if they were asked for."""
-        if not self.per_parameter:
-            return self.solver.solve(contributions, self._needs_gram, align, aligned)
-        grads = ByParameter(contributions)
-        direction, stats = self.solver.solve(grads, self._needs_gram, align, aligned)
-        moments, places = grads.moments_by_parameter(), self._parameters.places()
-        named = [(self._parameters.name_of(parameter), found) for parameter, found in moments.items()]
-        stats.add_parameters(PerParameter(dict(sorted(named, key=lambda item: places.get(item[0], len(places))))))
-        return direction, stats
+    def _by_name(self, items: dict[nn.Parameter, Item]) -> dict[str, Item]:
+        """The items by the names of parameters in the model; those of replaced ones come last."""
+        named = [(self._parameters.name_of(parameter), item) for parameter, item in items.items()]
+        gone = iter(range(len(named)))
+        named = [(f"(replaced {next(gone)})" if name == UNKNOWN else name, item) for name, item in named]
+        return dict(self._parameters.in_model_order(named, lambda pair: pair[0]))
 
     def _own_vector(self, parameters: list[nn.Parameter]) -> dict[nn.Parameter, Tensor] | None:
         """The parts of the vector that belong to these parameters, which may have been replaced or converted since."""
@@ -202,7 +202,7 @@ class WriteDirection(Sink):
         """A sink that does the same work, for timings, and of which nothing is remembered."""
         solver = self.solver.rehearsal()
         return WriteDirection(
-            solver, self._planner, self._parameters, self._workspace, self.per_parameter, self._vector
+            solver, self._planner, self._parameters, self._workspace, self._per_parameter, self._vector
         )
 
     def clear(self) -> None:

@@ -38,9 +38,9 @@ _TORN = (
     " handle.drop(), and run the backwards again"
 )
 _INCOMPLETE = (
-    "per_parameter=True, and parameter '{}' had a part in the backwards of some of the collected batches only, so that"
-    " its statistics would be of samples without a gradient: let every batch use it, or observe without per_parameter;"
-    " with handle.defer() call handle.drop() first, to forget these batches"
+    "per_parameter=True, and only some of the collected batches use parameter '{}', so that its noise scale would mix"
+    " samples that use it with others that cannot: let every batch of a union use it, or observe without per_parameter."
+    " With handle.defer(), call handle.drop() to forget these batches"
 )
 
 
@@ -136,6 +136,7 @@ class BatchUnion(steps.PendingDirection):
 
     def check_complete(self, name_of: Callable[[nn.Parameter], str]) -> None:
         """Raise RuntimeError if a parameter has contributions from some of the batches only."""
+        self._check_not_torn()
         used = [set(each.parameters()) for each in self._samples]
         for parameter in self.parameters():
             if not all(parameter in each for each in used):
@@ -152,8 +153,7 @@ class BatchUnion(steps.PendingDirection):
         Raises:
             RuntimeError: if an earlier call has failed half-way.
         """
-        if self._is_torn:
-            raise RuntimeError(_TORN)
+        self._check_not_torn()
         if len(self._samples) > 1 or not self._samples[0].is_joined:
             # Parameter by parameter, so that no more than one has its contributions twice in memory.
             self._is_torn = True
@@ -161,6 +161,10 @@ class BatchUnion(steps.PendingDirection):
             whole.put({parameter: self._pop(parameter) for parameter in self.parameters()})
             self._samples, self._is_torn = [whole], False
         return self._samples[0].items()
+
+    def _check_not_torn(self) -> None:
+        if self._is_torn:
+            raise RuntimeError(_TORN)
 
     def _pop(self, parameter: nn.Parameter) -> Factor:
         return concatenate_batches([each.pop(parameter) for each in self._samples])

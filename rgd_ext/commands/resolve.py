@@ -8,9 +8,9 @@ import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def make(name: str, kind: Any, description: str) -> Any:
@@ -30,13 +30,18 @@ def make(name: str, kind: Any, description: str) -> Any:
         >>> rgd_ext.commands.resolve.make("torch.nn:MSELoss", torch.nn.Module, "a torch.nn.Module")
         MSELoss()
     """
-    made = _factory(name)()
+    made = _factory(name, description)()
     if not isinstance(made, kind):
         raise TypeError(f"{name} returned a {type(made).__name__}: return {description}")
     return made
 
 
-def _factory(name: str) -> Callable[[], object]:
+def is_batch(data: object) -> TypeGuard[tuple | list]:
+    """Whether data is one batch (x, y) and not a loader of batches: a tuple, or a list that begins with a tensor."""
+    return isinstance(data, tuple) or (isinstance(data, list) and len(data) == 2 and isinstance(data[0], Tensor))
+
+
+def _factory(name: str, description: str) -> Callable[[], object]:
     module, _, path = name.partition(":")
     if not module or not path:
         raise ValueError(f"{name!r} is no factory: pass module:function, as in models:make_model for models.py")
@@ -50,7 +55,9 @@ def _factory(name: str) -> Callable[[], object]:
     try:
         inspect.signature(found).bind()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} takes arguments ({error}): name a function that needs none") from None
+        raise ValueError(
+            f"{name} takes arguments ({error}): name a function that needs none, and returns {description}"
+        ) from None
     return found
 
 

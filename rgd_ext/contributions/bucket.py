@@ -46,12 +46,6 @@ class Bucket:
         combined = self.vectors.combine(weights, last) if self.vectors else []
         return in_shapes(combined, self.vector_parameters)
 
-    def moments_and_sum(self) -> tuple[Moments, list[Tensor]]:
-        """The moments of `tensors` and sum_i h_i for each, in one read, for a B that `has_exact_sums`."""
-        mean, alignments, squared_norms = torch.ops.rgd_ext.moments(self.tensors)
-        sums = list(torch._foreach_mul(mean, float(len(self.tensors[0]))))
-        return Moments(squared_norm(mean), alignments, squared_norms), sums
-
     @property
     def has_exact_sums(self) -> bool:
         """Whether B times a mean has the bits of the sum: a power of two only changes exponents.
@@ -85,6 +79,13 @@ class Bucket:
         """The contributions in tensors, parameter by parameter."""
         pairs = zip(self.owners, self.tensors, strict=True)
         return [(p, Dense(part)) for owners, tensor in pairs for p, part in split_by_owner(owners, tensor)]
+
+
+def moments_and_sums(tensors: list[Tensor]) -> tuple[Moments, list[Tensor]]:
+    """The moments of contributions (B, *shape), and sum_i h_i for each, in one read, for a B that `has_exact_sums`."""
+    mean, alignments, squared_norms = torch.ops.rgd_ext.moments(tensors)
+    sums = list(torch._foreach_mul(mean, float(len(tensors[0]))))
+    return Moments(squared_norm(mean), alignments, squared_norms), sums
 
 
 def in_shapes(tensors: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[Tensor]:

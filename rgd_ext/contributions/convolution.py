@@ -149,7 +149,8 @@ class Convolution(Blockwise):
 
     def moments(self) -> Moments:
         if self._is_native:
-            return torch.ops.rgd_ext.conv_scalar_moments(self.output_grads, self.inputs, *self.geometry[:-1])
+            found = torch.ops.rgd_ext.conv_scalar_moments(self.output_grads, self.inputs, *self.geometry[:-1])
+            return Moments(*found)
         return super().moments()
 
     def align(self, vector: Tensor) -> Tensor:

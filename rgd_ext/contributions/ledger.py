@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..gradients import Moments, PerSampleGradients, moments_of, squared_norm, sum_of_moments, total
 from ..linalg import accumulate_dtype
-from .bucket import Bucket, in_shapes, layer_factors, split_by_owner
+from .bucket import Bucket, in_shapes, layer_factors, moments_and_sums, split_by_owner
 from .factor import Dense, Factor, moments_from_gram
 from .outline import Outline
 from .vectors import VectorLayers
@@ -148,18 +148,6 @@ class Contributions(PerSampleGradients):
         places = {id(parameter): place for place, parameter in enumerate(self.parameters())}
         self._order = [places[id(parameter)] for parameter in order]
 
-    def split(self) -> dict[nn.Parameter, Contributions]:
-        """A ledger for each parameter by itself, in the order of `parameters`, released if this one is.
-
-        They take the place of this one, which is used up.
-        """
-        found = {p: Contributions.of([(p, factor)], self._batch_size) for p, factor in self.factors()}
-        if self._is_last:
-            for part in found.values():
-                part.release()
-        self._buckets, self._factors, self._is_used_up = {}, {}, True
-        return found
-
     # Asking
 
     def parameters(self) -> list[nn.Parameter]:
@@ -214,28 +202,35 @@ class Contributions(PerSampleGradients):
         """K = G G^T, shape (B, B), not centred."""
         grams = [torch.ops.rgd_ext.gram(bucket.tensors) for bucket in self._buckets.values() if bucket.tensors]
         grams += self._vector_grams()
-        grams += [factor.gram() for factor in self._factors.values()]
+        grams += self._factor_grams()
         # Of a float: torch converts an int first, with an operator of its own.
         return total(grams).mul_(float(self._batch_size**2))
 
     def _vector_grams(self) -> list[Tensor]:
         return [bucket.vectors.gram() for bucket in self._buckets.values() if bucket.vectors]
 
+    def _factor_grams(self) -> list[Tensor]:
+        return [factor.gram() for factor in self._factors.values()]
+
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None where the Gramian costs no more."""
-        if self.gram_is_free:
+        buckets = [bucket for bucket in self._buckets.values() if bucket.tensors]
+        if not buckets and all(factor.gram_is_free for factor in self._factors.values()):
             return None
-        return self._moments_with([moments_of(bucket.tensors) for bucket in self._buckets.values() if bucket.tensors])
+        return self._moments_with([self._tensor_moments(bucket) for bucket in buckets])
 
-    @property
-    def gram_is_free(self) -> bool:
-        """Whether the Gramian costs no more than the moments."""
-        has_tensors = any(bucket.tensors for bucket in self._buckets.values())
-        return not has_tensors and all(factor.gram_is_free for factor in self._factors.values())
+    def _tensor_moments(self, bucket: Bucket) -> Moments:
+        return moments_of(bucket.tensors)
+
+    def _tensor_moments_and_sums(self, bucket: Bucket) -> tuple[Moments, list[Tensor]]:
+        return moments_and_sums(bucket.tensors)
+
+    def _factor_moments(self) -> list[Moments]:
+        return [factor.moments() for factor in self._factors.values()]
 
     def _moments_with(self, of_tensors: list[Moments]) -> Moments:
         """The moments of all, given those of the tensors."""
-        parts = [*of_tensors, *(factor.moments() for factor in self._factors.values())]
+        parts = [*of_tensors, *self._factor_moments()]
         parts += [moments_from_gram(gram) for gram in self._vector_grams()]
         squared, alignments, squared_norms = sum_of_moments(parts)
         scale = float(self._batch_size**2)  # as in `gram`
@@ -246,7 +241,7 @@ class Contributions(PerSampleGradients):
         buckets = [bucket for bucket in self._buckets.values() if bucket.tensors]
         if not buckets or not all(bucket.has_exact_sums for bucket in buckets):
             return None
-        moments, sums = zip(*(bucket.moments_and_sum() for bucket in buckets), strict=True)
+        moments, sums = zip(*(self._tensor_moments_and_sums(bucket) for bucket in buckets), strict=True)
         found = self._moments_with([*moments])  # before the ledger is used up
         joined = self._combine_others(self._start_combination(self._equal_weights()))
         return found, self._cut([*joined, *chain.from_iterable(sums)])

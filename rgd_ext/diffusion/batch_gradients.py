@@ -37,20 +37,30 @@ def batch_gradients(
     """
     check_module(model)
     check_frozen(batch_norms(model), "call model.eval(), or replace it with rgd_ext.convert_batch_norm(model)")
-    device = next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
+    device = device_of(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), collecting(model, verify=not mean_loss.is_trusted) as gradients:
 
         @torch.enable_grad()
         def evaluate(x: object, y: object) -> tuple[Tensor, PerSampleGradients]:
             x, y = to_device(x, device), to_device(y, device)
-            batch_size = next((t.shape[0] for t in tensors_in(x) if t.ndim), 0)
+            batch_size = batch_size_of(x)
             if batch_size == 0:
                 raise ValueError("a batch has no samples: pass tensors with at least one along dimension 0")
             loss = mean_loss(call(model, x), y, batch_size)
             return loss.detach(), gradients(loss, batch_size)
 
         yield evaluate
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """That of the first trainable parameter."""
+    return next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
+
+
+def batch_size_of(x: object) -> int:
+    """The number of samples along dimension 0 of the first tensor in the arguments of a model; 0 without one."""
+    return next((t.shape[0] for t in tensors_in(x) if t.ndim), 0)
 
 
 def to_device(tree: object, device: torch.device) -> object:

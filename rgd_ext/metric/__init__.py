@@ -6,12 +6,11 @@ from .per_parameter import PerParameter
 from .policies import POLICIES, SCALE_FREE_POLICIES, Ascent, Epsilon, Fixed, Policy, Rayleigh, Spectral, Trace
 from .rules import Observation, Rule, State, Weights
 from .solver import Solver, checked_rule, direction
-from .stats import PER_SAMPLE, ParameterVector, Statistics, Stats, rounding, statistics
+from .stats import ParameterVector, Statistics, Stats, on_host, rounding, statistics
 
 __all__ = [
     "INVERSES",
     "NEEDS",
-    "PER_SAMPLE",
     "POLICIES",
     "SCALE_FREE_POLICIES",
     "Ascent",
@@ -34,6 +33,7 @@ __all__ = [
     "Weights",
     "checked_rule",
     "direction",
+    "on_host",
     "rounding",
     "statistics",
 ]

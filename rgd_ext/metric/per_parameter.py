@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..gradients import Moments, sum_of_moments
 from .noise import unbiased
 
 
@@ -31,20 +30,23 @@ class ParameterStats(NamedTuple):
 
 
 class PerParameter(Mapping[str, ParameterStats]):
-    """`ParameterStats` by the names of parameters, in the order of the backward, or by those of modules.
+    """`ParameterStats` by the names of parameters, or of modules, in the order of the model.
 
-    |g|^2 and tr D add up over parameters; norms and noise scales do not.
+    |g|^2 and tr D add up over parameters; norms and noise scales do not. P is the number of names.
 
     Args:
-        moments: those of each part of the gradients, by its name.
+        batch_size: B.
+        items: |g|^2 and tr D, scalars, of the part of the gradients that belongs to each parameter, by its name.
 
     Attributes:
-        moments: as given.
+        batch_size: as given.
+        squared_grad_norms: |g|^2 of each, shape (P,).
+        traces: tr D of each, shape (P,).
     """
 
-    def __init__(self, moments: Mapping[str, Moments]) -> None:
-        self.moments = dict(moments)
-        self._places = {name: place for place, name in enumerate(moments)}
+    def __init__(self, batch_size: int, items: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.batch_size, self._places = batch_size, {name: place for place, name in enumerate(items)}
+        self.squared_grad_norms, self.traces = map(_stacked, zip(*items.values(), strict=True))
 
     def __getitem__(self, name: str) -> ParameterStats:
         place = self._places[name]
@@ -57,16 +59,6 @@ class PerParameter(Mapping[str, ParameterStats]):
         return len(self._places)
 
     @cached_property
-    def squared_grad_norms(self) -> Tensor:
-        """|g|^2 of each, shape (P,)."""
-        return _stacked([moments.squared_grad_norm for moments in self.moments.values()])
-
-    @cached_property
-    def traces(self) -> Tensor:
-        """tr D of each, shape (P,)."""
-        return _stacked([moments.squared_norms for moments in self.moments.values()]).mean(1)
-
-    @property
     def grad_norms(self) -> Tensor:
         """|g| of each, shape (P,)."""
         return self.squared_grad_norms.sqrt()
@@ -74,49 +66,53 @@ class PerParameter(Mapping[str, ParameterStats]):
     @property
     def unbiased_traces(self) -> Tensor:
         """Unbiased estimates of tr Sigma, shape (P,); see `Statistics.unbiased_trace`."""
-        return self._unbiased[0]
+        return unbiased(self.batch_size, self.squared_grad_norms, self.traces)[0]
 
     @property
     def unbiased_squared_grad_norms(self) -> Tensor:
         """Unbiased estimates of |mu|^2, shape (P,); see `Statistics.unbiased_squared_grad_norm`."""
-        return self._unbiased[1]
+        return unbiased(self.batch_size, self.squared_grad_norms, self.traces)[1]
 
     @cached_property
-    def _unbiased(self) -> tuple[Tensor, Tensor]:
-        batch_size = len(next(iter(self.moments.values())).squared_norms)
-        return unbiased(batch_size, self.squared_grad_norms, self.traces)
-
-    @property
     def noise_scales(self) -> Tensor:
         """The gradient noise scale of each, in samples, shape (P,)."""
         return self.unbiased_traces / self.unbiased_squared_grad_norms
 
     def by_module(self) -> PerParameter:
-        """The same of all parameters of each module, those of its children included, by its name; "" is the model.
+        """The same for each module, of all parameters in it and its children, by its name; "" is the model.
 
         A tied parameter counts where it comes first in the model.
         """
-        inside: dict[str, list[Moments]] = {}
-        for name, moments in self.moments.items():
+        inside: dict[str, list[int]] = {}
+        for name, place in self._places.items():
             for module in modules_of(name):
-                inside.setdefault(module, []).append(moments)
-        return PerParameter({module: sum_of_moments(parts) for module, parts in inside.items()})
+                inside.setdefault(module, []).append(place)
+        squared, traces = self.squared_grad_norms, self.traces
+        sums = {module: (squared[places].sum(), traces[places].sum()) for module, places in inside.items()}
+        return PerParameter(self.batch_size, sums)
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """Columns of shape (P,), as `pandas.DataFrame` takes them: name, grad_norm, trace and noise_scale."""
-        values = torch.stack([self.grad_norms, self.traces, self.noise_scales]).cpu().numpy()
-        return {"name": np.array([*self]), **dict(zip(ParameterStats._fields, values, strict=True))}
+        """Columns of shape (P,), as `pandas.DataFrame` takes them; the unbiased ones may be averaged over batches."""
+        columns = {
+            "grad_norm": self.grad_norms,
+            "trace": self.traces,
+            "noise_scale": self.noise_scales,
+            "unbiased_trace": self.unbiased_traces,
+            "unbiased_squared_grad_norm": self.unbiased_squared_grad_norms,
+        }
+        values = torch.stack([*columns.values()]).cpu().numpy()
+        return {"name": np.array([*self]), **dict(zip(columns, values, strict=True))}
 
     def __repr__(self) -> str:
-        columns = self.to_dict()
-        width = max(map(len, [*self, "name"]))
+        columns, names = self.to_dict(), [name or "(model)" for name in self]
+        width = max(map(len, ["name", *names]))
         lines = [f"{'name':<{width}}" + "".join(f"{field:>13}" for field in ParameterStats._fields)]
-        for name, *values in zip(*columns.values(), strict=True):
+        for name, *values in zip(names, *(columns[field] for field in ParameterStats._fields), strict=True):
             lines.append(f"{name:<{width}}" + "".join(f"{value:>13.4g}" for value in values))
         return "\n".join(lines)
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
 
 

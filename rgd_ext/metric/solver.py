@@ -78,6 +78,8 @@ class Solver:
         found = statistics(grads, with_gram, aligned)
         with found.aligning(align or grads.align):  # type: ignore[arg-type]  # a source of the user's defines what it takes
             weights, epsilon = self.rule.choose(found)
+        if self.rule.is_mean:
+            return grads.combine(weights), Stats(found, weights, epsilon, found.squared_grad_norm)
         # Weights that cancel leave no correct digits of a norm from the Gramian; those of the metric sum to one.
         if found.grams is not None and epsilon is not None:
             return grads.combine(weights), Stats(found, weights, epsilon)

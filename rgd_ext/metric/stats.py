@@ -20,7 +20,12 @@ from .per_parameter import PerParameter
 
 # A vector of the parameter space, as users pass it.
 ParameterVector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-# The statistics with a number for each sample.
+# What leaves as numbers of a batch, and as arrays with a number for each of its samples.
+PER_BATCH = (
+    *("epsilon", "grad_norm", "squared_grad_norm", "direction_norm", "cosine", "rayleigh", "trace", "unbiased_trace"),
+    *("unbiased_squared_grad_norm", "noise_scale", "largest_eigenvalue", "rank", "effective_sample_size"),
+    "negative_weights",
+)
 PER_SAMPLE = ("sample_norms", "alignments", "squared_norms", "aligned", "weights")
 
 
@@ -227,7 +232,7 @@ class Stats(Statistics):
 
     Attributes:
         weights, epsilon: the arguments.
-        per_parameter: statistics of the gradient of each parameter, by its name, or None where they were not asked for.
+        per_parameter: the statistics of each parameter by its name, or None where they were not asked for.
     """
 
     _shown = (
@@ -247,9 +252,9 @@ class Stats(Statistics):
         self.weights, self.epsilon, self._squared_direction_norm = weights, epsilon, squared_direction_norm
         self.per_parameter: PerParameter | None = None
 
-    def add_parameters(self, found: PerParameter) -> None:
-        """From now on `per_parameter` has the statistics that were `found`."""
-        self.per_parameter = found
+    def attach(self, per_parameter: PerParameter) -> None:
+        """Complete the statistics by those of each parameter."""
+        self.per_parameter = per_parameter
 
     @cached_property
     def direction_norm(self) -> Tensor:
@@ -283,7 +288,8 @@ class Stats(Statistics):
         """Numbers of the batch, and arrays of shape (B,) for its samples, NaN for those that are None.
 
         It waits for the device. `pandas.DataFrame(stats.to_dict())` has a row for each sample. The Gramian and its
-        eigenvalues are not in it, nor `per_parameter`, which has a `to_dict` of its own.
+        eigenvalues are not in it, nor `per_parameter`, which has a `to_dict` of its own. Where the Gramian is there,
+        `rank` takes an eigenvalue decomposition of it.
 
         Example:
             >>> _, stats = rgd_ext.direction(torch.tensor([[1.0, 2.0], [1.0, -2.0]]), epsilon=0.0)
@@ -291,20 +297,18 @@ class Stats(Statistics):
             >>> found["trace"], found["alignments"]
             (4.0, array([0., 0.]))
         """
-        return {"batch_size": self.batch_size, **self.on_host(*self._shown, *PER_SAMPLE)}
+        return {"batch_size": self.batch_size, **on_host(self, *PER_BATCH, *PER_SAMPLE)}
 
-    def on_host(self, *names: str) -> dict[str, float | np.ndarray]:
-        """Some statistics by their names, as `to_dict` has them, in one transfer."""
-        like = self.alignments.double()
-        missing = torch.full_like(like, math.nan)
-        values = [getattr(self, name) for name in names]
-        for place, name in enumerate(names):
-            if values[place] is None:
-                values[place] = missing if name in PER_SAMPLE else missing[0]
-        ends = np.cumsum([value.numel() for value in values])[:-1]
-        parts = np.split(torch.cat([value.to(like).reshape(-1) for value in values]).cpu().numpy(), ends)
-        pairs = zip(names, parts, strict=True)
-        return {name: part if name in PER_SAMPLE else part.item() for name, part in pairs}
+
+def on_host(stats: Stats, *names: str) -> dict[str, float | np.ndarray]:
+    """Those of `PER_BATCH` and `PER_SAMPLE` with these names, as `Stats.to_dict` has them, in one transfer."""
+    like = stats.alignments.double()
+    missing = torch.full_like(like, math.nan)
+    missing_of = {name: missing if name in PER_SAMPLE else missing[0] for name in names}
+    found = {name: getattr(stats, name) for name in names}
+    values = [(missing_of[name] if value is None else value).to(like).reshape(-1) for name, value in found.items()]
+    parts = np.split(torch.cat(values).cpu().numpy(), np.cumsum([len(value) for value in values])[:-1])
+    return {name: part if name in PER_SAMPLE else part.item() for name, part in zip(names, parts, strict=True)}
 
 
 def statistics(grads: PerSampleGradients, with_gram: bool, aligned: Tensor | None = None) -> Statistics:

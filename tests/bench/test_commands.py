@@ -1,12 +1,13 @@
 """The commands run, and leave the records and tables that they promise."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from bench import modules, operators, overhead, torchjd
+from bench import modules, observe, operators, overhead, torchjd
 from bench.training.models import Case, mlp
 
 
@@ -70,6 +71,34 @@ def test_direction_along_upgrad_that_is_wrong_fails(run, monkeypatch, small_mlp)
         run("torchjd")
 
 
+@pytest.fixture
+def tiny_mlp(monkeypatch):
+    """The only model of the benchmark of `observe` is a small MLP."""
+    monkeypatch.setattr(observe, "cases", lambda quick, device: {"small MLP": Case(partial(mlp, 8, width=16))})
+
+
+def test_observe(run, tmp_path, capsys, tiny_mlp):
+    path = tmp_path / "observe.json"
+    run("observe", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    (model,) = record["models"]
+    assert set(model["milliseconds"]) == set(model["peak_bytes"]) == {*observe.ARMS}
+    assert set(model["error"]) == {*observe.ARMS} - {"SGD"}
+    assert max(model["error"].values()) < 1e-6
+    assert all(name in printed for name in (*observe.ARMS, "per parameter / without"))
+
+
+def test_a_gradient_that_observation_changes_fails(run, monkeypatch, tiny_mlp):
+    def on_others(model, x, y):
+        return observe.ordinary(model, x + 1, y)
+
+    wrong = replace(observe.ARMS[observe.PER_PARAMETER], backward=on_others)
+    monkeypatch.setitem(observe.ARMS, observe.PER_PARAMETER, wrong)
+    with pytest.raises(SystemExit, match=r"observe, per parameter.*differs from that of SGD"):
+        run("observe")
+
+
 def test_operators(run, tmp_path, capsys):
     path = tmp_path / "operators.json"
     run("operators", "--json", str(path))
@@ -130,7 +159,9 @@ def test_verification(run, tmp_path, capsys):
         assert min(times["first, verified"]) > min(times["first, not verified"])
 
 
-@pytest.mark.parametrize("command", ["kernels", "steps", "torchjd", "operators", "scaling", "modules", "verification"])
+@pytest.mark.parametrize(
+    "command", ["kernels", "steps", "observe", "torchjd", "operators", "scaling", "modules", "verification"]
+)
 def test_name_that_no_case_has_is_refused(run, command):
     with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
         run(command, "--only", "no such")

@@ -1,6 +1,7 @@
 """Statistics of every parameter by itself, against the oracle, and their sums by module."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from models import MODELS, Net, mlp
 from oracle import assert_close, flat_grad, per_sample_gradients
 from planning_cases import STRATEGIES, TiedGPT, only_strategy
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgd_ext
 
@@ -53,6 +56,13 @@ def test_each_parameter_matches_the_oracle(name, small, gram, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_for_convolutions_match_the_oracle(strategy, monkeypatch):
+    only_strategy(monkeypatch, strategy)
+    model, inputs = model_and_inputs("ResNet")
+    assert_as_expected(observed(model, inputs).per_parameter, model, inputs)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_and_tied_weights_match_the_oracle(strategy, monkeypatch):
     only_strategy(monkeypatch, strategy)
     model, inputs = TiedGPT().double(), [torch.randint(11, (B, 9))]
@@ -61,7 +71,7 @@ def test_strategies_and_tied_weights_match_the_oracle(strategy, monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 6, 8])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_keeps_its_bits_and_the_totals_their_values(name, batch):
+def test_parameters_add_up_to_the_plain_statistics_and_gradients_have_the_same_bits(name, batch):
     model, inputs = model_and_inputs(name, batch)
     model, inputs = model.float(), [x.float() if x.is_floating_point() else x for x in inputs]
     twin = copy.deepcopy(model)
@@ -124,7 +134,7 @@ def accumulate(handle, model, x):
 def test_a_union_of_batches_that_use_other_parameters_is_refused():
     model, x = branches(), double(B, 6)
     with rgd_ext.observe(model, per_parameter=True) as handle:
-        with pytest.raises(RuntimeError, match=r"'b.\w+' had a part .* some .* only.*drop"):
+        with pytest.raises(RuntimeError, match=r"only some of the .* use parameter 'b.\w+', .*drop"):
             accumulate(handle, model, x)
         assert model.a.weight.grad is None
         assert handle.stats is None
@@ -132,7 +142,7 @@ def test_a_union_of_batches_that_use_other_parameters_is_refused():
         for both in (False, True):
             loss_of(model(x, both)).backward()
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"'b.\w+' had a part"):
+            with pytest.raises(RuntimeError, match=r"use parameter 'b.\w+'"):
                 handle.write()
         handle.drop()
         for part in x.split(3):
@@ -164,7 +174,7 @@ def two_heads():
     ).double()
 
 
-def test_it_is_there_only_where_it_was_asked_for():
+def test_parameters_are_told_apart_only_on_demand():
     model, x = mlp(), torch.randn(B, 6)
     with rgd_ext.observe(model) as handle:
         loss_of(model(x)).backward()
@@ -173,7 +183,7 @@ def test_it_is_there_only_where_it_was_asked_for():
         rgd_ext.observe(model, per_parameter=1)
 
 
-def test_a_plan_and_a_vector_leave_it_alone():
+def test_plans_and_vectors_do_not_change_the_statistics_of_parameters():
     model, x = mlp().double(), double(B, 6)
     vectors = [torch.randn_like(p) for p in model.parameters()]
     with rgd_ext.observe(model, per_parameter=True) as handle:
@@ -202,14 +212,56 @@ def test_one_sample_has_no_noise_scale():
     assert found.noise_scales.isnan().all()
 
 
-def test_tables():
+def test_a_write_that_failed_half_way_is_reported_as_such(monkeypatch):
     model, x = mlp().double(), double(B, 6)
-    found = observed(model, [x]).per_parameter
-    columns = found.to_dict()
-    assert [*columns] == ["name", "grad_norm", "trace", "noise_scale"]
-    assert columns["name"].tolist() == [*found]
-    assert columns["trace"].tolist() == found.traces.tolist()
-    head, *rows = repr(found).splitlines()
-    assert head.split() == [*columns]
-    assert [row.split()[0] for row in rows] == [*found]
-    assert float(rows[0].split()[2]) == pytest.approx(found["0.weight"].trace.item(), rel=1e-3)
+    with rgd_ext.observe(model, per_parameter=True) as handle:
+        handle.defer()
+        for part in x.split(3):
+            (loss_of(model(part)) / 2).backward()
+        with monkeypatch.context() as patch:
+            patch.setattr("rgd_ext.capture.unions.concatenate_batches", Mock(side_effect=[MemoryError]))
+            with pytest.raises(MemoryError):
+                handle.write()
+        with pytest.raises(RuntimeError, match=r"what was collected is lost.*handle.drop\(\)"):
+            handle.write()
+
+
+def test_parameters_that_were_replaced_before_the_backward_are_counted():
+    model, x = mlp().double(), double(B, 6)
+    with rgd_ext.observe(model, per_parameter=True) as handle:
+        early = loss_of(model(x))
+        model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+        model(x)
+        early.backward()
+    found = handle.stats.per_parameter
+    assert len(found) == 6
+    assert_close(found.by_module()[""].trace, handle.stats.trace)
+
+
+@pytest.mark.parametrize("batch", [41, 64])
+def test_models_of_several_dtypes_keep_the_bits_of_their_gradients(batch):
+    model = Net(
+        lambda m, x: m.c(m.b(m.a(x).double()).float()), a=nn.Linear(6, 8), b=nn.LayerNorm(8).double(), c=nn.Linear(8, 3)
+    )
+    twin, x = copy.deepcopy(model), torch.randn(batch, 6)
+    observed(model, [x])
+    with rgd_ext.observe(twin):
+        loss_of(twin(x)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_gramian_for_each_parameter_is_never_in_memory():
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)])
+    x, shapes = torch.randn(256, 16), []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            shapes.extend(t.shape for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    with rgd_ext.observe(model, per_parameter=True):
+        loss = loss_of(model(x))
+        with Shapes():
+            loss.backward()
+    assert shapes.count((256, 256)) < 10

@@ -37,8 +37,8 @@ def epoch(handle, model, x, batches):
         handle.record(index)
 
 
-def assert_rows_of(rows, gradients):
-    """The rows of one batch have the statistics of its per-sample gradients, (B, d)."""
+def assert_rows_of(rows, gradients, of=slice(None)):
+    """The rows of some samples of a batch have the statistics of its per-sample gradients, (B, d)."""
     g = gradients.mean(0)
     np.testing.assert_array_equal(rows["batch_size"], len(gradients))
     expected = {
@@ -50,7 +50,7 @@ def assert_rows_of(rows, gradients):
         "weights": torch.full((len(gradients),), 1 / len(gradients), dtype=torch.float64),
     }
     for name, values in expected.items():
-        np.testing.assert_allclose(rows[name], values.numpy(), rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(rows[name], values.numpy()[of], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_each_sample_has_its_row_whatever_the_order(model, x, path):
@@ -125,19 +125,88 @@ def test_each_row_is_one_write_within_a_sector(model, x, path, monkeypatch):
     assert path.stat().st_size % ROW.itemsize == 0
 
 
-def test_a_write_that_fails_leaves_whole_rows_and_may_be_repeated(model, x, path, monkeypatch):
-    pwrite = os.pwrite
+def refused(pwrite, file, data, offset):
+    raise OSError("no space left")
+
+
+def cut_off(pwrite, file, data, offset):
+    return pwrite(file, data[:20], offset)
+
+
+@pytest.mark.parametrize(("failure", "match"), [(refused, "no space left"), (cut_off, "only a part of a row fitted")])
+def test_a_write_that_fails_leaves_whole_rows_and_may_be_repeated(failure, match, model, x, path, monkeypatch):
+    pwrite, offsets = os.pwrite, []
+
+    def third_fails(file, data, offset):
+        offsets.append(offset)
+        return failure(pwrite, file, data, offset) if len(offsets) == 3 else pwrite(file, data, offset)
+
     with rgd_ext.observe(model) as handle:
         handle.record_to(path, SIZE)
+        empty = np.load(path)
         loss_of(model(x)).backward()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", Mock(side_effect=[OSError("no space left")]))
-            with pytest.raises(OSError, match="no space left"):
+            patch.setattr(os, "pwrite", third_fails)
+            with pytest.raises(OSError, match=match):
                 handle.record(range(SIZE))
-        assert not np.load(path)["batch_size"].any()
-        assert os.pwrite is pwrite
+        rows = np.load(path)
+        assert_rows_of(rows[:2], per_sample_gradients(model, loss_of, [x]), of=slice(2))
+        assert rows[2:].tobytes() == empty[2:].tobytes()
         handle.record(range(SIZE))
+    assert_rows_of(np.load(path), per_sample_gradients(model, loss_of, [x]))
+
+
+def test_a_file_has_ordinary_permissions(model, path):
+    path.with_name("other").touch()
+    record(path, SIZE)
+    assert path.stat().st_mode == path.with_name("other").stat().st_mode
+
+
+def test_a_file_that_another_process_has_made_meanwhile_is_continued(model, x, path, monkeypatch):
+    save = np.save
+
+    def save_late(file, rows):
+        monkeypatch.setattr(np, "save", save)
+        with rgd_ext.observe(model) as other:
+            other.record_to(path, SIZE)
+            epoch(other, model, x, [range(4)])
+        save(file, rows)
+
+    monkeypatch.setattr(np, "save", save_late)
+    record(path, SIZE)
+    assert (np.load(path)["batch_size"][:4] == 4).all()
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_file_system_without_hard_links_will_do(path, monkeypatch):
+    monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    record(path, SIZE)
+    assert [*path.parent.iterdir()] == [path]
+    assert np.load(path).shape == (SIZE,)
+
+
+def test_a_relative_path_stays_where_it_was(model, x, path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    with rgd_ext.observe(model) as handle:
+        handle.record_to(path.name, SIZE)
+        monkeypatch.chdir("/")
+        epoch(handle, model, x, [range(SIZE)])
     assert (np.load(path)["batch_size"] == SIZE).all()
+
+
+def test_sizes_may_be_integers_of_numpy(path):
+    record(path, np.int64(SIZE))
+    assert np.load(path).shape == (SIZE,)
+
+
+def test_a_repeated_index_keeps_its_last_sample(model, x, path):
+    with rgd_ext.observe(model) as handle:
+        handle.record_to(path, SIZE)
+        epoch(handle, model, x, [[4, 5]])
+        last = np.load(path)[5]
+        loss_of(model(x[[4, 5]])).backward()
+        handle.record([7, 7])
+    assert np.load(path)[7].tobytes() == last.tobytes()
 
 
 def test_a_file_that_could_not_be_made_leaves_nothing(model, path, monkeypatch):
@@ -162,7 +231,10 @@ def test_statistics_are_recorded_once(model, x, path):
 
 
 BAD_INDICES = {
-    "too few": ([0, 1], ValueError, r"shape \(2,\), and the last direction is of 3 samples"),
+    "too few": ([0, 1], ValueError, r"index has shape \(2,\): pass the index .* of each of the 3 samples"),
+    "none": ([], ValueError, r"index has shape \(0,\)"),
+    "ragged": ([[0], [1, 2]], TypeError, "index is list that holds no array .*: pass the index"),
+    "a tensor without numbers": (torch.arange(3, device="meta"), TypeError, "index is Tensor that holds no array"),
     "a matrix": (torch.arange(3)[None], ValueError, r"shape \(1, 3\)"),
     "fractions": ([0.0, 1.0, 2.0], TypeError, "index is of float64"),
     "flags": (torch.tensor([True, False, True]), TypeError, "index is of bool"),
@@ -190,28 +262,39 @@ def other_columns(path):
     np.save(path, np.zeros(SIZE))
 
 
+def record(path, size):
+    with rgd_ext.observe(mlp()) as handle:
+        handle.record_to(path, size)
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes().replace(b"}", b"(", 1))
+
+
 def archive(path):
     with path.open("wb") as file:
         np.savez(file, a=np.zeros(3))
 
 
 OTHER_FILES = {
-    "text": lambda path: path.write_text("step,loss\n"),
-    "nothing": lambda path: path.write_bytes(b""),
-    "other columns": other_columns,
-    "an archive": archive,
-    "half an archive": lambda path: path.write_bytes(b"PK\x03\x04"),
-    "other size": lambda path: rgd_ext.observe(mlp()).record_to(path, SIZE + 1),
-    "truncated": lambda path: (rgd_ext.observe(mlp()).record_to(path, SIZE), os.truncate(path, 400)),
+    "text": (lambda path: path.write_text("step,loss\n"), "is not a .npy file"),
+    "nothing": (lambda path: path.write_bytes(b""), "is not a .npy file"),
+    "other columns": (other_columns, "holds an array of other columns"),
+    "an archive": (archive, "is not a .npy file"),
+    "a damaged header": (lambda path: (record(path, SIZE), damage(path)), "is not a .npy file"),
+    "half an archive": (lambda path: path.write_bytes(b"PK\x03\x04"), "is not a .npy file"),
+    "other size": (lambda path: record(path, SIZE + 1), "is a record of 13 samples, and size is 12"),
+    "truncated": (lambda path: (record(path, SIZE), os.truncate(path, 400)), "holds an array .* or a part of one"),
 }
 
 
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_other_files_are_left_as_they_are(case, model, x, path):
-    OTHER_FILES[case](path)
+    make, match = OTHER_FILES[case]
+    make(path)
     before = path.read_bytes()
     with rgd_ext.observe(model) as handle:
-        with pytest.raises(ValueError, match=r"epoch.npy is not the record of a data set of 12 samples: pass a new"):
+        with pytest.raises(ValueError, match=rf"epoch.npy {match}.*: pass a new file"):
             handle.record_to(path, SIZE)
         assert path.read_bytes() == before
         handle.record_to(path.with_name("new.npy"), SIZE)
@@ -227,6 +310,11 @@ def test_a_file_that_was_overwritten_or_deleted_is_noticed(model, x, path):
         with pytest.raises(ValueError, match=r"has been overwritten: call handle\.record_to"):
             handle.record(range(SIZE))
         assert not np.load(path).any()
+        record(path.with_name("short.npy"), SIZE)
+        os.truncate(path.with_name("short.npy"), 400)
+        os.replace(path.with_name("short.npy"), path)
+        with pytest.raises(ValueError, match="has been overwritten"):
+            handle.record(range(SIZE))
         path.unlink()
         with pytest.raises(FileNotFoundError):
             handle.record(range(SIZE))
@@ -246,5 +334,5 @@ def test_bad_sizes_are_refused(size, model, path):
 
 
 def test_the_folder_has_to_exist(model, path):
-    with rgd_ext.observe(model) as handle, pytest.raises(FileNotFoundError):
+    with rgd_ext.observe(model) as handle, pytest.raises(FileNotFoundError, match=r"there is no folder .*: make it"):
         handle.record_to(path / "epoch.npy", SIZE)

@@ -192,7 +192,11 @@ def test_wrong_factories_are_one_line(model, data, message, mine, capsys):
         (":f", "is no factory"),
         ("no_such_module:f", "there is no module no_such_module"),
         ("torch.no_such_module:f", "there is no module torch.no_such_module"),
-        ("torch.nn:Linear", "takes arguments (missing a required argument: 'in_features')"),
+        (
+            "torch.nn:Linear",
+            "takes arguments (missing a required argument: 'in_features'): name a function that needs none, and returns"
+            " a loader",
+        ),
         ("torch:randn", "takes arguments"),
         ("datetime:datetime.now", "returned a datetime: return a loader"),
     ],

@@ -1,19 +1,22 @@
-"""The gradient noise of each parameter and module, from several batches."""
+"""The gradient noise of each parameter and module, from the samples of several batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...capture import observe
-from ...diffusion.batch_gradients import call, to_device
+from ...diffusion.batch_gradients import batch_size_of, call, device_of, to_device
 from ...diffusion.per_sample_loss import PerSampleLoss
-from ...metric.per_parameter import PerParameter, modules_of
-from ...nests import tensors_in
+from ...metric import PerParameter
+from ...metric.noise import unbiased
+from ...metric.per_parameter import modules_of
+from .. import resolve
 
 
 class Row(NamedTuple):
@@ -23,8 +26,9 @@ class Row(NamedTuple):
         name: in the model; "" for the model itself.
         is_module: whether it is a module.
         elements: the number of weights.
-        trace: an estimate of tr Sigma, with Sigma the covariance of the gradients of single samples.
-        squared_grad_norm: an estimate of |mu|^2, with mu the gradient over all data; negative where noise hides it.
+        trace: an unbiased estimate of tr Sigma, with Sigma the covariance of the gradients of single samples.
+        squared_grad_norm: an unbiased estimate of |mu|^2, with mu the mean of their distribution; negative where noise
+            hides it.
     """
 
     name: str
@@ -45,7 +49,7 @@ class Noise(NamedTuple):
     Attributes:
         rows: each module, before its parameters and the modules in it, in the order of the model; the first is the
             model.
-        batch_sizes: of the batches that were used.
+        batch_sizes: of the batches.
     """
 
     rows: list[Row]
@@ -57,62 +61,100 @@ class Noise(NamedTuple):
 
 
 def measure(model: nn.Module, loss: Callable, data: Iterable, batches: int) -> Noise:
-    """The noise of a model in evaluation mode, from means over batches of the unbiased estimates of each batch.
+    """The noise of a model in evaluation mode, from the union of the samples of several batches.
 
     Args:
         model: the model.
         loss: the criterion, (output, y) -> the mean, the sum or all of the losses of the samples.
-        data: pairs (x, y), or one such tuple. Batches of one sample are left out.
+        data: pairs (x, y), or one such pair: a tuple, or a list that begins with a tensor.
         batches: how many to take at most.
 
     Raises:
-        ValueError: if no batch has two samples, and for a model or a loss that couples the samples.
+        ValueError: for fewer than two samples, gradients that are not finite, and a model or a loss that couples the
+            samples.
         TypeError: if the data does not consist of pairs.
     """
     model.eval()
-    mean_loss, sums, batch_sizes = PerSampleLoss(loss), _Sums(), []
+    mean_loss, union, device = PerSampleLoss(loss), _Union(model), device_of(model)
     with observe(model, per_parameter=True) as handle:
-        for pair in [data] if isinstance(data, tuple) else islice(data, batches):
-            x, y = _pair(pair, model)
-            batch_size = next((t.shape[0] for t in tensors_in(x) if t.ndim), 0)
-            if batch_size > 1:
-                mean_loss(call(model, x), y, batch_size).backward()
-                sums.add(handle.stats.per_parameter)  # type: ignore[union-attr, arg-type]  # there was a backward
-                batch_sizes.append(batch_size)
-                model.zero_grad()
-    if not batch_sizes:
+        for x, y in map(_checked_pair, [data] if resolve.is_batch(data) else islice(data, batches)):
+            x, y, before = to_device(x, device), to_device(y, device), handle.stats
+            mean_loss(call(model, x), y, batch_size_of(x)).backward()
+            # They are those of an earlier batch where the backward has reached no parameter.
+            reached = None if handle.stats is None or handle.stats is before else handle.stats.per_parameter
+            union.add(batch_size_of(x), reached)
+    if sum(union.batch_sizes) < 2:
+        raise ValueError(f"the data has {sum(union.batch_sizes)} samples, which show no noise: pass at least two")
+    rows = _rows(model, union.estimates())
+    if not rows:
         raise ValueError(
-            "the data has no batch of two samples or more, and one sample shows no noise: pass larger ones"
+            "no backward has reached a parameter of the model: return a model whose output depends on them"
         )
-    return Noise(sums.rows(model, len(batch_sizes)), batch_sizes)
+    return Noise(rows, union.batch_sizes)
 
 
-def _pair(pair: object, model: nn.Module) -> tuple:
+def _checked_pair(pair: Any) -> tuple[Any, Any]:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         found = f"a {type(pair).__name__}" + (f" of {len(pair)}" if isinstance(pair, (tuple, list)) else "")
-        raise TypeError(f"the data gives {found}: return a pair (x, y), or a loader that gives pairs")
-    device = next(p.device for p in model.parameters() if p.requires_grad)
-    return tuple(to_device(part, device) for part in pair)
+        raise TypeError(
+            f"the data gives {found}: return a pair (x, y), or a loader of pairs, where x is what the model takes: a"
+            " tensor, a tuple of arguments, or a dict of them"
+        )
+    return pair[0], pair[1]
 
 
-class _Sums:
-    """Sums over batches of the estimates of tr Sigma and |mu|^2, by the names of parameters."""
+class _Union:
+    """The samples of several batches.
 
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+    Args:
+        model: the gradient of each batch is taken out of its `.grad`.
 
-    def add(self, found: PerParameter) -> None:
-        """Add the estimates of a batch; those of parameters without a part in it are zero."""
-        estimates = torch.stack([found.unbiased_traces, found.unbiased_squared_grad_norms], 1).double().cpu()
-        for name, pair in zip(found, estimates, strict=True):
-            self._sums[name] = self._sums.get(name, 0) + pair
+    Attributes:
+        batch_sizes: of the batches.
+    """
 
-    def rows(self, model: nn.Module, batches: int) -> list[Row]:
-        """The rows, with means over so many batches."""
-        sums: dict[tuple[bool, str], tuple[int, torch.Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            if name in self._sums:
-                for key in (*((True, module) for module in modules_of(name)), (False, name)):
-                    elements, total = sums.get(key, (0, torch.zeros(2, dtype=torch.float64)))
-                    sums[key] = elements + parameter.numel(), total + self._sums[name]
-        return [Row(name, is_module, n, *(total / batches).tolist()) for (is_module, name), (n, total) in sums.items()]
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self.batch_sizes = model, list[int]()
+        # By parameter, sum_i |g_i|^2 and sum_i g_i.
+        self._squares: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch_size: int, found: PerParameter | None) -> None:
+        """Add a batch; the gradients of parameters that its backward did not reach are zero.
+
+        Raises:
+            ValueError: for gradients that are not finite.
+        """
+        self.batch_sizes.append(batch_size)
+        if found is None:
+            return
+        squares = (found.traces + found.squared_grad_norms).tolist()
+        gradients = {name: p.grad.to_dense() for name, p in self._model.named_parameters() if p.grad is not None}
+        for name, square in zip(found, squares, strict=True):
+            if not math.isfinite(square):
+                raise ValueError(
+                    f"the gradient of parameter '{name}' is not finite: look at the data, the loss and the weights"
+                )
+            self._squares[name] = self._squares.get(name, 0) + batch_size * square
+            self._sums[name] = self._sums.get(name, 0) + batch_size * gradients[name].double()
+        self._model.zero_grad()
+
+    def estimates(self) -> dict[str, Tensor]:
+        """Unbiased estimates of tr Sigma and |mu|^2, shape (2,), by the names of parameters."""
+        number, found = sum(self.batch_sizes), {}
+        for name, total in self._sums.items():
+            squared_grad_norm = total.square().sum().item() / number**2
+            trace = max(self._squares[name] / number - squared_grad_norm, 0)
+            found[name] = torch.tensor(unbiased(number, squared_grad_norm, trace), dtype=torch.float64)
+        return found
+
+
+def _rows(model: nn.Module, estimates: Mapping[str, Tensor]) -> list[Row]:
+    """A row for each parameter, after those of the modules that it is in, which have the sums."""
+    found: dict[tuple[str, bool], tuple[int, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if name in estimates:
+            for key in (*((module, True) for module in modules_of(name)), (name, False)):
+                elements, total = found.get(key, (0, torch.zeros(2, dtype=torch.float64)))
+                found[key] = elements + parameter.numel(), total + estimates[name]
+    return [Row(name, is_module, n, *total.tolist()) for (name, is_module), (n, total) in found.items()]

@@ -32,7 +32,7 @@ def show(noise: Noise) -> None:
     console.print(table)
     console.print(
         f"Batches: {len(noise.batch_sizes)}, samples: {sum(noise.batch_sizes)}. Where a dash stands, noise hides the"
-        " gradient; more or larger batches would show it."
+        " gradient in so few samples. Parts may have a larger |gradient| than the whole: it is an unbiased estimate."
     )
 
 

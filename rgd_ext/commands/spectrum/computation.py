@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from ...diffusion import DiffusionMatrix
+from ..resolve import is_batch
 
 
 class SpectrumSummary(NamedTuple):
@@ -38,13 +39,13 @@ class SpectrumSummary(NamedTuple):
 def build(
     model: nn.Module, loss: Callable, data: Iterable, checkpoint: Path | None = None, progress: bool = False
 ) -> DiffusionMatrix:
-    """D for a tuple (x, y), which is one batch, or for a loader; with the model in evaluation mode.
+    """D for a pair (x, y), which is one batch, or for a loader; with the model in evaluation mode.
 
     Raises:
         ValueError: for a checkpoint of a batch, and as `DiffusionMatrix` does.
     """
     model.eval()
-    if not isinstance(data, tuple):
+    if not is_batch(data):
         return DiffusionMatrix.from_dataset(model, loss, data, checkpoint=checkpoint, progress=progress)
     if len(data) != 2:
         raise ValueError(f"data is a tuple of {len(data)}: return a pair (x, y), or a loader that gives pairs")
