@@ -1,7 +1,6 @@
 """Statistics of every parameter by itself, against the oracle, and their sums by module."""
 
 import copy
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rgd_ext
+from rgd_ext.capture.unions import _Samples
+from rgd_ext.contributions.itemised import ItemisedContributions
 
 
 def expected(model, inputs):
@@ -197,6 +198,15 @@ def test_plans_and_vectors_do_not_change_the_statistics_of_parameters():
     assert_close(before.aligned, rows @ torch.cat([v.flatten() for v in vectors]))
 
 
+def test_a_plan_is_timed_with_what_tells_the_parameters_apart(monkeypatch):
+    model, x = mlp().double(), double(B, 6)
+    items, calls = ItemisedContributions.items, []
+    monkeypatch.setattr(ItemisedContributions, "items", lambda self, mean: calls.append(self) or items(self, mean))
+    with rgd_ext.observe(model, per_parameter=True) as handle:
+        handle.plan(x)
+    assert calls
+
+
 def test_parameters_that_are_replaced_keep_their_names():
     model, x = mlp().double(), double(B, 6)
     with rgd_ext.observe(model, per_parameter=True) as handle:
@@ -214,12 +224,20 @@ def test_one_sample_has_no_noise_scale():
 
 def test_a_write_that_failed_half_way_is_reported_as_such(monkeypatch):
     model, x = mlp().double(), double(B, 6)
+    pop, calls = _Samples.pop, []
+
+    def second_fails(samples, parameter):
+        calls.append(parameter)
+        if len(calls) == 2:
+            raise MemoryError
+        return pop(samples, parameter)
+
     with rgd_ext.observe(model, per_parameter=True) as handle:
         handle.defer()
         for part in x.split(3):
             (loss_of(model(part)) / 2).backward()
         with monkeypatch.context() as patch:
-            patch.setattr("rgd_ext.capture.unions.concatenate_batches", Mock(side_effect=[MemoryError]))
+            patch.setattr(_Samples, "pop", second_fails)
             with pytest.raises(MemoryError):
                 handle.write()
         with pytest.raises(RuntimeError, match=r"what was collected is lost.*handle.drop\(\)"):

@@ -304,6 +304,7 @@ def test_an_observed_model_has_the_bits_of_the_plain_capture(name, batch, dtype)
     assert_close(flat_grad(model), rows.mean(0))
     assert stats.epsilon is None
     assert torch.equal(stats.weights, torch.full_like(stats.weights, 1 / batch))
+    assert torch.equal(stats.direction_norm, stats.grad_norm)
     assert_close(stats.sample_norms, rows.norm(dim=1), torch.float32)  # from moments, see `sample_norms`
     assert_close(stats.alignments + stats.squared_grad_norm, rows @ rows.mean(0), dtype)
     if batch > 1:
