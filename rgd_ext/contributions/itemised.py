@@ -39,7 +39,13 @@ class ItemisedContributions(Contributions):
         self._buckets, self._factors = contributions._buckets, contributions._factors
         self._items: dict[nn.Parameter, Item] = {}
         # sum_i |h_i|^2 of vectors, whose gradients are not formed: moments would take a Gramian for each of them.
-        self._squares = {p: square for bucket in self._buckets.values() for p, square in _squares(bucket)}
+        self._squares: dict[nn.Parameter, Tensor] = {}
+        for (dtype, _), bucket in self._buckets.items():
+            if dtype == accumulate_dtype(dtype):
+                self._squares.update(_squares(bucket))
+            else:  # 16 bits of the mean would not tell its norm from that of the gradients
+                for parameter, layer in bucket.vector_layers():
+                    self._note(parameter, moments_from_gram(layer.gram()))
 
     def items(self, mean: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Item]:
         """The statistics of each parameter, after those of all.

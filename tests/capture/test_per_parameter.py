@@ -283,3 +283,18 @@ def test_a_gramian_for_each_parameter_is_never_in_memory():
         with Shapes():
             loss.backward()
     assert shapes.count((256, 256)) < 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_has_the_noise_scales_of_its_gradients(dtype):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype), torch.randn(1, 6)
+    # Samples that nearly agree: 16 bits of the mean would be too few.
+    x = (x + 0.1 * torch.randn(16, 6)).to(dtype)
+    with rgd_ext.precondition(copy.deepcopy(model)) as handle, handle.collect() as parts:
+        loss_of(handle.model(x)).backward()
+    rows = [16 * factor.dense().double().flatten(1) for _, factor in parts[0].factors()]
+    found = observed(model, [x]).per_parameter
+    expected = {tuple(p.shape): r for (p, _), r in zip(parts[0].factors(), rows, strict=True)}
+    for name, parameter in model.named_parameters():
+        trace = expected[tuple(parameter.shape)].var(0, correction=0).sum()
+        assert found[name].trace == pytest.approx(trace.item(), rel=0.02)
