@@ -48,7 +48,6 @@ class Preconditioner:
         self._planner = Planner(options.memory_budget)
         workspace, solver, parameters = Workspace(options.kept), Solver(rule), self.context.parameters
         self._direction = WriteDirection(solver, self._planner, parameters, workspace, per_parameter)
-        self._per_parameter = per_parameter
         self._union: BatchUnion | None = None
         self._record: SampleRecord | None = None
         # The `RGD` that made the capture, which ends with a new capture of the model.
@@ -266,7 +265,7 @@ class Preconditioner:
 
     def _write(self, union: BatchUnion) -> None:
         self.context.parameters.check_unhooked(union.parameters())
-        if self._per_parameter:
+        if self._direction.per_parameter:
             union.check_complete(self.context.parameters.name_of)
         if union:
             self._direction.finish_union(union.batch_size, union.joined())

@@ -88,6 +88,7 @@ class WriteDirection(Sink):
         vector: v of `Stats.aligned`, by the names of parameters, since parameters may be replaced.
 
     Attributes:
+        solver, per_parameter: as given.
         stats: `Stats` of the last direction, or None before the first.
     """
 
@@ -104,7 +105,7 @@ class WriteDirection(Sink):
     ) -> None:
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
-        self._per_parameter = per_parameter
+        self.per_parameter = per_parameter
         self._needs_gram = True
         self.stats: Stats | None = None
 
@@ -149,7 +150,7 @@ class WriteDirection(Sink):
         parameters = contributions.parameters()
         self._parameters.check_unhooked(parameters)
 
-        if self._per_parameter:
+        if self.per_parameter:
             contributions = ItemisedContributions(contributions)
 
         def align(vectors: ParameterVector) -> Tensor:
@@ -202,7 +203,7 @@ class WriteDirection(Sink):
         """A sink that does the same work, for timings, and of which nothing is remembered."""
         solver = self.solver.rehearsal()
         return WriteDirection(
-            solver, self._planner, self._parameters, self._workspace, self._per_parameter, self._vector
+            solver, self._planner, self._parameters, self._workspace, self.per_parameter, self._vector
         )
 
     def clear(self) -> None:

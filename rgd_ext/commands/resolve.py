@@ -6,7 +6,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, TypeGuard
 
@@ -34,6 +35,25 @@ def make(name: str, kind: Any, description: str) -> Any:
     if not isinstance(made, kind):
         raise TypeError(f"{name} returned a {type(made).__name__}: return {description}")
     return made
+
+
+def add_model_and_data(parser: ArgumentParser, data: str) -> None:
+    """Declare the factories of a model, of its data, for which `data` is the help, and of a criterion."""
+    parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, with its weights loaded")
+    parser.add_argument("--data", required=True, metavar="MODULE:FACTORY", help=data)
+    parser.add_argument(
+        "--loss",
+        default="torch.nn:CrossEntropyLoss",
+        metavar="MODULE:FACTORY",
+        help="returns the criterion, (output, y) -> loss (default: %(default)s)",
+    )
+
+
+def model_and_data(options: Namespace) -> tuple[nn.Module, Iterable, Callable]:
+    """The model, the data and the criterion of the arguments that `add_model_and_data` declares; raises as `make`."""
+    model = make(options.model, nn.Module, "a torch.nn.Module")
+    data = make(options.data, Iterable, "a loader, which gives pairs (x, y), or a tuple (x, y)")
+    return model, data, make(options.loss, Callable, "a criterion, (output, y) -> loss")
 
 
 def is_batch(data: object) -> TypeGuard[tuple | list]:

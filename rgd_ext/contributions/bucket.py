@@ -75,14 +75,6 @@ class Bucket:
         """The contributions of the linear layers, parameter by parameter."""
         return [each for layer in self.layers() for each in layer_factors(*layer)]
 
-    def vector_layers(self) -> Iterator[tuple[nn.Parameter, VectorLayers]]:
-        """The linear layers, parameter by parameter."""
-        for weight, bias, x, e in self.layers():
-            if bias is not None:
-                yield bias, VectorLayers([x[:, :0]], [e], [True])
-            if weight is not None:
-                yield weight, VectorLayers([x], [e], [False])
-
     def tensor_factors(self) -> list[tuple[nn.Parameter, Factor]]:
         """The contributions in tensors, parameter by parameter."""
         pairs = zip(self.owners, self.tensors, strict=True)

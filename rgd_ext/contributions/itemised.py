@@ -44,8 +44,8 @@ class ItemisedContributions(Contributions):
             if dtype == accumulate_dtype(dtype):
                 self._squares.update(_squares(bucket))
             else:  # 16 bits of the mean would not tell its norm from that of the gradients
-                for parameter, layer in bucket.vector_layers():
-                    self._note(parameter, moments_from_gram(layer.gram()))
+                for parameter, factor in bucket.vector_factors():
+                    self._note(parameter, factor.moments())
 
     def items(self, mean: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Item]:
         """The statistics of each parameter, after those of all.

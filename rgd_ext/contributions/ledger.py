@@ -200,11 +200,14 @@ class Contributions(PerSampleGradients):
 
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred."""
-        grams = [torch.ops.rgd_ext.gram(bucket.tensors) for bucket in self._buckets.values() if bucket.tensors]
+        grams = [torch.ops.rgd_ext.gram(bucket.tensors) for bucket in self._tensor_buckets()]
         grams += self._vector_grams()
         grams += self._factor_grams()
         # Of a float: torch converts an int first, with an operator of its own.
         return total(grams).mul_(float(self._batch_size**2))
+
+    def _tensor_buckets(self) -> list[Bucket]:
+        return [bucket for bucket in self._buckets.values() if bucket.tensors]
 
     def _vector_grams(self) -> list[Tensor]:
         return [bucket.vectors.gram() for bucket in self._buckets.values() if bucket.vectors]
@@ -214,7 +217,7 @@ class Contributions(PerSampleGradients):
 
     def moments(self) -> Moments | None:
         """The statistics that need no Gramian; None where the Gramian costs no more."""
-        buckets = [bucket for bucket in self._buckets.values() if bucket.tensors]
+        buckets = self._tensor_buckets()
         if not buckets and all(factor.gram_is_free for factor in self._factors.values()):
             return None
         return self._moments_with([self._tensor_moments(bucket) for bucket in buckets])
@@ -238,7 +241,7 @@ class Contributions(PerSampleGradients):
 
     def moments_and_mean(self) -> tuple[Moments, list[Tensor]] | None:
         """`moments` and `mean`, in one read of the tensors; None where that takes no fewer reads, or has other bits."""
-        buckets = [bucket for bucket in self._buckets.values() if bucket.tensors]
+        buckets = self._tensor_buckets()
         if not buckets or not all(bucket.has_exact_sums for bucket in buckets):
             return None
         moments, sums = zip(*(self._tensor_moments_and_sums(bucket) for bucket in buckets), strict=True)

@@ -69,10 +69,17 @@ class Outer(Blockwise):
         return self._inputs[:, 0], self._output_grads[:, 0]
 
     def as_vectors(self) -> VectorLayers | None:
-        if not self.is_single:
-            return None
+        return self._layer() if self.is_single else None
+
+    def _layer(self) -> VectorLayers:
         inputs, output_grads = self.rows()
         return VectorLayers([inputs], [output_grads], [False])
+
+    def gram(self) -> Tensor:
+        return self._layer().gram() if self.is_single else super().gram()
+
+    def moments(self) -> Moments:
+        return moments_from_gram(self.gram()) if self.is_single else super().moments()
 
     @property
     def signature(self) -> tuple:

@@ -42,12 +42,17 @@ def test_steps(run, tmp_path, capsys):
     assert model["model"] in printed
 
 
+def only_a_small_mlp(monkeypatch, benchmark):
+    """The only model of a benchmark is a small MLP."""
+    monkeypatch.setattr(benchmark, "cases", lambda *_: {"small MLP": Case(partial(mlp, 8, width=16))})
+
+
 @pytest.fixture
 def small_mlp(monkeypatch):
     """The only model of the benchmark of TorchJD is a small MLP; skips where TorchJD or its solver is not installed."""
     for package in ("torchjd", "qpsolvers", "quadprog"):
         pytest.importorskip(package)
-    monkeypatch.setattr(torchjd, "cases", lambda quick: {"small MLP": Case(partial(mlp, 8, width=16))})
+    only_a_small_mlp(monkeypatch, torchjd)
 
 
 def test_torchjd(run, tmp_path, capsys, small_mlp):
@@ -74,7 +79,7 @@ def test_direction_along_upgrad_that_is_wrong_fails(run, monkeypatch, small_mlp)
 @pytest.fixture
 def tiny_mlp(monkeypatch):
     """The only model of the benchmark of `observe` is a small MLP."""
-    monkeypatch.setattr(observe, "cases", lambda quick, device: {"small MLP": Case(partial(mlp, 8, width=16))})
+    only_a_small_mlp(monkeypatch, observe)
 
 
 def test_observe(run, tmp_path, capsys, tiny_mlp):

@@ -1,6 +1,5 @@
 """The `noise` command: the gradient noise scale of each parameter and module."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,17 +79,6 @@ def unusual():
 def summed():
     return torch.nn.CrossEntropyLoss(reduction="sum")
 """
-
-
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """The name of a module in the current directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    name = f"mine_{tmp_path.name.replace('-', '_')}"
-    Path(f"{name}.py").write_text(SOURCE)
-    yield name
-    sys.modules.pop(name, None)
 
 
 def run(mine, data="loader", *options):

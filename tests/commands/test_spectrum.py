@@ -61,17 +61,6 @@ instance = torch.nn.Linear(10, 3)
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """The name of a module in the current directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    name = f"mine_{tmp_path.name.replace('-', '_')}"
-    Path(f"{name}.py").write_text(SOURCE)
-    yield name
-    sys.modules.pop(name, None)
-
-
-@pytest.fixture
 def exact(mine):
     """Explicit eigenvalues of D, descending."""
     x, y = resolve.make(f"{mine}:pair", tuple, "a pair")

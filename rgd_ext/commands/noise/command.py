@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
-
-from torch import nn
 
 from .. import resolve
 from ..arguments import FACTORY, png, positive
@@ -18,16 +15,7 @@ def add(commands) -> None:
         help="measure the gradient noise scale of each parameter and module of a model: a table and a figure",
         epilog=f"{FACTORY} The model is put in evaluation mode.",
     )
-    parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, with its weights loaded")
-    parser.add_argument(
-        "--data", required=True, metavar="MODULE:FACTORY", help="returns a loader of pairs (x, y); or one batch (x, y)"
-    )
-    parser.add_argument(
-        "--loss",
-        default="torch.nn:CrossEntropyLoss",
-        metavar="MODULE:FACTORY",
-        help="returns the criterion, (output, y) -> loss (default: %(default)s)",
-    )
+    resolve.add_model_and_data(parser, data="returns a loader of pairs (x, y); or one batch (x, y)")
     parser.add_argument(
         "--batches", type=positive, default=10, metavar="N", help="take at most N batches (default: %(default)s)"
     )
@@ -43,9 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from .measurement import measure
     from .table import show
 
-    model = resolve.make(options.model, nn.Module, "a torch.nn.Module")
-    data = resolve.make(options.data, Iterable, "a loader, which gives pairs (x, y), or a tuple (x, y)")
-    loss = resolve.make(options.loss, Callable, "a criterion, (output, y) -> loss")
+    model, data, loss = resolve.model_and_data(options)
     noise = measure(model, loss, data, options.batches)
     show(noise)
     draw(noise, options.out)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ...capture import observe
 from ...diffusion.batch_gradients import batch_size_of, call, device_of, to_device
 from ...diffusion.per_sample_loss import PerSampleLoss
 from ...metric import PerParameter
-from ...metric.noise import unbiased
 from ...metric.per_parameter import modules_of
 from .. import resolve
 
@@ -85,12 +83,12 @@ def measure(model: nn.Module, loss: Callable, data: Iterable, batches: int) -> N
             union.add(batch_size_of(x), reached)
     if sum(union.batch_sizes) < 2:
         raise ValueError(f"the data has {sum(union.batch_sizes)} samples, which show no noise: pass at least two")
-    rows = _rows(model, union.estimates())
-    if not rows:
+    found = union.statistics()
+    if found is None:
         raise ValueError(
             "no backward has reached a parameter of the model: return a model whose output depends on them"
         )
-    return Noise(rows, union.batch_sizes)
+    return Noise(_rows(model, found), union.batch_sizes)
 
 
 def _checked_pair(pair: Any) -> tuple[Any, Any]:
@@ -139,22 +137,30 @@ class _Union:
             self._sums[name] = self._sums.get(name, 0) + batch_size * gradients[name].double()
         self._model.zero_grad()
 
-    def estimates(self) -> dict[str, Tensor]:
-        """Unbiased estimates of tr Sigma and |mu|^2, shape (2,), by the names of parameters."""
-        number, found = sum(self.batch_sizes), {}
-        for name, total in self._sums.items():
-            squared_grad_norm = total.square().sum().item() / number**2
-            trace = max(self._squares[name] / number - squared_grad_norm, 0)
-            found[name] = torch.tensor(unbiased(number, squared_grad_norm, trace), dtype=torch.float64)
-        return found
+    def statistics(self) -> PerParameter | None:
+        """Those of each parameter in the order of the model, in float64; None if no backward has reached one."""
+        number, items = sum(self.batch_sizes), {}
+        for name, _ in self._model.named_parameters():
+            if name in self._sums:
+                squared_grad_norm = (self._sums[name] / number).square().sum()
+                trace = self._squares[name] / number - squared_grad_norm
+                items[name] = squared_grad_norm, trace.clamp(min=0)
+        return PerParameter(number, items) if items else None
 
 
-def _rows(model: nn.Module, estimates: Mapping[str, Tensor]) -> list[Row]:
+def _rows(model: nn.Module, found: PerParameter) -> list[Row]:
     """A row for each parameter, after those of the modules that it is in, which have the sums."""
-    found: dict[tuple[str, bool], tuple[int, Tensor]] = {}
+    elements: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        if name in estimates:
-            for key in (*((module, True) for module in modules_of(name)), (name, False)):
-                elements, total = found.get(key, (0, torch.zeros(2, dtype=torch.float64)))
-                found[key] = elements + parameter.numel(), total + estimates[name]
-    return [Row(name, is_module, n, *total.tolist()) for (name, is_module), (n, total) in found.items()]
+        if name in found:
+            for part in (*modules_of(name), name):
+                elements[part] = elements.get(part, 0) + parameter.numel()
+    # No module has the name of a parameter.
+    estimates = {
+        name: pair
+        for table in (found, found.by_module())
+        for name, *pair in zip(
+            table, table.unbiased_traces.tolist(), table.unbiased_squared_grad_norms.tolist(), strict=True
+        )
+    }
+    return [Row(name, name not in found, number, *estimates[name]) for name, number in elements.items()]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
 from pathlib import Path
-
-from torch import nn
 
 from .. import resolve
 from ..arguments import FACTORY, png, positive
@@ -19,18 +16,9 @@ def add(commands) -> None:
         help="compute the largest eigenvalues of D for a model and a data set: a table and a figure",
         epilog=f"{FACTORY} The model is put in evaluation mode.",
     )
-    parser.add_argument("model", metavar="MODULE:FACTORY", help="returns the model, with its weights loaded")
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="MODULE:FACTORY",
-        help="returns a loader, an iterable of the same pairs (x, y) in every pass; or a tuple (x, y), one batch",
-    )
-    parser.add_argument(
-        "--loss",
-        default="torch.nn:CrossEntropyLoss",
-        metavar="MODULE:FACTORY",
-        help="returns the criterion, (output, y) -> loss (default: %(default)s)",
+    resolve.add_model_and_data(
+        parser,
+        data="returns a loader, an iterable of the same pairs (x, y) in every pass; or a tuple (x, y), one batch",
     )
     parser.add_argument("-k", type=positive, metavar="K", help="how many eigenvalues (default: 20, or d if less)")
     parser.add_argument(
@@ -48,8 +36,6 @@ def run(options: argparse.Namespace) -> None:
     from .computation import build
     from .report import report
 
-    model = resolve.make(options.model, nn.Module, "a torch.nn.Module")
-    data = resolve.make(options.data, Iterable, "a loader, which gives pairs (x, y), or a tuple (x, y)")
-    loss = resolve.make(options.loss, Callable, "a criterion, (output, y) -> loss")
+    model, data, loss = resolve.model_and_data(options)
     matrix = build(model, loss, data, options.checkpoint, progress=not options.quiet)
     report(matrix, options.k, options.out, options.quiet)
