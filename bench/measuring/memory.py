@@ -10,7 +10,6 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -18,7 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def extra_memory(call: Callable[[], object], device: str) -> int:
-    """Bytes allocated at the peak of a call, minus those that were allocated before it."""
+    """Bytes that a call has allocated at its peak.
+
+    The call should not free tensors from before it: on CUDA these would lower the peak, on the CPU they do not.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -29,9 +31,15 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints a line for every profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         call()
-    events = (event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]")
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(changes, initial=0))
+    live, total, peak = {}, 0, 0
+    for address, size in _allocations(recorded.profiler.kineto_results.experimental_event_tree()):
+        if size > 0:
+            live[address] = size
+            total += size
+        else:  # for a tensor from before the call, torch reports the size of whatever it last saw at that address
+            total -= live.pop(address, 0)
+        peak = max(peak, total)
+    return peak
 
 
 @contextmanager
@@ -62,3 +70,17 @@ def limited_memory(device: str, share: float = 0.8) -> Iterator[None]:
 def _kibibytes(path: str, name: str) -> int:
     lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
     return int(lines[name].split()[0])
+
+
+def _allocations(tree: list) -> list[tuple[int, int]]:
+    """Addresses and sizes of what was allocated and freed, in order; the sizes of what was freed are negative."""
+    memory = (event for event in _events(tree) if event.name == "[memory]")
+    fields = (event.extra_fields for event in sorted(memory, key=lambda event: event.start_time_ns))
+    return [(each.ptr, each.alloc_size) for each in fields]
+
+
+def _events(tree: list) -> Iterator:
+    """All events of a profile, those within others too."""
+    for event in tree:
+        yield event
+        yield from _events(event.children)

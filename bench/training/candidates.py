@@ -68,6 +68,7 @@ def candidates(
                 gc.collect()  # hooks make cycles
                 training = Training(arm, model, x, y)
                 training()  # our first step is verified
+                training.optimizer.zero_grad()
                 result.peak_bytes[name] = extra_memory(partial(two_steps, training), x.device.type)
                 price[name] = host_clock(training, synchronize=synchronize(x.device.type))()
                 found[name] = training

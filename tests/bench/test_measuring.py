@@ -61,6 +61,16 @@ def test_peak_memory_counts_what_lives_at_once():
     assert extra_memory(lambda: None, "cpu") == 0
 
 
+def test_peak_memory_does_not_depend_on_tensors_that_were_there_before():
+    def call():
+        before.clear()
+        return torch.empty(500)
+
+    before = []
+    extra_memory(lambda: before.append(torch.empty(1000)), "cpu")
+    assert extra_memory(call, "cpu") == 4 * 500
+
+
 def test_memory_is_limited_within_and_not_afterwards():
     def allocate():
         return torch.empty(2**36, dtype=torch.uint8)  # not touched, so nothing is used
