@@ -3,8 +3,8 @@
 Models are in float32 unless the name of the case says otherwise. On CUDA, convolutions use TF32, which is torch's
 default, except where directions are compared. Our directions are compared with float64 on a few samples, and those of
 the other packages with ours on the whole batch. Times are by the host's clock until the device is idle, and include
-launches. Memory is the peak of the first two steps, minus what is allocated before them. On CUDA, the kernel launches
-of a step are counted as well, and a profile of it is printed.
+launches. Memory is the peak of two steps after the first, without what was allocated before them. On CUDA, the kernel
+launches of a step are counted as well, and a profile of it is printed.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Monitor:
         writer: also gets every number, as "rgd/" and the name of the column. The caller closes it.
 
     Raises:
-        TypeError: if `handle` is no `Preconditioner`, or `writer` has no `add_scalar`.
+        TypeError: if `handle` is no `Preconditioner`, or `writer` is a class or has no `add_scalar`.
         ValueError: if the file holds something else, which is left as it is.
         OSError: if the file cannot be opened.
 
@@ -92,6 +92,8 @@ class Monitor:
                 f"handle is of type {type(handle).__name__}: pass what rgd_ext.precondition(model) returned, or"
                 " optimizer.preconditioner of an RGD(model, ...)"
             )
+        if isinstance(writer, type):
+            raise TypeError(f"writer is the class {writer.__name__}: pass an instance, {writer.__name__}(...)")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(f"writer is of type {type(writer).__name__}, without add_scalar: pass a SummaryWriter")
         self.handle, self.path, self.writer = handle, Path(path), writer

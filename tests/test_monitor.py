@@ -369,4 +369,6 @@ def test_wrong_handle_and_writer_are_refused_before_a_file_is_made(model, path):
         rgd_ext.Monitor(optimizer, path)
     with pytest.raises(TypeError, match="writer is of type str, without add_scalar"):
         rgd_ext.Monitor(optimizer.preconditioner, path, writer="runs")
+    with pytest.raises(TypeError, match="writer is the class Scalars: pass an instance"):
+        rgd_ext.Monitor(optimizer.preconditioner, path, writer=Scalars)
     assert not path.exists()
