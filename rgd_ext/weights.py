@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from .metric import Statistics
-from .metric.arguments import LossScale, check_positive, check_scale, current_scale, is_of_torchjd
+from .metric.arguments import LossScale, Need, check_positive, check_scale, current_scale, is_of_torchjd
 
 __all__ = ["Clip", "FromGramian", "Normalise"]
 
@@ -40,6 +41,7 @@ class FromGramian:
         [tensor([0.2000, 1.6000])]
     """
 
+    needs: ClassVar[Need] = "gram"
     function: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class FromGramian:
     def __call__(self, stats: Statistics) -> Tensor:
         """function(K); NaN where K is not finite, which solvers would refuse: the host waits for that answer."""
         # In the dtype of the gradients, in which weightings of TorchJD compute; and a copy, which they may change.
-        gram = stats.grams.gram.clone()  # type: ignore[union-attr]  # a rule needs it by default
+        gram = stats.grams.gram.clone()  # type: ignore[union-attr]  # see `needs`
         return self.function(gram) if gram.isfinite().all() else gram.new_full(gram.shape[:1], math.nan)
 
 
@@ -78,6 +80,7 @@ class Clip:
         TypeError: if `max_norm` or `loss_scale` is not a number.
     """
 
+    needs: ClassVar[Need] = "gram"  # norms from moments would have an error of some ulps of |g|
     max_norm: float
     loss_scale: LossScale = 1.0
 
@@ -105,6 +108,7 @@ class Normalise:
         TypeError: if `loss_scale` is not a number.
     """
 
+    needs: ClassVar[Need] = "gram"  # as for `Clip`
     loss_scale: LossScale = 1.0
 
     def __post_init__(self) -> None:

@@ -100,6 +100,7 @@ BAD = {
     "clip 0": (lambda: Clip(0.0), ValueError, r"Clip\(max_norm=0.0\): pass a positive number"),
     "clip -1": (lambda: Clip(-1.0), ValueError, r"Clip\(max_norm=-1.0\)"),
     "clip nan": (lambda: Clip(float("nan")), ValueError, "nan.*finite"),
+    "clip True": (lambda: Clip(True), TypeError, r"max_norm=True\): pass a number"),
     "clip None": (lambda: Clip(None), TypeError, r"max_norm=None\): pass a number"),
     "clip scale": (lambda: Clip(1.0, 0.0), ValueError, "loss_scale=0.0"),
     "normalise scale": (lambda: Normalise(-1.0), ValueError, r"Normalise\(loss_scale=-1.0\): pass a positive number"),
@@ -113,6 +114,10 @@ BAD = {
     "no function": (lambda: FromGramian(0.5), TypeError, r"FromGramian\(0.5\): pass a callable"),
     "a class": (lambda: FromGramian(Clip), TypeError, "UPGradWeighting()"),
 }
+
+
+def test_the_rules_say_that_they_need_the_gramian():
+    assert {rule.needs for rule in (Clip(1.0), Normalise(), FromGramian(torch.diagonal))} == {"gram"}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -15,6 +15,8 @@ LossScale: TypeAlias = float | Callable[[], float]
 
 def check_finite(owner: str, name: str, value: float) -> None:
     """Raise unless `value`, the argument `name` of `owner`, is a finite number."""
+    if isinstance(value, bool):
+        raise TypeError(f"{owner}({name}={value!r}): pass a number")
     try:
         is_finite = math.isfinite(value)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arguments import LossScale, Need, check_finite, check_scale, checked_need, current_scale
 from .inverses import INVERSES, Inverse
-from .stats import Statistics
+from .stats import Statistics, chosen_by
 
 
 class Policy(ABC):
@@ -239,7 +239,7 @@ class _FromCallable(Policy):
         return checked_need(self._function)
 
     def __call__(self, stats: Statistics) -> float | Tensor:
-        return self._function(stats)
+        return chosen_by(self._function, stats)
 
     def __repr__(self) -> str:
         return repr(self._function)

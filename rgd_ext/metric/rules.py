@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Need, checked_need, is_of_torchjd
-from .stats import Statistics
+from .stats import Statistics, chosen_by
 
 # What may be passed for weights: Statistics -> (B,).
 Weights: TypeAlias = Callable[[Statistics], Tensor]
@@ -122,7 +122,7 @@ class UserRule(Rule):
         """
         if stats.alignments.is_cpu and not stats.grad_norm.isfinite():
             return torch.full_like(stats.alignments, math.nan), None
-        return self._checked(self._function(stats), stats), None
+        return self._checked(chosen_by(self._function, stats), stats), None
 
     def rehearsal(self) -> Rule:
         """Equal weights, with the statistics that the callable needs."""

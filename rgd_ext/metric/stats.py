@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..gradients import Moments, PerSampleGradients
 from .noise import unbiased
 from .per_parameter import PerParameter
 
+Choice = TypeVar("Choice")
 # A vector of the parameter space, as users pass it.
 ParameterVector: TypeAlias = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 # What leaves as numbers of a batch, and as arrays with a number for each of its samples.
@@ -219,6 +220,19 @@ class Statistics:
         values = {name: getattr(self, name) for name in self._shown}
         shown = [f"{name}={value.item():.4g}" for name, value in values.items() if value is not None]
         return f"{type(self).__name__}({', '.join([f'batch_size={self.batch_size}', *shown])})"
+
+
+def chosen_by(function: Callable[[Statistics], Choice], stats: Statistics) -> Choice:
+    """What a function of a user returns for the statistics; RuntimeError where it fails for want of the Gramian."""
+    try:
+        return function(stats)
+    except (AttributeError, TypeError) as error:
+        if stats.grams is not None or "NoneType" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{function!r} failed: {error}. The statistics are without the Gramian, so that gram, eigenvalues,"
+            " largest_eigenvalue and rank are None: if it reads one of them, set its attribute `needs` to 'gram'"
+        ) from error
 
 
 class Stats(Statistics):

@@ -89,6 +89,21 @@ def test_a_rule_has_the_gramian_unless_it_says_that_it_needs_none():
     assert set(grams.values()) == {None}
 
 
+READERS = {"weights": lambda stats: stats.gram.sum(1), "epsilon": lambda stats: 0.5 / stats.largest_eigenvalue}
+
+
+@pytest.mark.parametrize("argument", READERS)
+def test_a_function_that_reads_the_gramian_without_needing_it_is_told_so(argument):
+    def function(stats):
+        return READERS[argument](stats)
+
+    function.needs = "norms"
+    with pytest.raises(RuntimeError, match=r"function.* failed: .*NoneType.* set its attribute `needs` to 'gram'"):
+        rgd_ext.direction(rows_of(sample()), **{argument: function})
+    function.needs = "gram"
+    rgd_ext.direction(rows_of(sample()), **{argument: function})
+
+
 def test_the_gramian_of_one_rule_in_turns():
     class Alternating(Rule):
         @property
