@@ -98,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--fashion-mnist", type=Path, metavar="FOLDER", help="in place of scikit-learn's digits")
     options = parser.parse_args()
-    if options.fashion_mnist and not list(options.fashion_mnist.glob("train-*-ubyte.gz")):
+    if options.fashion_mnist and not any(options.fashion_mnist.glob("train-*-ubyte.gz")):
         parser.error(f"there are no train-*-ubyte.gz in {options.fashion_mnist}: name the folder of the four files")
     x, y = fashion_mnist(options.fashion_mnist) if options.fashion_mnist else digits()
     torch.manual_seed(0)

@@ -239,7 +239,7 @@ class _FromCallable(Policy):
         return checked_need(self._function)
 
     def __call__(self, stats: Statistics) -> float | Tensor:
-        return chosen_by(self._function, stats)
+        return self._function(stats)
 
     def __repr__(self) -> str:
         return repr(self._function)
@@ -262,7 +262,7 @@ def checked_policy(epsilon: Epsilon, inverse: Inverse) -> Policy:
 
 def chosen_epsilon(policy: Policy, statistics: Statistics) -> Tensor:
     """What `policy` chooses, checked, as a scalar tensor like the statistics."""
-    epsilon, like = policy(statistics), statistics.alignments
+    epsilon, like = chosen_by(policy, statistics), statistics.alignments
     if not isinstance(epsilon, Tensor):
         if not isinstance(epsilon, (int, float)):
             raise TypeError(f"the policy {policy!r} returned {epsilon!r}: return a number or a scalar tensor")

@@ -7,7 +7,7 @@ from oracle import assert_close, diffusion_matrix, direction, flat
 
 import rgd_ext
 from rgd_ext import Rayleigh, Spectral
-from rgd_ext.metric import NEEDS
+from rgd_ext.metric import NEEDS, Policy
 
 
 class Rule:
@@ -102,6 +102,17 @@ def test_a_function_that_reads_the_gramian_without_needing_it_is_told_so(argumen
         rgd_ext.direction(rows_of(sample()), **{argument: function})
     function.needs = "gram"
     rgd_ext.direction(rows_of(sample()), **{argument: function})
+
+
+def test_a_policy_that_reads_the_gramian_without_needing_it_is_told_so():
+    class Half(Policy):
+        needs = "alignments"
+
+        def __call__(self, stats):
+            return 0.5 / stats.largest_eigenvalue
+
+    with pytest.raises(RuntimeError, match=r"Half.* failed: .*NoneType.* set its attribute `needs`"):
+        rgd_ext.direction(rows_of(sample()), epsilon=Half())
 
 
 def test_the_gramian_of_one_rule_in_turns():
