@@ -7,6 +7,7 @@ from ._binary import build_info
 from .batch_norm import convert_batch_norm
 from .capture import Preconditioner, Verification, handle_of, mark, observe, precondition, register_rule, unit, verify
 from .diffusion import DiffusionMatrix
+from .gauss_newton import GaussNewton
 from .gradients import PerSampleGradients
 from .metric import Ascent, Fixed, Rayleigh, Spectral, Statistics, Stats, Trace, direction
 from .monitor import Monitor
@@ -18,6 +19,7 @@ __all__ = [
     "Ascent",
     "DiffusionMatrix",
     "Fixed",
+    "GaussNewton",
     "Monitor",
     "PerSampleGradients",
     "Preconditioner",

@@ -148,6 +148,16 @@ def observed_step(handle, x):
         step(observed, x)
 
 
+def fit(handle, x):
+    net, points = nn.Sequential(nn.Linear(2, 30), nn.Tanh(), nn.Linear(30, 1)), torch.randn(4, 2)
+
+    def residuals():
+        inputs = points.clone().requires_grad_()
+        return torch.autograd.grad(net(inputs).sum(), inputs, create_graph=True)[0].sum(1)
+
+    rgd_ext.GaussNewton(net).step(residuals)
+
+
 # What takes the road with that heading.
 ACTIONS = {
     "FORWARD": (lambda: nn.Sequential(*parts()), step),
@@ -158,6 +168,7 @@ ACTIONS = {
     "(c) PLAN": (lambda: nn.Sequential(*parts()), lambda handle, x: handle.plan(x)),
     "(d) WEIGHTS": (lambda: nn.Sequential(*parts()), weighted_step),
     "(e) PER PARAMETER": (lambda: nn.Sequential(*parts()), observed_step),
+    "(f) RESIDUALS": (lambda: nn.Sequential(*parts()), fit),
 }
 # The first three parts are one road.
 FORWARD, BACKWARD, END, *SIDE_ROADS = ROADS

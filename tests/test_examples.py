@@ -20,6 +20,7 @@ class Example(NamedTuple):
 
 EXAMPLES = {
     "upgrad": Example(["sklearn", "torchjd", "quadprog", "qpsolvers"], ["--steps", "5"]),
+    "poisson": Example([], ["--steps", "2"]),
     "suspicious_labels": Example(["sklearn"], ["--epochs", "1"]),
 }
 
@@ -42,6 +43,11 @@ def test_an_example_prints_a_table_of_numbers(path):
     for _, *numbers in rows:
         assert len(numbers) == len(rows[0]) - 1
         assert all(float(number.rstrip("%")) >= 0 for number in numbers)
+
+
+def test_poisson_is_solved_better_than_by_adam():
+    _, gauss_newton, adam = table_of("poisson", "--steps", "25")
+    assert float(gauss_newton[-1]) < 1e-3 < float(adam[-1])
 
 
 def test_upgrad_increases_no_loss_by_more_than_it_says():

@@ -18,7 +18,7 @@ LAYERS = [
     ["planning"],
     ["layers"],
     ["capture"],
-    ["optim", "monitor", "weights", "diffusion", "geometry"],
+    ["optim", "monitor", "weights", "diffusion", "geometry", "gauss_newton"],
     ["rgd_ext"],
     ["commands"],
     ["__main__"],

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contributions.cost import SHARE
+from ..contributions.factor import Factor
 from ..contributions.ledger import Contributions
 from ..contributions.vectors import VectorLayers
 from .native import NODES_ASK, Collector, LayerCall, vector_buckets
@@ -20,6 +21,11 @@ from .sinks import CallNumbers, Sink
 # of it the code of a rule is not in the caches, which costs a convolution 40 us, as measured; larger tensors would
 # leave the caches while they wait.
 SMALL = 64 << 10
+_ONE_BY_ONE = (
+    "Use one backward per batch, under `with handle.accumulate():` for one direction from all; and bags (B, T), filled"
+    " up with padding_idx, where an nn.EmbeddingBag got offsets and another layer the same indices"
+)
+_AS_TUPLE = "Return the residuals of calls with different batches as a tuple, (interior, boundary)"
 
 
 class Backward:
@@ -42,6 +48,7 @@ class Backward:
         "_contributions",
         "_max_waiting",
         "_passed",
+        "_uses",
         "_waiting",
         "_waiting_bytes",
         "batch_size",
@@ -59,6 +66,7 @@ class Backward:
         self._asks = True
         self._contributions = Contributions(batch_size)
         self._passed: CallNumbers = set()
+        self._uses: dict[nn.Parameter, list[Factor]] = {}
         self._waiting: list[tuple[LayerCall, Collection[str], Sequence[Tensor], Tensor]] = []
         self._max_waiting, self._waiting_bytes = max_waiting, 0
 
@@ -67,11 +75,10 @@ class Backward:
         if self.sink.keeps_contributions:
             self._passed.add((call.number, call.batch_size))
         if call.batch_size != self.batch_size:
+            is_of_residuals = call.context.derivatives is not None
             raise ValueError(
                 f"batch sizes disagree in one backward: '{call.name}' ran with {call.batch_size} samples, modules"
-                f" before it with {self.batch_size}. Use one backward per batch, under `with handle.accumulate():` for"
-                " one direction from all; and bags (B, T), filled up with padding_idx, where an nn.EmbeddingBag got"
-                " offsets and another layer the same indices"
+                f" before it with {self.batch_size}. {_AS_TUPLE if is_of_residuals else _ONE_BY_ONE}"
             )
 
     def receive(self, call: LayerCall, names: Collection[str], inputs: Sequence[Tensor], grad: Tensor) -> None:
@@ -126,6 +133,10 @@ class Backward:
             else:
                 raise missing_error(call, found)
 
+    def add_use(self, parameter: nn.Parameter, factor: Factor) -> None:
+        """Enter the contributions of one of several uses of a parameter, whose strategy is chosen for their sum."""
+        self._uses.setdefault(parameter, []).append(factor)
+
     def finish(self) -> None:
         """End the backward."""
         self._gather()
@@ -140,6 +151,9 @@ class Backward:
             for call, names, inputs, grad in waiting:
                 self.contribute(call, names, apply_rule(call, inputs, grad))
         contributions = self._contributions
+        uses, self._uses = self._uses, {}
+        for parameter, factors in uses.items():
+            contributions.add_factor(parameter, self.sink.total(parameter, factors))
         for parameters, matrix in self.collector.gradients():
             contributions.add_tensor(parameters, matrix)
         for parameters, layers in vector_buckets(self.collector):

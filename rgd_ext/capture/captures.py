@@ -123,7 +123,8 @@ def precondition(
         >>> handle.stats.batch_size
         8
     """
-    return _capture(model, checked_rule(epsilon, inverse, weights), batch_norm, memory_budget, verify, batch_dim)
+    rule = checked_rule(epsilon, inverse, weights)
+    return _capture(model, rule, _options(batch_norm, memory_budget, batch_dim), verify)
 
 
 def observe(
@@ -166,32 +167,52 @@ def observe(
     _check_flag("gram", gram)
     _check_flag("per_parameter", per_parameter)
     rule = Observation("gram" if gram else "norms")
-    return _capture(model, rule, batch_norm, memory_budget, verify, batch_dim, per_parameter)
+    return _capture(model, rule, _options(batch_norm, memory_budget, batch_dim), verify, per_parameter)
 
 
-def _capture(
-    model: nn.Module,
-    rule: Rule,
-    batch_norm: Literal["error", "contribution"],
-    memory_budget: float | None,
-    verify: bool,
-    batch_dim: int | None,
-    per_parameter: bool = False,
-) -> Preconditioner:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
+def capture_residuals(model: nn.Module, memory_budget: float | None, is_unit: bool) -> Preconditioner:
+    """A capture of a model whose outputs may be differentiated with respect to its inputs; it is paused.
+
+    Args:
+        model, memory_budget: as for `observe`.
+        is_unit: whether the model is captured as one unit.
+
+    Raises:
+        TypeError, ValueError: as `observe`.
+    """
+    budget = _checked_budget(memory_budget)
+    options = Options("error", 0, budget, _kept(budget), derivatives=True, is_unit=is_unit)
+    handle = _capture(model, Observation("norms"), options, verify=False)
+    handle.context.native.pause()
+    return handle
+
+
+def _options(
+    batch_norm: Literal["error", "contribution"], memory_budget: float | None, batch_dim: int | None
+) -> Options:
+    """Options of a user, checked."""
     if batch_norm not in ("error", "contribution"):
         raise ValueError(f"batch_norm is {batch_norm!r}: choose 'error' or 'contribution'")
     budget = _checked_budget(memory_budget)
+    return Options(batch_norm, _checked_dim(batch_dim), budget, _kept(budget))
+
+
+def _kept(budget: float | None) -> int:
+    return KEPT_BYTES if budget in (None, math.inf) else 0
+
+
+def _capture(
+    model: nn.Module, rule: Rule, options: Options, verify: bool, per_parameter: bool = False
+) -> Preconditioner:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     earlier = next((handle for handle in _live() if handle.model is model and handle.has_owner), None)
     _check_free(model, earlier)
-    check_model(model, batch_norm)
+    check_model(model, options.batch_norm)
     _check_flag("verify", verify)
-    batch_dim = _checked_dim(batch_dim)
     if earlier is not None:
         earlier.give_way()
-    kept = KEPT_BYTES if budget in (None, math.inf) else 0
-    handle = Preconditioner(model, rule, Options(batch_norm, batch_dim, budget, kept), verify, per_parameter)
+    handle = Preconditioner(model, rule, options, verify, per_parameter)
     _handles.add(handle)
     return handle
 

@@ -17,6 +17,7 @@ from ..planning.planner import Planner
 from .backward import Backward
 from .batch import check_not_empty
 from .calls import Calls
+from .derivatives import OUTSIDE, Derivatives, InnerDerivative
 from .native import LayerCall, NativeContext
 from .parameters import WatchedParameters
 from .sinks import CallNumbers, HandOver, Sink
@@ -36,12 +37,16 @@ class Options(NamedTuple):
         batch_dim: the dimension of the samples in the model's inputs, or None where each call is for one sample.
         memory_budget: how many bytes per-sample gradients may take at the end of a backward; None for the default.
         kept: how many bytes may stay allocated between backwards.
+        derivatives: whether forwards may be differentiated with respect to their inputs.
+        is_unit: whether the model is captured as one unit.
     """
 
     batch_norm: Literal["error", "contribution"]
     batch_dim: int | None
     memory_budget: float | None
     kept: int
+    derivatives: bool = False
+    is_unit: bool = False
 
 
 class CaptureContext:
@@ -58,6 +63,7 @@ class CaptureContext:
         parameters: the parameters of the model.
         calls: the calls of the model.
         sink: what backwards are for.
+        derivatives: follows derivatives of forwards with respect to their inputs, or None.
         is_proving: whether the forwards and backwards that run now are those of a verification.
         enter: (recorder, args, kwargs) -> the output of a call from outside of the model's forward.
     """
@@ -67,6 +73,7 @@ class CaptureContext:
         self.native = NativeContext(receive, _functorch.peek_interpreter_stack)
         self.parameters = WatchedParameters(model, self.native, self._refuse_outside)
         self.calls = Calls(self.native)
+        self.derivatives = Derivatives() if options.derivatives else None
         self.sink: Sink  # from `start` on
         self.is_proving = False
         self.enter: Callable[[Any, tuple, dict], object]  # from `start` on
@@ -103,6 +110,15 @@ class CaptureContext:
             yield
         finally:
             self.native.resume()
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """A capture that is paused records for a while."""
+        self.native.resume()
+        try:
+            yield
+        finally:
+            self.native.pause()
 
     @contextmanager
     def proving(self) -> Iterator[None]:
@@ -190,6 +206,8 @@ class CaptureContext:
         if self.native.pauses:
             return
         name = self.parameters.name_of(parameter)
+        if self.derivatives is not None:
+            raise InnerDerivative(OUTSIDE.format(name, tuple(parameter.shape)))
         raise RuntimeError(
             f"parameter '{name}' of shape {tuple(parameter.shape)} got gradient outside the forward of its module,"
             " which cannot be told apart by sample. If another module uses it (F.linear(x, other.weight)), give that"

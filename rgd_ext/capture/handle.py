@@ -24,7 +24,7 @@ from .model_call import ModelCall
 from .nodes import receive
 from .recorders.recorder import Recorder
 from .sample_record import SampleRecord
-from .sinks import HandOver, NoteShapes, WriteDirection
+from .sinks import HandOver, NoteShapes, Refusal, WriteDirection
 from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion
 from .verification.verifier import Verifier
 from .wrappers import check_not_in_ddp
@@ -277,10 +277,20 @@ class Preconditioner:
             self._union.drop()
 
     @contextmanager
-    def collect(self) -> Iterator[list[Contributions]]:
-        """Backwards inside add their contributions to the list this yields, and write nothing."""
-        with self.context.collecting(self._planner, keeps_contributions=True) as parts:
+    def collect(self, keep: bool = True) -> Iterator[list[Contributions]]:
+        """Backwards inside add their contributions to the list this yields, and write nothing.
+
+        Args:
+            keep: whether the contributions outlive what the user may change, such as the batch.
+        """
+        with self.context.collecting(self._planner, keeps_contributions=keep) as parts:
             yield parts
+
+    @contextmanager
+    def refusing(self, message: str) -> Iterator[None]:
+        """Backwards inside raise RuntimeError with this message."""
+        with self.context.directed_to(Refusal(message, self._planner, self.context.parameters)):
+            yield
 
     def state_dict(self) -> State:
         """What later directions depend on besides the parameters, for a training that is resumed.

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..layers.linear import linear
 from ..layers.registry import rule_for, unit
 from .context import CaptureContext
 from .recorders.attention import AttentionRecorder
 from .recorders.container import ContainerRecorder
+from .recorders.differentiated import DifferentiatedLinear
 from .recorders.embedding_bag import EmbeddingBagRecorder
 from .recorders.layer import LayerRecorder
 from .recorders.recorder import NamedPlace, Recorder
@@ -60,7 +62,11 @@ def recorders_for(context: CaptureContext, model: nn.Module) -> list[Recorder]:
 def _recorder(context: CaptureContext, module: nn.Module, name: str) -> tuple[Recorder | None, bool]:
     """The recorder of a module, or None, and whether it serves the modules below as well."""
     contained = _places(module.named_modules(remove_duplicate=False))
+    if context.options.is_unit:
+        return UnitRecorder(context, module, name, contained), True
     registered = None if parametrize.is_parametrized(module) else rule_for(module)
+    if registered is not None and registered.rule is linear and context.derivatives is not None:
+        return DifferentiatedLinear(context, module, name, contained, registered), True
     if registered is not None and registered.rule is not unit:
         return LayerRecorder(context, module, name, contained, registered), True
     is_plain = registered is None and not parametrize.is_parametrized(module)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .context import reentrant_message
+from .derivatives import THROUGH_LAYER, InnerDerivative
 from .native import LayerCall, Wanted, wanted_by_engine
 from .native import watch as watch_natively
 
@@ -34,6 +35,8 @@ def receive(call: LayerCall, inputs: Sequence[Tensor], grad: Tensor, wanted: Wan
     if names:
         call.context.current_backward(call).receive(call, names, inputs, grad)
     if torch.is_grad_enabled():
+        if call.context.derivatives is not None:
+            raise InnerDerivative(THROUGH_LAYER.format(call.name))
         return _Differentiated.apply(grad, *call.parameters.values())
     return grad
 

@@ -251,6 +251,28 @@ class HandOver(Sink):
             self._take(contributions, passed)
 
 
+class Refusal(Sink):
+    """Refuses backwards.
+
+    Args:
+        message: what the RuntimeError says.
+        planner, parameters: as for `Sink`.
+    """
+
+    def __init__(self, message: str, planner: Planner, parameters: WatchedParameters) -> None:
+        super().__init__(planner, parameters)
+        self._message = message
+
+    def begin(self) -> None:
+        raise RuntimeError(self._message)
+
+    def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
+        return factor
+
+    def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
+        """There is no backward to end."""
+
+
 class NoteShapes(Sink):
     """Lets the planner choose the strategies, and forms no gradients.
 

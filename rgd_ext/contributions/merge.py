@@ -92,3 +92,14 @@ def _stacked(sequences: list[Tensor]) -> Tensor:
     length = max(x.shape[1] for x in sequences)
     padding = [x.new_zeros(x.shape[0], length - x.shape[1], *x.shape[2:]) for x in sequences]
     return torch.cat([torch.cat([x, zeros], 1) for x, zeros in zip(sequences, padding, strict=True)])
+
+
+def in_double(factor: Factor) -> Factor:
+    """The contributions in float64."""
+    if isinstance(factor, Outer):
+        inputs, output_grads = factor.inputs.double(), factor.output_grads.double()
+        return Outer(inputs, output_grads, factor.shape)
+    if isinstance(factor, Rows):
+        grads = factor.output_grads.double()
+        return Rows(factor.samples, factor.indices, grads, factor.shape, factor.batch_size)
+    return Dense(factor.dense().double())

@@ -1,0 +1,121 @@
+"""The rows of the Jacobian of residuals, in the form in which layers contribute them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..contributions.ledger import Contributions
+from .captures import capture_residuals
+from .derivatives import Derivatives, InnerDerivative
+from .handle import Preconditioner
+from .native import LayerCall
+
+T = TypeVar("T")
+_BACKWARD_IN_CLOSURE = (
+    "the closure ran a backward through the model: return the residuals, one or more for each sample, and leave"
+    " backward() to step(closure). Derivatives with respect to inputs are torch.autograd.grad(u.sum(), x,"
+    " create_graph=True)"
+)
+
+
+class ResidualCapture:
+    """A capture of a model that computes residuals, for their Jacobian. Outside of it the model is an ordinary one.
+
+    Args:
+        model: the model.
+        memory_budget: as for `precondition`.
+        owner: the optimizer that the capture is for.
+
+    Attributes:
+        handle: of the capture.
+    """
+
+    def __init__(self, model: nn.Module, memory_budget: float | None, owner: torch.optim.Optimizer) -> None:
+        self._model, self._memory_budget, self._owner = model, memory_budget, owner
+        self._capture(is_unit=False)
+
+    def _capture(self, is_unit: bool) -> None:
+        self.handle: Preconditioner = capture_residuals(self._model, self._memory_budget, is_unit)
+        self.handle.belongs_to(self._owner)
+
+    @property
+    def _derivatives(self) -> Derivatives:
+        derivatives = self.handle.context.derivatives
+        assert derivatives is not None  # of a capture for residuals
+        return derivatives
+
+    @property
+    def way(self) -> str:
+        """How derivatives of the model with respect to its inputs are captured so far."""
+        if self.handle.context.options.is_unit:
+            return "as one unit"
+        return "followed" if self._derivatives.are_followed else "not"
+
+    def captured(self, run: Callable[[], T], again: Callable[[], T]) -> T:
+        """The result of `run`, which uses `recording` and `rows`.
+
+        Where it takes derivatives with respect to inputs, they are followed, and where that cannot be, the model is
+        captured as one unit from now on.
+
+        Args:
+            run: is called at first.
+            again: is called in its place once something was changed.
+
+        Raises:
+            RuntimeError: for derivatives that cannot be captured.
+        """
+        try:
+            return run()
+        except InnerDerivative as error:
+            obstacle = error
+        if self.way == "not":
+            self._derivatives.follow()
+            try:
+                return again()
+            except InnerDerivative as error:
+                obstacle = error
+        if self.way == "followed":
+            self._recapture(is_unit=True)
+            try:
+                return again()
+            except Exception:  # whatever a unit cannot do: the user can mend what the finer capture could not
+                self._recapture(is_unit=False)
+        raise RuntimeError(str(obstacle)) from obstacle
+
+    def _recapture(self, is_unit: bool) -> None:
+        self.handle.remove()
+        self._capture(is_unit)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forwards inside are recorded, and backwards through the model refused."""
+        with self.handle.context.resumed(), self.handle.refusing(_BACKWARD_IN_CLOSURE):
+            yield
+
+    def rows(self, residuals: Tensor, parameters: Sequence[nn.Parameter], is_last: bool) -> Contributions | None:
+        """The gradients of residuals with respect to some parameters, one residual for each sample.
+
+        They are the contributions h_i of the samples to the gradient of the sum of the residuals, as long as residual i
+        depends on sample i alone.
+
+        Args:
+            residuals: (B,), computed while `recording`.
+            parameters: the parameters.
+            is_last: whether the graph of the residuals is not needed any more.
+
+        Returns:
+            The contributions, or None if the residuals depend on none of the parameters.
+
+        Raises:
+            InnerDerivative: for derivatives with respect to inputs that the capture does not follow.
+        """
+        context = self.handle.context
+        self._derivatives.expect(LayerCall(context, context.native, "residuals", {}, len(residuals)))
+        with context.resumed(), self.handle.collect(keep=False) as found:
+            torch.autograd.backward(residuals.sum(), inputs=list(parameters), retain_graph=not is_last)
+        return found[0] if found else None

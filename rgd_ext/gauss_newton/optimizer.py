@@ -1,0 +1,228 @@
+"""The optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from ..capture.residuals import ResidualCapture
+from .arguments import check_flag, check_group, check_together, checked_dtype, checked_rows
+from .equations import equations
+from .evaluation import Evaluator
+from .levenberg_marquardt import least_factor, search
+from .problem import Problem
+from .report import Report
+from .residuals import Residuals
+from .snapshot import Position
+
+_COPIED = (
+    "this GaussNewton is a copy, whose model is not captured: make GaussNewton(model, ...) for the copy of the model,"
+    " and load_state_dict the state"
+)
+# In the state of a parameter.
+_STATE = "previous_step"
+_NOT_FINITE = (
+    "residual {} is {} at the parameters before the step, which are as they were: start from parameters where all"
+    " residuals are finite, or leave the sample out"
+)
+
+
+class GaussNewton(torch.optim.Optimizer):
+    """Least squares by Gauss-Newton and Levenberg-Marquardt: x <- x - lr J^T (J J^T + damping)^-1 r.
+
+    It minimises |r|^2 / 2 for residuals r of a model, such as model(x) - y, or those of a differential equation. J is
+    their Jacobian. It is not formed: the step is a combination of the gradients of the residuals, whose weights solve a
+    system with their Gramian J J^T, (N, N) for N residuals; or J^T J, (d, d), if there are fewer weights than
+    residuals. That pays off up to some thousand residuals a step, or as many weights.
+
+    The model may be differentiated with respect to its inputs inside of the closure, by `torch.autograd.grad(...,
+    create_graph=True)` or torch.func, as far as its parameters are those of nn.Linear. It is an ordinary model outside
+    of `step`. The `.grad` of parameters is neither read nor written.
+
+    Args:
+        model: computes the residuals; captured as by `rgd_ext.observe`, whose errors there are.
+        lr: the length of the step, over that of the step which solves the linear model.
+        damping: what is added to the diagonal of J J^T: the larger, the shorter the step, and the more along the
+            gradient. In units of a squared gradient of a residual.
+        adaptive: whether a step is tried, and taken only if |r|^2 falls; otherwise the damping grows. It follows by how
+            much |r|^2 falls (Levenberg-Marquardt, by Nielsen's rule), and is kept in `param_groups`. The closure is
+            called again for each trial. False for mini-batches: every step is taken, and the damping stays.
+        params: parameters or groups of the model, as torch.optim takes them, with an `lr`, `damping`, `weight_decay` or
+            `momentum` of their own; by default all. The fit leaves others out, those with lr=0, and frozen ones.
+        weight_decay: adds weight_decay |x|^2 / 2 to the loss.
+        momentum: for mini-batches: the damping pulls the step towards `momentum` times the step before, in place of
+            zero (SPRING: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190).
+        geodesic: whether to correct the steps by the curvature of the residuals along them (Transtrum and Sethna, arXiv
+            1201.5885), for one more call of the closure each: fewer steps for smooth problems. Needs `adaptive`.
+        max_rows: the largest number of residuals in a step; None for as many as give a system of 16,384 unknowns.
+        dtype: torch.float64 to compute J J^T in float64 for a float32 model, which allows for less damping. The linear
+            system itself is always solved in float64.
+        memory_budget: of `rgd_ext.precondition`.
+        verify: prove at the first step, and at the first of residuals of another form, that each row of J is the
+            gradient of its residual. The closure is called once more for it.
+
+    Attributes:
+        report: what the last step has done, or None before the first.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be, and as `rgd_ext.observe`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
+        >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64)[:, None]
+        >>> optimizer = rgd_ext.GaussNewton(model)
+        >>> for _ in range(50):
+        ...     loss = optimizer.step(lambda: (model(x) - torch.sin(3 * x))[:, 0])
+        >>> bool(loss < 1e-6)
+        True
+    """
+
+    report: Report | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        damping: float = 1e-3,
+        adaptive: bool = True,
+        *,
+        params: ParamsT | None = None,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        geodesic: bool = False,
+        max_rows: int | None = None,
+        dtype: torch.dtype | None = None,
+        memory_budget: float | None = None,
+        verify: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}: pass the torch.nn.Module that computes the residuals")
+        for name, flag in (("adaptive", adaptive), ("geodesic", geodesic), ("verify", verify)):
+            check_flag(name, flag)
+        if geodesic and not adaptive:
+            raise ValueError("GaussNewton(geodesic=True) with adaptive=False: the two go together")
+        is_double, max_rows = checked_dtype(dtype), checked_rows(max_rows)
+        self._own, self._adaptive, self._geodesic = set(model.parameters()), adaptive, geodesic
+        defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._evaluator: Evaluator | None = Evaluator(
+            ResidualCapture(model, memory_budget, self), is_double, max_rows, verify
+        )
+        self.report = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_evaluator", None)  # a copy has no capture
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; ValueError for options that cannot be, and foreign parameters."""
+        check_group({**self.defaults, **param_group}, self._adaptive)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        for entry in params:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, Tensor) and parameter not in self._own:
+                raise ValueError(
+                    f"params has a tensor of shape {tuple(parameter.shape)} that is no parameter of the model: pass"
+                    " some of model.parameters(), or a module that contains it as the model"
+                )
+        super().add_param_group({**param_group, "params": params})
+
+    def step(self, closure: Callable[[], Residuals]) -> Tensor:  # type: ignore[override]  # no other closure
+        """Take a step.
+
+        Args:
+            closure: returns the residuals of a batch: (B,), or (B, k) for k of each sample; or a tuple of these, for
+                several batches with sizes of their own. Residual i depends on sample i alone, and samples lie along
+                dimension 0 of the model's inputs. Called several times, it returns the same residuals for the same
+                parameters. It runs no backward.
+
+        Returns:
+            |r|^2 / 2 before the step, a scalar.
+
+        Raises:
+            TypeError, ValueError: for residuals that cannot be, such as a loss, more than `max_rows`, infinite or
+                undefined ones, or those that mix samples.
+            RuntimeError: if the closure runs a backward, or the linear system is singular.
+
+        Whatever is raised, the parameters and the state are as before. If no step is found by which |r|^2 falls, they
+        stay as they are, and `report.accepted` is False.
+        """
+        evaluator = self._evaluator
+        if evaluator is None:
+            raise RuntimeError(_COPIED)
+        if not callable(closure):
+            raise TypeError(f"closure is of type {type(closure).__name__}: pass a function that returns the residuals")
+        for group in self.param_groups:
+            check_group(group, self._adaptive)
+        check_together(self.param_groups)
+        groups = {p: group for group in self.param_groups if group["lr"] for p in group["params"] if p.requires_grad}
+        if not groups:
+            raise ValueError("there is nothing to fit: all parameters are frozen, or in groups with lr=0")
+        start = evaluator.snapshot()
+        jacobian, residuals = evaluator.linearised(closure, [*groups], start)
+        waits = self._adaptive or not residuals.is_cuda
+        if waits and not residuals.isfinite().all():
+            place = int(residuals.isfinite().logical_not().nonzero()[0])
+            raise ValueError(_NOT_FINITE.format(place, residuals[place].item()))
+
+        def evaluate() -> Tensor:
+            start.restore()
+            return evaluator.residuals(closure)
+
+        with torch.no_grad():
+            own = [groups[p] for p in jacobian.parameters]
+            problem = Problem(
+                equations(jacobian, residuals, waits), own, [self._previous(p) for p in jacobian.parameters]
+            )
+            if self._adaptive:
+                after = evaluator.snapshot()
+                try:
+                    self.report = self._search(problem, evaluate)
+                finally:
+                    after.restore()
+            else:
+                self.report = self._go(problem)
+        return self.report.loss
+
+    def _previous(self, parameter: nn.Parameter) -> Tensor | None:
+        """The step before, if it is kept for momentum."""
+        found: Tensor | None = self.state[parameter].get(_STATE) if parameter in self.state else None
+        return found
+
+    def _search(self, problem: Problem, evaluate: Callable[[], Tensor]) -> Report:
+        """Look for a step by which the loss falls, take it, and choose the damping of the next one."""
+        position = Position(problem.equations.jacobian.parameters)
+        try:
+            found = search(problem, position, evaluate, self._geodesic)
+        except BaseException:
+            position.restore()
+            raise
+        damping = self.param_groups[0]["damping"]
+        if found.is_accepted:
+            factor = max(found.next_factor, least_factor(problem, damping))
+            for group in self.param_groups:
+                group["damping"] *= factor
+        return problem.report(
+            accepted=found.is_accepted,
+            trials=found.trials,
+            damping=found.factor * damping,
+            gain_ratio=found.gain_ratio,
+            geodesic=found.is_accelerated,
+        )
+
+    def _go(self, problem: Problem) -> Report:
+        """Take the step."""
+        step = problem.step()
+        if not problem.equations.waits:  # on a GPU, where a step that is not finite is left out
+            is_finite = torch.stack([s.isfinite().all() for s in step]).all()
+            step = [torch.where(is_finite, s, 0) for s in step]
+        for parameter, group, s in zip(problem.equations.jacobian.parameters, problem.groups, step, strict=True):
+            parameter.sub_(group["lr"] * s)
+            if group["momentum"]:
+                self.state[parameter][_STATE] = s.to(parameter)
+        return problem.report(damping=self.param_groups[0]["damping"])
