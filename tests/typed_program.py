@@ -125,3 +125,14 @@ def follow() -> None:
     x = torch.zeros(2)
     assert_type(rgd_ext.geometry.metric(losses, x, 0.1), Tensor)
     assert_type(rgd_ext.geometry.rgd_flow(losses, x, [0.0, 1.0], rgd_ext.Trace(0.5), rtol=1e-6), Tensor)
+
+
+def fit() -> None:
+    """Fit residuals."""
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    groups = [{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "weight_decay": 1e-3}]
+    optimizer = rgd_ext.GaussNewton(model, damping=1e-2, geodesic=True, params=groups, dtype=torch.float64)
+    assert_type(optimizer.step(lambda: model(x)), Tensor)
+    assert_type(optimizer.step(lambda: (model(x), model(x[:4])[:, 0])), Tensor)
+    if optimizer.report is not None:
+        assert_type(optimizer.report.gain_ratio, float | None)

@@ -63,9 +63,9 @@ def pending_directions(optimizer: Optimizer) -> list[PendingDirection]:
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Check now; or, for a step with a closure, return its arguments with a closure that checks after the backward."""
-    if kwargs.get("closure") is not None:
+    if callable(kwargs.get("closure")):  # an optimizer refuses what is none
         return args, kwargs | {"closure": _with_check(kwargs["closure"], optimizer)}
-    if len(args) > 1 and args[1] is not None:  # after the optimizer
+    if len(args) > 1 and callable(args[1]):  # after the optimizer
         return (args[0], _with_check(args[1], optimizer), *args[2:]), kwargs
     _check(optimizer)
     return None

@@ -165,7 +165,7 @@ class GaussNewton(torch.optim.Optimizer):
             raise ValueError("there is nothing to fit: all parameters are frozen, or in groups with lr=0")
         start = evaluator.snapshot()
         jacobian, residuals = evaluator.linearised(closure, [*groups], start)
-        waits = self._adaptive or not residuals.is_cuda
+        waits = _waits(self._adaptive, residuals)
         if waits and not residuals.isfinite().all():
             place = int(residuals.isfinite().logical_not().nonzero()[0])
             raise ValueError(_NOT_FINITE.format(place, residuals[place].item()))
@@ -217,12 +217,19 @@ class GaussNewton(torch.optim.Optimizer):
 
     def _go(self, problem: Problem) -> Report:
         """Take the step."""
-        step = problem.step()
-        if not problem.equations.waits:  # on a GPU, where a step that is not finite is left out
-            is_finite = torch.stack([s.isfinite().all() for s in step]).all()
-            step = [torch.where(is_finite, s, 0) for s in step]
-        for parameter, group, s in zip(problem.equations.jacobian.parameters, problem.groups, step, strict=True):
-            parameter.sub_(group["lr"] * s)
-            if group["momentum"]:
-                self.state[parameter][_STATE] = s.to(parameter)
+        step, parameters = problem.step(), problem.equations.jacobian.parameters
+        is_finite = None if problem.equations.waits else torch.stack([s.isfinite().all() for s in step]).all()
+        for parameter, group, s in zip(parameters, problem.groups, step, strict=True):
+            own = self.state[parameter] if group["momentum"] else {}
+            moved, kept = group["lr"] * s, s.to(parameter)
+            if is_finite is not None:  # else the step is left out
+                moved = torch.where(is_finite, moved, 0)
+                kept = torch.where(is_finite, kept, own.get(_STATE, torch.zeros_like(kept)))
+            parameter.sub_(moved)
+            own[_STATE] = kept
         return problem.report(damping=self.param_groups[0]["damping"])
+
+
+def _waits(adaptive: bool, residuals: Tensor) -> bool:
+    """Whether the host may wait for the device to look at numbers."""
+    return adaptive or not residuals.is_cuda

@@ -174,6 +174,8 @@ def test_models_and_closures_that_are_none():
     with pytest.raises(ValueError, match="trainable"):
         rgd_ext.GaussNewton(nn.Linear(2, 1).requires_grad_(False))
     net = network()
+    with rgd_ext.precondition(network()).accumulate():
+        pass  # from now on torch.optim calls a hook of ours before every step
     with pytest.raises(TypeError, match="closure is of type Tensor"):
         rgd_ext.GaussNewton(net).step(net(points(3)))
 
