@@ -13,6 +13,9 @@ REMEDIES = (
     "call .eval() on it for frozen statistics, replace it with rgd_ext.convert_batch_norm(model), or pass"
     " batch_norm='contribution' to take the batch's statistics as part of the layer"
 )
+REMEDIES_FOR_RESIDUALS = (
+    "call .eval() on it for frozen statistics, or replace it with rgd_ext.convert_batch_norm(model)"
+)
 REMEDIES_IN_UNIT = (
     "it is part of a module captured sample by sample; call .eval() on it, replace it with"
     " rgd_ext.convert_batch_norm(model), or leave it outside of that module"

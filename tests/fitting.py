@@ -17,7 +17,7 @@ def explicit(closure, parameters):
     found = []
     for residual in residuals:
         grads = torch.autograd.grad(residual, parameters, retain_graph=True, allow_unused=True)
-        found.append(torch.cat([torch.zeros(p.numel()).to(p) if g is None else g.flatten()
+        found.append(torch.cat([torch.zeros(p.numel()).to(p) if g is None else g.to_dense().flatten()
                                 for g, p in zip(grads, parameters, strict=True)]))  # fmt: skip
     return residuals.detach().double(), torch.stack(found).double()
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ..batch_norm import REMEDIES_FOR_RESIDUALS, batch_norms, check_frozen
 from ..contributions.buffers import KEPT_BYTES
 from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
@@ -180,6 +181,8 @@ def capture_residuals(model: nn.Module, memory_budget: float | None, is_unit: bo
     Raises:
         TypeError, ValueError: as `observe`.
     """
+    if isinstance(model, nn.Module):
+        check_frozen(batch_norms(model), REMEDIES_FOR_RESIDUALS)
     budget = _checked_budget(memory_budget)
     options = Options("error", 0, budget, _kept(budget), derivatives=True, is_unit=is_unit)
     handle = _capture(model, Observation("norms"), options, verify=False)

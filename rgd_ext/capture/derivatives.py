@@ -7,7 +7,8 @@ by torch.func, and tells what its samples contribute when the backward of the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from .native import LayerCall, wanted_by_engine
 
 _REMEDY = (
-    "Compute the residuals in the forward of a module that has all of these parameters, and pass that module to"
-    " GaussNewton: it is captured as one unit then"
+    "Compute the residuals in the forward of a module that has all of these parameters, pass that module to"
+    " GaussNewton, and call it alone in the closure: it is captured as one unit then"
 )
 THROUGH_LAYER = (
     "module '{}' was differentiated with respect to its input, which is followed through nn.Linear and functions"
@@ -40,16 +41,21 @@ class Derivatives:
 
     Attributes:
         are_followed: whether they do.
-        samples: a call with the samples of the backward under way.
+        samples: a call with the samples of the backward under way, or None.
     """
 
     def __init__(self) -> None:
         self.are_followed = False
-        self.samples: LayerCall  # from `expect` on
+        self.samples: LayerCall | None = None
 
-    def expect(self, samples: LayerCall) -> None:
-        """The next backward is for the samples of this call."""
+    @contextmanager
+    def of(self, samples: LayerCall) -> Iterator[None]:
+        """Backwards inside are for the samples of this call."""
         self.samples = samples
+        try:
+            yield
+        finally:
+            self.samples = None  # compiled, so that the garbage collector does not see into it
 
     def follow(self) -> None:
         """From now on recorders follow derivatives."""

@@ -370,7 +370,7 @@ class Preconditioner:
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
     raise RuntimeError(
-        "the model of this RGD has been captured anew since, and .grad has the directions of the new capture: use the"
-        " newer optimizer; for several optimizers of one model call rgd_ext.precondition(model) once, and pass them"
-        " parameters, RGD(model.parameters(), ...)"
+        f"the model of this {type(optimizer).__name__} has been captured anew since, by a newer optimizer: use that."
+        " For several optimizers along RGD directions call rgd_ext.precondition(model) once, and pass them parameters,"
+        " RGD(model.parameters(), ...)"
     )

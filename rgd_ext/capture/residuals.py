@@ -23,6 +23,10 @@ _BACKWARD_IN_CLOSURE = (
 )
 
 
+class Unproven(ValueError):  # noqa: N818
+    """The rows are not those of the residuals, or the capture refuses to compute them."""
+
+
 class ResidualCapture:
     """A capture of a model that computes residuals, for their Jacobian. Outside of it the model is an ordinary one.
 
@@ -59,33 +63,39 @@ class ResidualCapture:
     def captured(self, run: Callable[[], T], again: Callable[[], T]) -> T:
         """The result of `run`, which uses `recording` and `rows`.
 
-        Where it takes derivatives with respect to inputs, they are followed, and where that cannot be, the model is
-        captured as one unit from now on.
+        Where derivatives with respect to inputs come up, they are followed from then on. What cannot be followed, or is
+        wrong, is captured as one unit from then on, if that is right.
 
         Args:
-            run: is called at first.
+            run: is called at first; raises Unproven for rows that are wrong.
             again: is called in its place once something was changed.
 
         Raises:
             RuntimeError: for derivatives that cannot be captured.
+            Unproven: as `run`.
         """
         try:
             return run()
-        except InnerDerivative as error:
-            obstacle = error
-        if self.way == "not":
+        except (InnerDerivative, Unproven) as error:
+            obstacle: Exception = error
+        if self.way == "not" and isinstance(obstacle, InnerDerivative):
             self._derivatives.follow()
             try:
                 return again()
-            except InnerDerivative as error:
+            except (InnerDerivative, Unproven) as error:
                 obstacle = error
-        if self.way == "followed":
+        if self.way != "as one unit":
+            before = self.way
             self._recapture(is_unit=True)
             try:
                 return again()
             except Exception:  # whatever a unit cannot do: the user can mend what the finer capture could not
                 self._recapture(is_unit=False)
-        raise RuntimeError(str(obstacle)) from obstacle
+            if before == "followed":
+                self._derivatives.follow()
+        if isinstance(obstacle, InnerDerivative):
+            raise RuntimeError(str(obstacle)) from obstacle
+        raise obstacle.__cause__ or obstacle  # of an error in the closure, that
 
     def _recapture(self, is_unit: bool) -> None:
         self.handle.remove()
@@ -115,7 +125,7 @@ class ResidualCapture:
             InnerDerivative: for derivatives with respect to inputs that the capture does not follow.
         """
         context = self.handle.context
-        self._derivatives.expect(LayerCall(context, context.native, "residuals", {}, len(residuals)))
-        with context.resumed(), self.handle.collect(keep=False) as found:
+        samples = LayerCall(context, context.native, "residuals", {}, len(residuals))
+        with self._derivatives.of(samples), context.resumed(), self.handle.collect(keep=False) as found:
             torch.autograd.backward(residuals.sum(), inputs=list(parameters), retain_graph=not is_last)
         return found[0] if found else None

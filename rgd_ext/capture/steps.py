@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
@@ -72,6 +72,7 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
 
 
 def _with_check(closure: Callable[[], object], optimizer: Optimizer) -> Callable[[], object]:
+    @wraps(closure)
     def checked_closure() -> object:
         loss = closure()
         _check(optimizer)

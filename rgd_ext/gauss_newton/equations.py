@@ -57,6 +57,10 @@ class Equations(ABC):
         """The largest element of the diagonal of J J^T, or of J^T J."""
 
     @abstractmethod
+    def row_norms(self) -> Tensor:
+        """The norms of the rows of J, (N,)."""
+
+    @abstractmethod
     def factorise(self, prior: Prior) -> None:
         """Prepare `step` and `correction` for a prior.
 
@@ -96,6 +100,9 @@ class OfResiduals(Equations):
     @property
     def scale(self) -> float:
         return max(gram.diagonal().amax().item() for gram in self._grams.values())
+
+    def row_norms(self) -> Tensor:
+        return self._gram((*range(len(self.jacobian.parameters)),)).diagonal().clamp(min=0).sqrt()
 
     def _gram(self, places: tuple[int, ...]) -> Tensor:
         if places not in self._grams:
@@ -142,6 +149,9 @@ class OfWeights(Equations):
     @property
     def scale(self) -> float:
         return self._matrix.diagonal().amax().item()
+
+    def row_norms(self) -> Tensor:
+        return torch.cat([block.norm(dim=1) for block in self.jacobian.blocks()])
 
     def factorise(self, prior: Prior) -> None:
         sizes = [p.numel() for p in self.jacobian.parameters]

@@ -57,11 +57,6 @@ class Jacobian:
         with self._precisely():
             return self._whole.combine(vector.to(dtype) / self.rows)
 
-    def row_norms(self) -> list[Tensor]:
-        """The norms of the rows of each J_p, (N,)."""
-        with self._precisely():
-            return [factor.gram().diagonal().clamp(min=0).sqrt().double() for _, factor in self._whole.factors()]
-
     def blocks(self) -> Iterator[Tensor]:
         """Rows of J, (some of N, d), one block after another."""
         for part in self._parts:

@@ -68,8 +68,11 @@ def search(problem: Problem, position: Position, evaluate: Callable[[], Tensor],
             continue
         moved = problem.with_rates(step)
         promised = problem.promised(moved)
-        if not promised > 0:  # a stationary point, or to rounding
+        if not any(s.any() for s in moved):  # a stationary point
             return Found(False, trial, factor, 1.0, 0.0, False)
+        if not promised > 0:  # too long a step, as with rates above 2, or that differ
+            factor, growth = factor * growth, growth * 2
+            continue
         correction = _correction(problem, position, evaluate, moved) if has_acceleration else None
         accelerated = correction is not None
         if correction is not None:

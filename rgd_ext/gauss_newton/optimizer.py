@@ -11,13 +11,12 @@ from torch.optim.optimizer import ParamsT
 
 from ..capture.residuals import ResidualCapture
 from .arguments import check_flag, check_group, check_together, checked_dtype, checked_rows
-from .equations import equations
 from .evaluation import Evaluator
 from .levenberg_marquardt import least_factor, search
 from .problem import Problem
 from .report import Report
 from .residuals import Residuals
-from .snapshot import Position
+from .snapshot import Position, Snapshot
 
 _COPIED = (
     "this GaussNewton is a copy, whose model is not captured: make GaussNewton(model, ...) for the copy of the model,"
@@ -25,10 +24,6 @@ _COPIED = (
 )
 # In the state of a parameter.
 _STATE = "previous_step"
-_NOT_FINITE = (
-    "residual {} is {} at the parameters before the step, which are as they were: start from parameters where all"
-    " residuals are finite, or leave the sample out"
-)
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -116,7 +111,9 @@ class GaussNewton(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_evaluator", None)  # a copy has no capture
+        of_a_copy: dict[str, Any] = {"_evaluator": None, "report": None, "_own": set(), "_adaptive": False}
+        for name, value in of_a_copy.items():
+            self.__dict__.setdefault(name, value)  # a copy has no capture
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; ValueError for options that cannot be, and foreign parameters."""
@@ -131,6 +128,20 @@ class GaussNewton(torch.optim.Optimizer):
                     " some of model.parameters(), or a module that contains it as the model"
                 )
         super().add_param_group({**param_group, "params": params})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from `state_dict`.
+
+        Raises:
+            ValueError: if it is the state of another optimizer, or does not fit; nothing is changed then.
+        """
+        for group in state_dict["param_groups"]:
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"the state has groups without {', '.join(sorted(missing))}, as those of another optimizer: load"
+                    " one from the state_dict() of a GaussNewton"
+                )
+        super().load_state_dict(state_dict)
 
     def step(self, closure: Callable[[], Residuals]) -> Tensor:  # type: ignore[override]  # no other closure
         """Take a step.
@@ -149,8 +160,8 @@ class GaussNewton(torch.optim.Optimizer):
                 undefined ones, or those that mix samples.
             RuntimeError: if the closure runs a backward, or the linear system is singular.
 
-        Whatever is raised, the parameters and the state are as before. If no step is found by which |r|^2 falls, they
-        stay as they are, and `report.accepted` is False.
+        Whatever is raised, parameters, buffers, random numbers and the state are as before. If no step is found by
+        which the loss falls, they stay as they are, and `report.accepted` is False.
         """
         evaluator = self._evaluator
         if evaluator is None:
@@ -160,34 +171,44 @@ class GaussNewton(torch.optim.Optimizer):
         for group in self.param_groups:
             check_group(group, self._adaptive)
         check_together(self.param_groups)
-        groups = {p: group for group in self.param_groups if group["lr"] for p in group["params"] if p.requires_grad}
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
         if not groups:
-            raise ValueError("there is nothing to fit: all parameters are frozen, or in groups with lr=0")
+            raise ValueError("there is nothing to fit: all parameters are frozen")
+        groups = {p: group for p, group in groups.items() if group["lr"]}
         start = evaluator.snapshot()
-        jacobian, residuals = evaluator.linearised(closure, [*groups], start)
-        waits = _waits(self._adaptive, residuals)
-        if waits and not residuals.isfinite().all():
-            place = int(residuals.isfinite().logical_not().nonzero()[0])
-            raise ValueError(_NOT_FINITE.format(place, residuals[place].item()))
+        try:
+            self.report = self._report(evaluator, closure, groups, start)
+        except BaseException:
+            start.restore()
+            raise
+        return self.report.loss
+
+    def _report(
+        self,
+        evaluator: Evaluator,
+        closure: Callable[[], Residuals],
+        groups: dict[nn.Parameter, dict[str, Any]],
+        start: Snapshot,
+    ) -> Report:
+        """Take a step, and tell what it has done."""
+        if not groups:  # as a scheduler may have it
+            residuals = evaluator.residuals(closure)
+            return Report(residuals.square().sum() / 2, len(residuals), 0, False, 0, 0.0, None, False, 0.0)
+        equations = evaluator.equations(closure, [*groups], start, self._adaptive)
+        parameters, number = equations.jacobian.parameters, equations.jacobian.rows
 
         def evaluate() -> Tensor:
             start.restore()
-            return evaluator.residuals(closure)
+            return evaluator.residuals(closure, number)
 
         with torch.no_grad():
-            own = [groups[p] for p in jacobian.parameters]
-            problem = Problem(
-                equations(jacobian, residuals, waits), own, [self._previous(p) for p in jacobian.parameters]
-            )
-            if self._adaptive:
-                after = evaluator.snapshot()
-                try:
-                    self.report = self._search(problem, evaluate)
-                finally:
-                    after.restore()
-            else:
-                self.report = self._go(problem)
-        return self.report.loss
+            problem = Problem(equations, [groups[p] for p in parameters], [self._previous(p) for p in parameters])
+            if not self._adaptive:
+                return self._go(problem)
+            after = evaluator.snapshot()
+            report = self._search(problem, evaluate)
+            after.restore()
+            return report
 
     def _previous(self, parameter: nn.Parameter) -> Tensor | None:
         """The step before, if it is kept for momentum."""
@@ -228,8 +249,3 @@ class GaussNewton(torch.optim.Optimizer):
             parameter.sub_(moved)
             own[_STATE] = kept
         return problem.report(damping=self.param_groups[0]["damping"])
-
-
-def _waits(adaptive: bool, residuals: Tensor) -> bool:
-    """Whether the host may wait for the device to look at numbers."""
-    return adaptive or not residuals.is_cuda

@@ -31,6 +31,11 @@ def assert_step_is_exact(optimizer, closure):
     assert (flat(parameters) - expected).abs().max() < 1e-10
 
 
+def slope_without_graph(net, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(net(x).sum(), x)[0][:, 0]
+
+
 _MIXED = r"other samples than their own"
 # What a closure returns, given a network with one output and points; the error, and what the message says.
 WRONG = {
@@ -40,6 +45,8 @@ WRONG = {
     "a number": (lambda net, x: 1.0, TypeError, r"type float: return the residuals"),
     "nothing": (lambda net, x: None, TypeError, r"type NoneType"),
     "an empty tuple": (lambda net, x: (), ValueError, r"no residuals"),
+    "a broadcast": (lambda net, x: net(x) - x[:, 0], ValueError, r"\(6, 6\), whose columns have equal gradients"),
+    "a graph that is missing": (slope_without_graph, ValueError, r"no trainable parameter.*create_graph=True"),
     "no samples": (lambda net, x: net(x)[:0, 0], ValueError, r"without a residual"),
     "three dimensions": (lambda net, x: net(x)[None], ValueError, r"\(1, 6, 1\).*flatten\(1\)"),
     "a loss in a tuple": (lambda net, x: (net(x), net(x).mean()), ValueError, r"element 1 of what.*scalar"),
@@ -198,5 +205,92 @@ def test_a_model_that_is_captured_already():
 def test_a_copy_refuses_to_step(copied):
     net, x = network(), points(5)
     twin = copied(rgd_ext.GaussNewton(net))
+    assert twin.report is None
     with pytest.raises(RuntimeError, match=r"a copy.*GaussNewton\(model, ...\) for the copy"):
         twin.step(lambda: net(x))
+
+
+class Noted(nn.Module):
+    """Dropout, and a buffer that counts calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.dropout = network(), nn.Dropout(0.3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.dropout(self.net(x))
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_error_leaves_buffers_and_random_numbers_as_they_were(failing):
+    model, x, calls = Noted(), points(6), []
+
+    def closure():
+        calls.append(1)
+        residuals = model(x)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        return residuals
+
+    optimizer, before, state = rgd_ext.GaussNewton(model), flat(model.parameters()), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.calls == 0
+    assert torch.equal(flat(model.parameters()), before)
+
+
+def test_a_trial_with_another_number_of_residuals():
+    net, x, calls = network(), points(6), []
+
+    def closure():
+        calls.append(1)
+        return net(x)[:, 0] if len(calls) < 3 else net(x)[:1, 0] * 0
+
+    assert_refused(closure, net, ValueError, r"returned 6 residuals, and 1 when")
+
+
+def test_mixing_that_shows_only_after_a_step_is_refused_then():
+    net, x = network(), points(6)
+    nn.init.zeros_(net[-1].weight)
+    nn.init.zeros_(net[-1].bias)
+    optimizer = rgd_ext.GaussNewton(net)
+
+    def closure():
+        return net(x)[:, 0] * (1 + net(x).mean()) - 1
+
+    optimizer.step(closure)
+    with pytest.raises(ValueError, match=_MIXED):
+        optimizer.step(closure)
+
+
+def test_another_closure_and_another_number_of_samples_are_proven_anew():
+    net, x = network(), points(6)
+    optimizer = rgd_ext.GaussNewton(net)
+    for _ in range(4):
+        optimizer.step(lambda: net(x) - 1)
+    with pytest.raises(ValueError, match=_MIXED):
+        optimizer.step(lambda: net(x) - net(x).mean(0))
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(points(2, 1)), nn.Parameter(points(1, 1))
+
+        def forward(self, x, q):
+            return torch.sin(x @ self.w) * torch.cos(q @ self.v).mean()
+
+    model, q = Shared(), points(5, 1)
+    optimizer = rgd_ext.GaussNewton(model, adaptive=False)
+    many, few = points(6), points(5)
+    optimizer.step(lambda: model(many, q))
+    with pytest.raises(ValueError, match=r"other residuals.*let the model keep samples apart"):
+        optimizer.step(lambda: model(few, q))
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e3])
+def test_mixing_beside_residuals_with_large_weights_is_refused(weight):
+    net, x, border = network().float(), points(40).float(), points(5).float()
+    assert_refused(lambda: ((net(x) - net(x).mean())[:, 0], weight * net(border)), net, ValueError, _MIXED)

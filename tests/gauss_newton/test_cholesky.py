@@ -44,7 +44,7 @@ def test_an_indefinite_matrix_is_refused():
 @pytest.fixture
 def without_waiting(monkeypatch):
     """Steps take the road that they take on a GPU."""
-    monkeypatch.setattr("rgd_ext.gauss_newton.optimizer._waits", lambda *_: False)
+    monkeypatch.setattr("rgd_ext.gauss_newton.evaluation._waits", lambda *_: False)
 
 
 @pytest.mark.usefixtures("without_waiting")

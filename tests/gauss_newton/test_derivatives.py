@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from fitting import DERIVATIVES, by_autograd, by_hessian, flat, levenberg_marquardt, network, points
+from fitting import (
+    DERIVATIVES,
+    by_autograd,
+    by_hessian,
+    by_reverse_of_gradient,
+    flat,
+    levenberg_marquardt,
+    network,
+    points,
+)
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
@@ -223,3 +232,77 @@ def test_a_poisson_equation_is_solved():
     with torch.no_grad():
         error = vmap(solution)(fresh) - (torch.pi * fresh).sin().prod(1)
     assert error.square().mean().sqrt() < 1e-3
+
+
+class Coefficient(nn.Module):
+    """An equation with a coefficient, which is used in different places."""
+
+    def __init__(self, place):
+        super().__init__()
+        self.net, self.c, self.place = network(), nn.Parameter(torch.tensor(0.7, dtype=torch.float64)), place
+
+    def forward(self, x):
+        return self.place(self, x)
+
+
+def slope_of(net):
+    return lambda z: grad(lambda y: net(y)[0])(z)[0]
+
+
+def in_a_gradient(model, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad((model.c * model.net(x)).sum(), x, create_graph=True)[0].sum(1)
+
+
+PLACES = {
+    "in a map": lambda m, x: vmap(lambda z: m.c * slope_of(m.net)(z) + z[0])(x),
+    "in a map without derivatives": lambda m, x: vmap(lambda z: m.c * z[0])(x) + m.net(x)[:, 0],
+    "an argument of a map": lambda m, x: vmap(lambda z, c: c * slope_of(m.net)(z), in_dims=(0, None))(x, m.c),
+    "in a gradient": in_a_gradient,
+    "inside of the network": lambda m, x: by_autograd(lambda y: m.net(torch.sin(m.c * y)), x),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_coefficient_in_any_place_of_the_forward_is_fitted(place):
+    model, x = Coefficient(PLACES[place]), points(7)
+    assert_exact(model, lambda: model(x))
+
+
+def test_parametrised_weights_are_captured_in_a_module():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 5)), nn.Tanh(), nn.Linear(5, 1)).double()
+    model, x = Residual(by_reverse_of_gradient, net), points(7)
+    assert_exact(model, lambda: model(x))
+
+
+def test_a_batched_gradient():
+    net, x = network(), points(7)
+
+    def closure():
+        inputs = x.clone().requires_grad_()
+        value = net(inputs)
+        ones = torch.ones_like(value)[None]
+        return torch.autograd.grad(value, inputs, ones, create_graph=True, is_grads_batched=True)[0][0]
+
+    before = flat(net.parameters())
+    with pytest.raises((ValueError, RuntimeError), match=r"samples|forward of a module|create_graph"):
+        rgd_ext.GaussNewton(net).step(closure)
+    assert torch.equal(flat(net.parameters()), before)
+
+
+def test_derivatives_under_autocast():
+    net, x = network().float(), points(7).float()
+
+    def closure():
+        inputs = x.clone().requires_grad_()
+        return torch.autograd.grad(net(inputs).float().sum(), inputs, create_graph=True)[0].sum(1) - 1
+
+    before, expected = flat(net.parameters()), levenberg_marquardt(closure, [*net.parameters()], 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rgd_ext.GaussNewton(net, damping=1.0, adaptive=False).step(closure)
+    assert (flat(net.parameters()) - expected).norm() < 0.1 * (before - expected).norm()
+
+
+def test_sparse_embeddings():
+    net, x = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1)).double(), torch.tensor([0, 2, 2, 4])
+    assert_exact(net, lambda: net(x)[:, 0] - 1)

@@ -176,3 +176,18 @@ def test_steps_of_many_weights_fit_to_rounding():
         loss = optimizer.step(lambda: model(x) - y)
     assert loss < 1e-12
     assert optimizer.report.order == 30
+
+
+@pytest.mark.parametrize("rates", [(1.0, 0.5), (0.1, 1.0), (2.5, 2.5), (0.01, 5.0)])
+def test_any_rates_lead_down(rates):
+    model, x = network(), points(12)
+    groups = [
+        {"params": model[0].parameters(), "lr": rates[0]},
+        {"params": [*model[2].parameters(), *model[4].parameters()], "lr": rates[1]},
+    ]
+    optimizer = rgd_ext.GaussNewton(model, params=groups)
+    losses = []
+    for _ in range(20):
+        losses.append(optimizer.step(lambda: model(x)[:, 0] - x.prod(1)))
+        assert optimizer.report.accepted
+    assert all(after < before for before, after in pairwise(losses))

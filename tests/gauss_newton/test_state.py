@@ -1,11 +1,14 @@
 """Training is resumed with the same bits, and parameter groups behave as those of torch.optim."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
 from fitting import flat, network, points
+from oracle import assert_close
 from torch import nn
 
 import rgd_ext
@@ -49,9 +52,12 @@ def test_schedulers_set_the_rate():
     train(model, optimizer, [x])
     scheduler.step()
     before = flat(model.parameters())
-    with pytest.raises(ValueError, match=r"nothing to fit.*lr=0"):
-        train(model, optimizer, [x])
+    loss = optimizer.step(lambda: model(x)[:, 0])
     assert torch.equal(flat(model.parameters()), before)
+    assert_close(loss, model(x).square().sum().detach() / 2)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to fit"):
+        train(model, optimizer, [x])
 
 
 def test_parameters_that_are_frozen_later_stay():
@@ -83,6 +89,28 @@ def test_nothing_is_kept_between_steps():
     optimizer = rgd_ext.GaussNewton(model, adaptive=False)
     train(model, optimizer, [x])
     assert not optimizer.state
+
+
+def test_a_model_is_freed_after_a_step():
+    def step():
+        model, x = network(), points(6)
+        optimizer = rgd_ext.GaussNewton(model)
+        train(model, optimizer, [x])
+        return weakref.ref(model)
+
+    reference = step()
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.SGD])
+def test_the_state_of_another_optimizer_is_refused(other):
+    model = network()
+    optimizer = rgd_ext.GaussNewton(model)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"without damping.*of a GaussNewton"):
+        optimizer.load_state_dict(other(model.parameters(), lr=0.1).state_dict())
+    assert optimizer.state_dict() == before
 
 
 def test_two_models_do_not_meet():

@@ -34,14 +34,17 @@ class DifferentiatedLinear(LayerRecorder):
                 f"module '{self.name}' was differentiated with vectors of shape {tuple(output_grads.shape)} where those"
                 f" of {samples.batch_size} samples were expected in front: a derivative of all samples at once, such as"
                 " torch.func.jacrev of the whole batch, or a value that all samples share. Differentiate each sample by"
-                " itself, torch.func.vmap(torch.func.hessian(u))(x), or the sum over them,"
-                " torch.autograd.grad(u.sum(), x, create_graph=True)"
+                " itself, torch.func.vmap(torch.func.hessian(u))(x), with the samples in the outermost vmap and without"
+                " chunk_size; or the sum over them, torch.autograd.grad(u.sum(), x, create_graph=True)"
             )
         factor: Factor
         if inputs is None:
-            factor = Dense(output_grads.flatten(1, -2).sum(1) if output_grads.ndim > 2 else output_grads)
+            grads = output_grads.to(parameter.dtype)
+            factor = Dense(grads.flatten(1, -2).sum(1) if grads.ndim > 2 else grads)
         else:
-            factor = Outer(_vectors(inputs), _vectors(output_grads), parameter.shape)
+            factor = Outer(
+                _vectors(inputs.to(parameter.dtype)), _vectors(output_grads.to(parameter.dtype)), parameter.shape
+            )
         self.context.current_backward(samples).add_use(parameter, factor)
 
 
