@@ -129,16 +129,12 @@ class Evaluator:
         is_due = self._steps & (self._steps - 1) == 0 or form not in self._proven
         if not self._verifies or not is_due:
             return
-        after = self.snapshot()
         start.restore()
-        try:
-            with torch.enable_grad():
-                again = batches_of(closure())
-            tolerance = max(tolerance_of(p, autocast=True) for p in parameters)
-            with torch.no_grad(), full_precision(found.residuals.device):
-                prove(found, batches, again, parameters, tolerance, self._capture.handle.context.parameters.name_of)
-        finally:
-            after.restore()
+        with torch.enable_grad():
+            again = batches_of(closure())
+        tolerance = max(tolerance_of(p, autocast=True) for p in parameters)
+        with torch.no_grad(), full_precision(found.residuals.device):
+            prove(found, batches, again, parameters, tolerance, self._capture.handle.context.parameters.name_of)
         self._proven.add(form)
 
     @torch.enable_grad()

@@ -69,8 +69,8 @@ def test_a_step_is_that_of_the_formula(name, k):
 
 def test_an_adaptive_step_that_is_accepted_at_once_is_the_same():
     model, closures = problem("MLP")
-    expected = levenberg_marquardt(closures[3], [*model.parameters()], 1.0)
-    optimizer = rgd_ext.GaussNewton(model, damping=1.0)
+    expected = levenberg_marquardt(closures[3], [*model.parameters()], 1.0, lr=0.5)
+    optimizer = rgd_ext.GaussNewton(model, lr=0.5, damping=1.0)
     optimizer.step(closures[3])
     assert optimizer.report.trials == 1
     assert optimizer.report.accepted
@@ -175,13 +175,17 @@ def test_momentum_pulls_the_step_towards_the_one_before(size):
 
 def test_a_float32_model_may_have_a_gramian_in_float64():
     model, closures = problem("sequences", 20, torch.float32)
-    parameters = [*model.parameters()]
+    parameters, damping = [*model.parameters()], 1e-8
     residuals, jacobian = explicit(closures[3], parameters)
-    gram = jacobian @ jacobian.T + 1e-7 * torch.eye(60, dtype=torch.float64)
-    step = jacobian.T @ torch.linalg.solve(gram, residuals)
-    before = flat(parameters).double()
-    rgd_ext.GaussNewton(model, damping=1e-7, adaptive=False, dtype=torch.float64).step(closures[3])
-    assert (before - flat(parameters) - step).norm() < 1e-3 * step.norm()
+    gram = jacobian @ jacobian.T + damping * torch.eye(60, dtype=torch.float64)
+    step, before, errors = jacobian.T @ torch.linalg.solve(gram, residuals), flat(parameters), {}
+    for dtype in (None, torch.float64):
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(before.clone(), parameters)
+        rgd_ext.GaussNewton(model, damping=damping, adaptive=False, dtype=dtype).step(closures[3])
+        errors[dtype] = ((before - flat(parameters) - step).norm() / step.norm()).item()
+    assert errors[torch.float64] < 1e-3
+    assert errors[None] > 10 * errors[torch.float64]
 
 
 def test_dropout_and_buffers_are_those_of_one_forward():
