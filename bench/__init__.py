@@ -4,6 +4,7 @@ kernels.py, steps.py, ...   a command each: `python -m bench kernels`
 measuring/                  clocks, memory, agreement with float64, tables, records and plots
 gradients/                  cases and arms of `kernels`: per-sample gradients, and ways to compute on them
 training/                   models and arms of the commands that time training steps
+fitting/                    problems and methods of `fit`: least squares
 gpu/                        checks of the operators and of the machine code on a GPU, which time nothing
 gpu_check.sh                everything that is to be run on a GPU, in one call
 results/                    raw samples, by machine

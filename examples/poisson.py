@@ -1,8 +1,8 @@
 """A physics-informed network: the Poisson equation on the unit square, by Gauss-Newton steps and by Adam.
 
 The network u(x, y) is to satisfy u_xx + u_yy = -f inside of the square and u = 0 on its border, where f is chosen so
-that the solution is sin(pi x) sin(pi y). Two residuals of different sizes are minimised together: that of the equation
-at points inside, and that of the border at points there.
+that the solution is sin(pi x) sin(pi y). Two sets of residuals are minimised together: those of the equation at points
+inside, and those of the border at points there.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from torch.func import hessian, vmap
 import rgd_ext
 
 INSIDE, BORDER = 200, 80
+BORDER_WEIGHT = 10  # of the residuals of the border, so that they count beside those of second derivatives
 
 
 def solution(x: torch.Tensor) -> torch.Tensor:
@@ -33,10 +34,10 @@ class Problem:
         self.border[torch.arange(BORDER), side // 2] = (side % 2).to(self.border)
 
     def residuals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the equation, (INSIDE,), and of the border, (BORDER,), scaled so that both count by their means."""
+        """Of the equation, (INSIDE,), and of the border, (BORDER,): the sum of squares is one of weighted means."""
         laplacian = vmap(lambda z: torch.trace(hessian(lambda y: self.net(y)[0])(z)))(self.inside)
         equation = laplacian + 2 * torch.pi**2 * solution(self.inside)
-        return equation / INSIDE**0.5, 10 * self.net(self.border)[:, 0] / BORDER**0.5
+        return equation / INSIDE**0.5, BORDER_WEIGHT * self.net(self.border)[:, 0] / BORDER**0.5
 
     def error(self) -> float:
         """The root mean square of the difference from the solution, at fresh points."""
@@ -69,7 +70,7 @@ if __name__ == "__main__":
     steps = parser.parse_args().steps
     torch.set_num_threads(1)  # the tensors are too small for a second one
     torch.set_default_dtype(torch.float64)
-    print(f"{'method':<14}{'steps':>7}{'seconds':>9}{'residuals':>12}{'error':>10}")
+    print(f"{'method':<14}{'steps':>7}{'seconds':>9}{'loss':>12}{'error':>10}")
     for name, fit, number in (("Gauss-Newton", by_gauss_newton, steps), ("Adam", by_adam, 25 * steps)):
         problem, begin = Problem(seed=0), time.perf_counter()
         fit(problem, number)

@@ -55,7 +55,7 @@ class Derivatives:
         try:
             yield
         finally:
-            self.samples = None  # compiled, so that the garbage collector does not see into it
+            self.samples = None  # the garbage collector does not see into a compiled call, which leads back to here
 
     def follow(self) -> None:
         """From now on recorders follow derivatives."""
@@ -73,14 +73,14 @@ def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, take: Tak
     x = _Product.apply(x, weight, take, False) if weight.requires_grad else F.linear(x, weight)
     if bias is None:
         return x
-    # The sum is torch's: forward-mode derivatives of second order are lost in operators inside of a function's `jvp`,
-    # as long as these are no such functions themselves.
+    # The sum is torch's own: inside of the `jvp` of a function, forward-mode derivatives of second order are lost in
+    # all operators but such functions.
     return x + (_Bias.apply(x.detach(), bias, take) if bias.requires_grad else bias)
 
 
 def _is_wanted(edge: tuple) -> bool:
     """Whether the backward that runs is that of the loss, and wants the gradient of a parameter."""
-    # That of a derivative builds a graph, and what flows through that comes by again in the backward of the loss.
+    # The backward of an inner derivative builds a graph, which that of the loss goes through: its uses count then.
     if torch.is_grad_enabled():
         return False
     wanted = wanted_by_engine([edge])
@@ -106,8 +106,9 @@ class _Product(torch.autograd.Function):
         if _is_wanted(ctx.next_functions[1]):
             inputs, output_grads = (grad, x) if ctx.is_transposed else (x, grad)
             ctx.take(weight, inputs, output_grads)
-        passed = ctx.needs_input_grad[0]
-        return _Product.apply(grad, weight, ctx.take, not ctx.is_transposed) if passed else None, None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return _Product.apply(grad, weight, ctx.take, not ctx.is_transposed), None, None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,11 @@ class ResidualCapture:
         return derivatives
 
     @property
-    def way(self) -> str:
+    def mode(self) -> Literal["plain", "followed", "unit"]:
         """How derivatives of the model with respect to its inputs are captured so far."""
         if self.handle.context.options.is_unit:
-            return "as one unit"
-        return "followed" if self._derivatives.are_followed else "not"
+            return "unit"
+        return "followed" if self._derivatives.are_followed else "plain"
 
     def captured(self, run: Callable[[], T], again: Callable[[], T]) -> T:
         """The result of `run`, which uses `recording` and `rows`.
@@ -67,35 +67,36 @@ class ResidualCapture:
         wrong, is captured as one unit from then on, if that is right.
 
         Args:
-            run: is called at first; raises Unproven for rows that are wrong.
-            again: is called in its place once something was changed.
+            run: the first attempt; raises Unproven for rows that are wrong.
+            again: puts back what the first attempt has changed, and repeats it.
 
         Raises:
             RuntimeError: for derivatives that cannot be captured.
             Unproven: as `run`.
+            ValueError: that of a closure of the user.
         """
         try:
             return run()
         except (InnerDerivative, Unproven) as error:
             obstacle: Exception = error
-        if self.way == "not" and isinstance(obstacle, InnerDerivative):
+        if self.mode == "plain" and isinstance(obstacle, InnerDerivative):
             self._derivatives.follow()
             try:
                 return again()
             except (InnerDerivative, Unproven) as error:
                 obstacle = error
-        if self.way != "as one unit":
-            before = self.way
+        if self.mode != "unit":
+            before = self.mode
             self._recapture(is_unit=True)
             try:
                 return again()
-            except Exception:  # whatever a unit cannot do: the user can mend what the finer capture could not
+            except Exception:  # the obstacle of the finer capture is what the user can mend
                 self._recapture(is_unit=False)
             if before == "followed":
                 self._derivatives.follow()
         if isinstance(obstacle, InnerDerivative):
             raise RuntimeError(str(obstacle)) from obstacle
-        raise obstacle.__cause__ or obstacle  # of an error in the closure, that
+        raise obstacle.__cause__ or obstacle  # the error of the closure itself, if it is one
 
     def _recapture(self, is_unit: bool) -> None:
         self.handle.remove()

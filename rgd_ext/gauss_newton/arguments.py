@@ -19,7 +19,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_group(group: Mapping[str, Any], adaptive: bool) -> None:
-    """Raise TypeError or ValueError for a rate, a damping, a weight decay or a momentum that cannot be.
+    """Check the rate, the damping, the weight decay and the momentum of a group.
 
     Raises:
         TypeError: for what is no number.
@@ -44,12 +44,14 @@ def check_group(group: Mapping[str, Any], adaptive: bool) -> None:
         )
 
 
-def check_together(groups: list[dict[str, Any]]) -> None:
+def check_all_pulled(groups: list[dict[str, Any]]) -> None:
     """Raise ValueError if only some of the groups have damping or weight decay."""
-    pulled = [bool(group["damping"] + group["weight_decay"]) for group in groups if group["lr"]]
-    if any(pulled) and not all(pulled):
+    chosen = [number for number, group in enumerate(groups) if group["lr"]]
+    free = [number for number in chosen if not groups[number]["damping"] + groups[number]["weight_decay"]]
+    if free and len(free) < len(chosen):
         raise ValueError(
-            "some parameter groups have damping or weight decay and others neither: give each a damping, such as 1e-3"
+            f"parameter groups {free} have neither damping nor weight decay, and others do: give each group a damping,"
+            " such as 1e-3"
         )
 
 
@@ -64,7 +66,7 @@ def checked_rows(max_rows: int | None) -> int | None:
     return max_rows
 
 
-def checked_dtype(dtype: torch.dtype | None) -> bool:
+def wants_double(dtype: torch.dtype | None) -> bool:
     """Whether products are to be computed in float64.
 
     Raises:

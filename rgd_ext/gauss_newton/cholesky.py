@@ -26,8 +26,8 @@ class Factorised:
         jitter: what was added to the diagonal.
 
     Raises:
-        ValueError: if it is not finite.
-        Singular: if the matrix is not positive definite, by more than rounding.
+        ValueError: if it is not finite, and the host waits.
+        Singular: if the matrix is not positive definite, by more than rounding, and the host waits.
     """
 
     def __init__(self, matrix: Tensor, waits: bool) -> None:
@@ -70,7 +70,7 @@ class Factorised:
     def _singular(self) -> Singular:
         scale = self._matrix.diagonal().amax().item()
         return Singular(
-            f"the matrix of the {len(self._matrix)} equations is singular to rounding, with a diagonal of at most"
+            f"the linear system of {len(self._matrix)} equations is singular in float64, with a diagonal of at most"
             f" {scale:.1e}: residuals, or weights, depend on each other, as those of a sample that comes twice. Pass a"
             f" damping of at least {_ULP**0.5 * scale:.0e}"
         )

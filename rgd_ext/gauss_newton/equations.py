@@ -54,7 +54,7 @@ class Equations(ABC):
     @property
     @abstractmethod
     def scale(self) -> float:
-        """The largest element of the diagonal of J J^T, or of J^T J."""
+        """The largest element of the diagonal of the matrix, without the prior; to the order, once it is factorised."""
 
     @abstractmethod
     def row_norms(self) -> Tensor:
@@ -90,7 +90,7 @@ class OfResiduals(Equations):
 
     def __init__(self, jacobian: Jacobian, residuals: Tensor, waits: bool) -> None:
         super().__init__(jacobian, residuals, waits)
-        # By the share of their parameters in the metric.
+        # The Gramians of some of the parameters, by the places of these.
         self._grams: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -187,6 +187,6 @@ def _flat(vector: Sequence[Tensor]) -> Tensor:
 
 
 def equations(jacobian: Jacobian, residuals: Tensor, waits: bool) -> Equations:
-    """Those with fewer unknowns."""
+    """The system with fewer unknowns: that of the weights if d < N, else that of the residuals."""
     kind = OfWeights if jacobian.weights < jacobian.rows else OfResiduals
     return kind(jacobian, residuals, waits)

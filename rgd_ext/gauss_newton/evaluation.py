@@ -41,7 +41,7 @@ class Evaluator:
         capture: of the model that they call.
         is_double: as for `Jacobian`.
         max_rows: as for `GaussNewton`.
-        verifies: whether the first Jacobian of each form is proven.
+        verifies: whether Jacobians are proven: those of a new form, and those of steps 1, 2, 4, 8, ...
     """
 
     def __init__(self, capture: ResidualCapture, is_double: bool, max_rows: int | None, verifies: bool) -> None:
@@ -66,7 +66,7 @@ class Evaluator:
         """All residuals, (N,), in float64; the model is not captured meanwhile.
 
         Raises:
-            ValueError: if there are others than `number`.
+            TypeError, ValueError: for what are no residuals, or others than `number`.
         """
         found = joined(batches_of(closure()))
         if number is not None:
@@ -85,8 +85,8 @@ class Evaluator:
             adaptive: whether the host waits for a GPU in any case.
 
         Raises:
-            TypeError, ValueError: for residuals that cannot be, and if a proof fails.
-            RuntimeError: if the closure runs a backward.
+            TypeError, ValueError: for invalid residuals, and if a proof fails.
+            RuntimeError: if the closure runs a backward, or takes derivatives that cannot be captured.
         """
         self._steps += 1
 
@@ -115,13 +115,13 @@ class Evaluator:
         batches: Sequence[Tensor],
         start: Snapshot,
     ) -> None:
-        """Prove the rows if they are of a new form, and once more after 2, 4, 8, ... steps.
+        """Prove the rows if they are of a new form, and in steps 1, 2, 4, 8, ...
 
         Errors may not show at first, as behind weights that start with zero.
         """
         model = self._capture.handle.model
         form = (
-            self._capture.way,
+            self._capture.mode,
             model.training,
             getattr(inspect.unwrap(closure), "__code__", None),
             *(b.shape for b in batches),
@@ -167,10 +167,11 @@ class Evaluator:
         if limit is None and weights > _LARGEST_SYSTEM:
             limit = _LARGEST_SYSTEM
         if limit is not None and rows > limit:
+            order = min(rows, weights)
             raise ValueError(
-                f"the closure returned {rows:,} residuals, and max_rows is {limit:,}: a matrix of {rows:,} rows and"
-                f" columns takes {8 * rows**2 / 1e9:.1f} GB. Return those of a smaller batch, with adaptive=False if"
-                f" batches change from step to step; or pass max_rows={rows}"
+                f"the closure returned {rows:,} residuals, and max_rows is {limit:,}: the linear system has {order:,}"
+                f" unknowns and takes {8 * order**2 / 1e9:.1f} GB. Return those of a smaller batch, with adaptive=False"
+                f" if batches change from step to step; or pass max_rows={rows}"
             )
 
 

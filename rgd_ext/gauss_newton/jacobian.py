@@ -32,8 +32,8 @@ class Jacobian:
     """
 
     def __init__(self, parts: Sequence[Contributions], is_double: bool) -> None:
-        self._parts = parts
-        self._whole = _in_double(_union(parts)) if is_double else _union(parts)
+        self._parts = [_in_double(part) for part in parts] if is_double else parts
+        self._whole = _union(self._parts)
         self.rows, self.parameters = self._whole.batch_size, self._whole.parameters()
         self.weights = sum(p.numel() for p in self.parameters)
 
@@ -43,7 +43,7 @@ class Jacobian:
         if len(parameters) < len(self.parameters):
             own = set(parameters)
             part = Contributions.of([(p, factor) for p, factor in part.factors() if p in own], self.rows)
-        with self._precisely():
+        with self._precisely():  # contributions are those of the mean, over as many samples: G = N J
             return part.gram().double().div_(self.rows**2)
 
     def times(self, vector: Sequence[Tensor]) -> Tensor:
@@ -61,12 +61,13 @@ class Jacobian:
         """Rows of J, (some of N, d), one block after another."""
         for part in self._parts:
             found = dict(part.factors())
-            columns = [
-                found[p].dense().double().view(part.batch_size, -1)
-                if p in found
-                else p.new_zeros(part.batch_size, p.numel(), dtype=torch.float64)
-                for p in self.parameters
-            ]
+            with self._precisely():
+                columns = [
+                    found[p].dense().double().view(part.batch_size, -1)
+                    if p in found
+                    else p.new_zeros(part.batch_size, p.numel(), dtype=torch.float64)
+                    for p in self.parameters
+                ]
             yield torch.cat(columns, 1)
 
     def _precisely(self) -> AbstractContextManager[object, bool | None]:

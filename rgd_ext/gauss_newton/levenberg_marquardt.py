@@ -16,7 +16,8 @@ from .snapshot import Position
 # A step that is rejected multiplies the damping by 2, and each one after it by twice what the one before did.
 _TRIALS = 12
 _GROWTH = 2.0
-_LARGEST_FALL = 1 / 3
+# The least that a step which is accepted multiplies the damping by.
+_LEAST_CHANGE = 1 / 3
 # The share of a step after which the residuals are evaluated for the geodesic acceleration.
 _SHARE = 0.1
 # The least damping, over the largest element of the diagonal that it is added to.
@@ -31,7 +32,7 @@ class Found(NamedTuple):
         trials: how many were tried.
         factor: what the damping of the last trial was multiplied by.
         next_factor: what to multiply the damping by for the next search.
-        gain_ratio: by how much the loss fell, over what the linear model promised.
+        gain_ratio: by how much the loss fell, over what the linear model predicted.
         is_accelerated: whether the last trial had the geodesic acceleration.
     """
 
@@ -57,8 +58,9 @@ def search(problem: Problem, position: Position, evaluate: Callable[[], Tensor],
     Raises:
         Singular: if the equations have no solution for any damping that was tried.
     """
-    factor, growth, ratio, accelerated = 1.0, _GROWTH, 0.0, False
+    factor, growth, tried, ratio, accelerated = 1.0, _GROWTH, 1.0, 0.0, False
     for trial in range(1, _TRIALS + 1):
+        tried, ratio, accelerated = factor, 0.0, False
         try:
             step = problem.step(factor)
         except Singular:
@@ -67,10 +69,10 @@ def search(problem: Problem, position: Position, evaluate: Callable[[], Tensor],
             factor, growth = factor * growth, growth * 2
             continue
         moved = problem.with_rates(step)
-        promised = problem.promised(moved)
+        predicted = problem.predicted(moved)
         if not any(s.any() for s in moved):  # a stationary point
             return Found(False, trial, factor, 1.0, 0.0, False)
-        if not promised > 0:  # too long a step, as with rates above 2, or that differ
+        if not predicted > 0:  # too long a step, as with rates above 2, or that differ
             factor, growth = factor * growth, growth * 2
             continue
         correction = _correction(problem, position, evaluate, moved) if has_acceleration else None
@@ -80,20 +82,20 @@ def search(problem: Problem, position: Position, evaluate: Callable[[], Tensor],
         if not position.move(moved):
             return Found(False, trial, factor, 1.0, 0.0, accelerated)
         fall = problem.fall(moved, evaluate())
-        ratio = fall / promised
+        ratio = fall / predicted
         if math.isfinite(fall) and fall > 0:
-            change = max(_LARGEST_FALL, 1 - (2 * min(ratio, 1.0) - 1) ** 3)
+            change = max(_LEAST_CHANGE, 1 - (2 * min(ratio, 1.0) - 1) ** 3)
             return Found(True, trial, factor, factor * change, ratio, accelerated)
         position.restore()
         factor, growth = factor * growth, growth * 2
-    return Found(False, _TRIALS, factor, 1.0, ratio, accelerated)
+    return Found(False, _TRIALS, tried, 1.0, ratio, accelerated)
 
 
 def _correction(problem: Problem, position: Position, evaluate: Callable[[], Tensor], step: Vector) -> Vector | None:
     position.move([_SHARE * s for s in step])
     residuals = evaluate()
     position.restore()
-    return problem.curvature_correction(step, _SHARE, residuals) if residuals.isfinite().all() else None
+    return problem.geodesic_correction(step, _SHARE, residuals) if residuals.isfinite().all() else None
 
 
 def least_factor(problem: Problem, damping: float) -> float:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ..capture.residuals import ResidualCapture
-from .arguments import check_flag, check_group, check_together, checked_dtype, checked_rows
+from .arguments import check_all_pulled, check_flag, check_group, checked_rows, wants_double
 from .evaluation import Evaluator
 from .levenberg_marquardt import least_factor, search
 from .problem import Problem
 from .report import Report
-from .residuals import Residuals
+from .residuals import Closure
 from .snapshot import Position, Snapshot
 
 _COPIED = (
@@ -39,8 +39,8 @@ class GaussNewton(torch.optim.Optimizer):
     of `step`. The `.grad` of parameters is neither read nor written.
 
     Args:
-        model: computes the residuals; captured as by `rgd_ext.observe`, whose errors there are.
-        lr: the length of the step, over that of the step which solves the linear model.
+        model: computes the residuals; captured as by `rgd_ext.observe`, with the same restrictions.
+        lr: the step size; 1 is the whole Gauss-Newton step.
         damping: what is added to the diagonal of J J^T: the larger, the shorter the step, and the more along the
             gradient. In units of a squared gradient of a residual.
         adaptive: whether a step is tried, and taken only if |r|^2 falls; otherwise the damping grows. It follows by how
@@ -53,18 +53,18 @@ class GaussNewton(torch.optim.Optimizer):
             zero (SPRING: Goldshlager, Abrahamsen and Lin, arXiv 2401.10190).
         geodesic: whether to correct the steps by the curvature of the residuals along them (Transtrum and Sethna, arXiv
             1201.5885), for one more call of the closure each: fewer steps for smooth problems. Needs `adaptive`.
-        max_rows: the largest number of residuals in a step; None for as many as give a system of 16,384 unknowns.
+        max_rows: the largest number of residuals in a step; None allows for a system of 16,384 unknowns.
         dtype: torch.float64 to compute J J^T in float64 for a float32 model, which allows for less damping. The linear
             system itself is always solved in float64.
-        memory_budget: of `rgd_ext.precondition`.
-        verify: prove at the first step, and at the first of residuals of another form, that each row of J is the
-            gradient of its residual. The closure is called once more for it.
+        memory_budget: as for `rgd_ext.precondition`.
+        verify: prove that the rows of J are the gradients of the residuals, in steps 1, 2, 4, 8, ... and whenever the
+            closure or the shapes of its residuals are new. The closure is called once more for it.
 
     Attributes:
         report: what the last step has done, or None before the first.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be, and as `rgd_ext.observe`.
+        TypeError, ValueError: for invalid arguments, and as `rgd_ext.observe`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double()
@@ -99,8 +99,8 @@ class GaussNewton(torch.optim.Optimizer):
         for name, flag in (("adaptive", adaptive), ("geodesic", geodesic), ("verify", verify)):
             check_flag(name, flag)
         if geodesic and not adaptive:
-            raise ValueError("GaussNewton(geodesic=True) with adaptive=False: the two go together")
-        is_double, max_rows = checked_dtype(dtype), checked_rows(max_rows)
+            raise ValueError("GaussNewton(geodesic=True) with adaptive=False: pass adaptive=True, which it needs")
+        is_double, max_rows = wants_double(dtype), checked_rows(max_rows)
         self._own, self._adaptive, self._geodesic = set(model.parameters()), adaptive, geodesic
         defaults = {"lr": lr, "damping": damping, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(model.parameters() if params is None else params, defaults)
@@ -116,7 +116,11 @@ class GaussNewton(torch.optim.Optimizer):
             self.__dict__.setdefault(name, value)  # a copy has no capture
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; ValueError for options that cannot be, and foreign parameters."""
+        """As `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError, ValueError: for invalid options, or parameters that are not of the model.
+        """
         check_group({**self.defaults, **param_group}, self._adaptive)
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
@@ -143,7 +147,7 @@ class GaussNewton(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
 
-    def step(self, closure: Callable[[], Residuals]) -> Tensor:  # type: ignore[override]  # no other closure
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # no other closure
         """Take a step.
 
         Args:
@@ -156,12 +160,14 @@ class GaussNewton(torch.optim.Optimizer):
             |r|^2 / 2 before the step, a scalar.
 
         Raises:
-            TypeError, ValueError: for residuals that cannot be, such as a loss, more than `max_rows`, infinite or
-                undefined ones, or those that mix samples.
-            RuntimeError: if the closure runs a backward, or the linear system is singular.
+            TypeError, ValueError: for invalid residuals, such as a loss, more than `max_rows`, those that mix samples,
+                or that are not finite; if there is nothing to fit.
+            RuntimeError: if the closure runs a backward, or takes derivatives that cannot be captured; if the linear
+                system is singular; for a copy, or a capture that was removed or taken over.
 
-        Whatever is raised, parameters, buffers, random numbers and the state are as before. If no step is found by
-        which the loss falls, they stay as they are, and `report.accepted` is False.
+        Whatever is raised, parameters, buffers, random number generators and the state are as before. If no trial
+        reduces the loss, the parameters and the damping are as before, and `report.accepted` is False. On a GPU with
+        adaptive=False a step that is not finite is left out.
         """
         evaluator = self._evaluator
         if evaluator is None:
@@ -170,23 +176,23 @@ class GaussNewton(torch.optim.Optimizer):
             raise TypeError(f"closure is of type {type(closure).__name__}: pass a function that returns the residuals")
         for group in self.param_groups:
             check_group(group, self._adaptive)
-        check_together(self.param_groups)
+        check_all_pulled(self.param_groups)
         groups = {p: group for group in self.param_groups for p in group["params"] if p.requires_grad}
         if not groups:
             raise ValueError("there is nothing to fit: all parameters are frozen")
         groups = {p: group for p, group in groups.items() if group["lr"]}
         start = evaluator.snapshot()
         try:
-            self.report = self._report(evaluator, closure, groups, start)
+            self.report = self._take_step(evaluator, closure, groups, start)
         except BaseException:
             start.restore()
             raise
         return self.report.loss
 
-    def _report(
+    def _take_step(
         self,
         evaluator: Evaluator,
-        closure: Callable[[], Residuals],
+        closure: Closure,
         groups: dict[nn.Parameter, dict[str, Any]],
         start: Snapshot,
     ) -> Report:
@@ -204,9 +210,9 @@ class GaussNewton(torch.optim.Optimizer):
         with torch.no_grad():
             problem = Problem(equations, [groups[p] for p in parameters], [self._previous(p) for p in parameters])
             if not self._adaptive:
-                return self._go(problem)
+                return self._fixed_step(problem)
             after = evaluator.snapshot()
-            report = self._search(problem, evaluate)
+            report = self._adaptive_step(problem, evaluate)
             after.restore()
             return report
 
@@ -215,7 +221,7 @@ class GaussNewton(torch.optim.Optimizer):
         found: Tensor | None = self.state[parameter].get(_STATE) if parameter in self.state else None
         return found
 
-    def _search(self, problem: Problem, evaluate: Callable[[], Tensor]) -> Report:
+    def _adaptive_step(self, problem: Problem, evaluate: Callable[[], Tensor]) -> Report:
         """Look for a step by which the loss falls, take it, and choose the damping of the next one."""
         position = Position(problem.equations.jacobian.parameters)
         try:
@@ -236,16 +242,15 @@ class GaussNewton(torch.optim.Optimizer):
             geodesic=found.is_accelerated,
         )
 
-    def _go(self, problem: Problem) -> Report:
+    def _fixed_step(self, problem: Problem) -> Report:
         """Take the step."""
         step, parameters = problem.step(), problem.equations.jacobian.parameters
         is_finite = None if problem.equations.waits else torch.stack([s.isfinite().all() for s in step]).all()
         for parameter, group, s in zip(parameters, problem.groups, step, strict=True):
-            own = self.state[parameter] if group["momentum"] else {}
-            moved, kept = group["lr"] * s, s.to(parameter)
-            if is_finite is not None:  # else the step is left out
-                moved = torch.where(is_finite, moved, 0)
-                kept = torch.where(is_finite, kept, own.get(_STATE, torch.zeros_like(kept)))
-            parameter.sub_(moved)
-            own[_STATE] = kept
+            parameter.sub_(group["lr"] * (s if is_finite is None else torch.where(is_finite, s, 0)))
+            if group["momentum"]:
+                previous, kept = self._previous(parameter), s.to(parameter)
+                if is_finite is not None:
+                    kept = torch.where(is_finite, kept, torch.zeros_like(kept) if previous is None else previous)
+                self.state[parameter][_STATE] = kept
         return problem.report(damping=self.param_groups[0]["damping"])

@@ -11,9 +11,12 @@ from torch import Tensor
 from .equations import Equations, Prior, Vector
 from .report import Report
 
+# The length of the acceleration over that of the velocity, up to which it is trusted.
+_LONGEST_CORRECTION = 0.75
+
 
 class Problem:
-    """Half the squared sum of residuals and weight decay, and what its linear model promises.
+    """Half the sum of squared residuals, with weight decay, and what its linear model predicts.
 
     Steps s are subtracted from the parameters.
 
@@ -69,8 +72,8 @@ class Problem:
         """A step times the rates of the parameters."""
         return [group["lr"] * s for group, s in zip(self.groups, step, strict=True)]
 
-    def promised(self, step: Vector) -> float:
-        """By how much the linear model says that the loss falls."""
+    def predicted(self, step: Vector) -> float:
+        """The reduction of the loss that the linear model predicts."""
         residuals, change = self.equations.residuals, self.equations.jacobian.times(step)
         return (residuals @ change - change @ change / 2 + self._fall_of_decay(step)).item()
 
@@ -87,11 +90,11 @@ class Problem:
                 fall = fall + group["weight_decay"] * ((value - s / 2).double() * s).sum()
         return fall
 
-    def curvature_correction(self, step: Vector, share: float, residuals: Tensor) -> Vector | None:
-        """The geodesic acceleration of a step, for which the equations are factorised; None if it is too long.
+    def geodesic_correction(self, step: Vector, share: float, residuals: Tensor) -> Vector | None:
+        """Half the geodesic acceleration, J^+ r'' / 2, of a step for which the equations are factorised.
 
-        M. Transtrum and J. Sethna, arXiv 1201.5885, section 3: the second derivative of the residuals along the step,
-        and the step that takes it back.
+        r'' is the second derivative of the residuals along the step (M. Transtrum and J. Sethna, arXiv 1201.5885,
+        section 3). None if it is too long.
 
         Args:
             step: with rates.
@@ -104,10 +107,6 @@ class Problem:
         if not 2 * _norm(found) <= _LONGEST_CORRECTION * _norm(step):
             return None
         return found
-
-
-# The length of the acceleration over that of the velocity, up to which it is trusted.
-_LONGEST_CORRECTION = 0.75
 
 
 def _norm(vector: Vector) -> float:

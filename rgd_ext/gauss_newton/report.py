@@ -11,15 +11,15 @@ class Report(NamedTuple):
     """What a step of `GaussNewton` has done.
 
     Attributes:
-        loss: half the squared sum of the residuals before the step, a scalar.
+        loss: half the sum of squared residuals before the step, without weight decay, a scalar.
         rows: the number of residuals.
         order: the number of unknowns of the linear system that was solved: that of the residuals, or of the weights.
-        accepted: whether the parameters have moved.
+        accepted: with `adaptive`, whether a trial was accepted; else True.
         trials: how many steps were tried; 1 without `adaptive`.
         damping: that of the step which was accepted, or tried last, in the first group.
-        gain_ratio: by how much the loss fell, over what the linear model promised; None without `adaptive`.
+        gain_ratio: by how much the loss fell, over what the linear model predicted; None without `adaptive`.
         geodesic: whether the step includes the geodesic acceleration.
-        jitter: what was added to the diagonal of the system to factorise it, as a rule 0.
+        jitter: what was added to the diagonal of the system to factorise it, normally 0.
     """
 
     loss: Tensor

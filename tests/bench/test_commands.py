@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from bench import modules, observe, operators, overhead, torchjd
+from bench import fit, modules, observe, operators, overhead, torchjd
+from bench.fitting.methods import Method
 from bench.training.models import Case, mlp
 
 
@@ -164,8 +165,39 @@ def test_verification(run, tmp_path, capsys):
         assert min(times["first, verified"]) > min(times["first, not verified"])
 
 
+def test_fit(run, tmp_path, capsys):
+    path, plot = tmp_path / "fit.json", tmp_path / "fit.png"
+    run("fit", "--only", "1-64-64-1", "diabetes", "heat", "--json", str(path), "--plot", str(plot))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    assert record["environment"]["threads"] == 1
+    (cost,) = record["steps"]
+    assert set(cost["peak_bytes"]) == set(cost["milliseconds"]) == {"SGD", "GaussNewton", "of it the linear system"}
+    methods = {"GaussNewton", "GaussNewton, geodesic", "Adam", "SGD, momentum", "L-BFGS"}
+    for problem in record["problems"]:
+        assert set(problem["curves"]) == set(problem["settings"]) == methods
+        assert set(problem["tuning"]) == {"Adam", "SGD, momentum"}
+        first = {runs[0]["error"][0] for runs in problem["curves"].values()}
+        assert len(first) == 1, "all start from the same weights"
+        for (curve,) in problem["curves"].values():
+            assert curve["steps"][-1] > 0
+            assert curve["seconds"] == sorted(curve["seconds"])
+            assert len(curve["solution_error"]) == (len(curve["error"]) if problem["problem"] == "heat" else 0)
+    assert all(name in printed for name in (*methods, "diabetes", "heat", "MLP 1-64-64-1"))
+    assert plot.read_bytes()[1:4] == b"PNG"
+
+
+def test_a_fit_by_ours_that_fails_is_a_failure(run, monkeypatch):
+    def failing(problem, model):
+        raise RuntimeError("no step")
+
+    monkeypatch.setitem(fit.PROBLEMS, "heat", (fit.PROBLEMS["heat"][0], {"GaussNewton": Method(failing)}))
+    with pytest.raises(SystemExit, match="heat: AssertionError: GaussNewton: RuntimeError: no step"):
+        run("fit", "--only", "heat")
+
+
 @pytest.mark.parametrize(
-    "command", ["kernels", "steps", "observe", "torchjd", "operators", "scaling", "modules", "verification"]
+    "command", ["kernels", "steps", "observe", "torchjd", "operators", "scaling", "modules", "verification", "fit"]
 )
 def test_name_that_no_case_has_is_refused(run, command):
     with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):

@@ -9,7 +9,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 MODULES = {path: ("bench", *path.relative_to(BENCH).with_suffix("").parts) for path in BENCH.rglob("*.py")}
 # From a folder, which folders may be imported, beside the folder itself.
-BELOW = {"measuring": set(), "gradients": {"measuring"}, "training": {"measuring"}, "gpu": {"measuring"}}
+BELOW = {"measuring": set(), **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu")}}
 
 
 def imports(path):

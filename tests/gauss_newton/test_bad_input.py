@@ -172,7 +172,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_captured(options, kind, matc
 def test_groups_without_any_damping_beside_others():
     net, x = network(), points(5)
     groups = [{"params": net[0].parameters(), "damping": 0.0}, {"params": net[2].parameters()}]
-    assert_refused(lambda: net(x), net, ValueError, r"some parameter groups", params=groups, adaptive=False)
+    assert_refused(lambda: net(x), net, ValueError, r"parameter groups \[0\]", params=groups, adaptive=False)
 
 
 def test_models_and_closures_that_are_none():

@@ -1,0 +1,1 @@
+"""Problems of least squares, and methods that solve them."""
