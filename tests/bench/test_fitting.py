@@ -42,7 +42,7 @@ def test_the_known_solution_of_an_equation_has_no_residual(build, solution):
 
 
 # Of torch.func itself, when it is first used.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 def test_both_ways_to_differentiate_agree():
     problem = equations.poisson()
     (batch,), model = problem.batches, problem.network()
@@ -73,7 +73,7 @@ def test_every_method_lowers_the_error(methods, name):
     assert problem.error(model) < before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is")
 def test_the_other_package_solves_an_equation_on_one_batch_only():
     pytest.importorskip("torch_levenberg_marquardt")
     failed, starts = {}, {"cholesky": partial(ON_ALL[PEER].start, solver="cholesky")}

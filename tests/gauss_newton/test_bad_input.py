@@ -132,9 +132,9 @@ def test_equal_samples_without_damping():
 def test_equations_that_are_singular_but_have_a_solution_are_solved_with_jitter():
     net, x = network(), points(3).repeat(2, 1)
     optimizer = rgd_ext.GaussNewton(net, damping=0, adaptive=False)
-    losses = [optimizer.step(lambda: net(x)[:, 0] - 1).item() for _ in range(8)]
+    losses = [optimizer.step(lambda: net(x)[:, 0] - 1).item() for _ in range(3)]
     assert 0 < optimizer.report.jitter < 1e-10
-    assert losses[-1] < 1e-20
+    assert losses[-1] < 1e-2 * losses[0]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import rgd_ext
 DAMPING = 1e-2
 # Forward-mode derivatives of torch load its decompositions, which were written for torch.jit.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is"),
     pytest.mark.filterwarnings("ignore:.*runs for one sample after the other:UserWarning"),
 ]
 
