@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.verification.random_numbers import RandomNumbers
-from ..nests import modules_in
+from ..planning.trial import SavedBuffers
 
 
 class Snapshot:
@@ -19,21 +19,13 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.clone())
-            for module in modules_in(model)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._buffers = SavedBuffers(model)
         self._random = RandomNumbers({p.device for p in model.parameters() if p.is_cuda}, ())
 
     def restore(self) -> None:
         """Put all of them back, with the same bits."""
         self._random.rewind()
-        with torch.no_grad():
-            for owner, name, buffer, before in self._buffers:
-                owner[name] = buffer
-                buffer.copy_(before)
+        self._buffers.restore()
 
 
 class Position:

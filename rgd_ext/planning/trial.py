@@ -12,23 +12,38 @@ from ..contributions.rates import now
 from ..nests import modules_in, tensors_in
 
 
+class SavedBuffers:
+    """The buffers of a model, and their values.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.clone())
+            for module in modules_in(model)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its buffers back, with the values that they had."""
+        for owner, name, buffer, before in self._buffers:
+            owner[name] = buffer
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
 @contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """A context that gives the model its buffers back when it ends, with the values that they have now."""
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in modules_in(model)
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    saved = SavedBuffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for owner, name, buffer, before in buffers:
-                owner[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        saved.restore()
 
 
 def dry_run(model: nn.Module, args: tuple, kwargs: dict, times: int) -> float:
