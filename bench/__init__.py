@@ -5,6 +5,7 @@ measuring/                  clocks, memory, agreement with float64, tables, reco
 gradients/                  cases and arms of `kernels`: per-sample gradients, and ways to compute on them
 training/                   models and arms of the commands that time training steps
 fitting/                    problems and methods of `fit`: least squares
+simulating/                 links, models and schedules of `cluster`: predicted steps on many ranks
 gpu/                        checks of the operators and of the machine code on a GPU, which time nothing
 gpu_check.sh                everything that is to be run on a GPU, in one call
 results/                    raw samples, by machine

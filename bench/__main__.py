@@ -7,13 +7,39 @@ import sys
 
 import torch
 
-from . import fit, kernels, modules, observe, operators, overhead, scaling, steps, table1, torchjd, verification
+from . import (
+    cluster,
+    distributed,
+    fit,
+    kernels,
+    modules,
+    observe,
+    operators,
+    overhead,
+    scaling,
+    steps,
+    table1,
+    torchjd,
+    verification,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (kernels, steps, observe, torchjd, operators, scaling, overhead, modules, verification, fit):
+    for module in (
+        kernels,
+        steps,
+        distributed,
+        observe,
+        torchjd,
+        operators,
+        scaling,
+        overhead,
+        modules,
+        verification,
+        fit,
+    ):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0], description=module.__doc__)
         default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,6 +56,11 @@ def main() -> None:
             command.add_argument("--seconds", type=float, help="for each method and seed; default: 5, or 0.05 if quick")
         if module in (kernels, scaling, fit):
             command.add_argument("--plot", metavar="PATH.png", help="also draw it (needs matplotlib)")
+    command = commands.add_parser("cluster", help=cluster.__doc__, description=cluster.__doc__)
+    command.add_argument("--quick", action="store_true", help="one model, few ranks")
+    command.add_argument("--json", metavar="PATH", help="also write the numbers of the tables")
+    command.add_argument("--plot", metavar="PATH.png", help="also draw the ratios (needs matplotlib)")
+    command.set_defaults(run=cluster.run)
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
     command.set_defaults(run=table1.run)
     arguments = vars(parser.parse_args())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,17 @@ class PerSampleGradients(ABC):
         """p = w^T G and |p|^2."""
         combination = self.combine(weights)
         return combination, squared_norm(combination)
+
+    def largest_eigenvalue(self, method: Literal["lanczos", "bound"]) -> Tensor | None:
+        """lambda_max(D), or a bound of it; None, the default, where it is best computed from the Gramian.
+
+        For sources whose samples are in several processes, which do without the Gramian; so is `agreed`.
+        """
+        return None
+
+    def agreed(self, weights: Tensor, epsilon: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weights and the epsilon that have been chosen, or those that another process has chosen."""
+        return weights, epsilon
 
     def dense(self) -> list[Tensor] | None:
         """G as (B, *param.shape) tensors; None, the default, where only single rows can be formed, by `combine`."""

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .capture import Preconditioner, precondition
 from .capture.captures import is_captured
 from .capture.steps import pending_directions
+from .distributed import Mode, ProcessGroupLike
 from .metric import Epsilon, Inverse, Weights
 
 
@@ -26,8 +27,9 @@ class RGD(torch.optim.SGD):
     Args:
         model: the model to capture with `rgd_ext.precondition`; or parameters or groups, as torch.optim takes them, of
             a model that has been captured already.
-        epsilon, inverse, weights, batch_norm, memory_budget, verify, batch_dim: of `rgd_ext.precondition`; only with a
-            model. With `weights` the direction is sum_i w_i g_i in place of (I - eps D) g.
+        epsilon, inverse, weights, batch_norm, memory_budget, verify, batch_dim, process_group, mode: of
+            `rgd_ext.precondition`; only with a model. With `weights` the direction is sum_i w_i g_i in place of
+            (I - eps D) g.
         lr, momentum, dampening, weight_decay, nesterov, others: of `torch.optim.SGD`.
 
     Attributes:
@@ -67,12 +69,16 @@ class RGD(torch.optim.SGD):
         memory_budget: float | None = None,
         verify: bool | None = None,
         batch_dim: int | None = 0,
+        process_group: ProcessGroupLike | None = None,
+        mode: Mode = "exact",
         **others: Any,
     ) -> None:
         options: dict[str, Any] = {"epsilon": epsilon, "inverse": inverse, "weights": weights}
         options |= {"batch_norm": batch_norm, "memory_budget": memory_budget, "verify": verify}
+        options["process_group"] = process_group
         options = {name: value for name, value in options.items() if value is not None}
         options |= {} if batch_dim == 0 else {"batch_dim": batch_dim}
+        options |= {} if mode == "exact" else {"mode": mode}
         handle: Preconditioner | None = None
         if isinstance(model, nn.Module):
             # SGD checks its arguments before the model is captured.

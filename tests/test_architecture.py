@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from test_layers import HEIGHTS
-from torch import nn
+from torch import distributed, nn
 
 import rgd_ext
+from rgd_ext.distributed.buckets import LARGE
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -158,6 +159,17 @@ def fit(handle, x):
     rgd_ext.GaussNewton(net).step(residuals)
 
 
+def distributed_step(handle, x):
+    handle.remove()
+    net = nn.Sequential(*handle.model, nn.Linear(5, LARGE // 5 + 1))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with rgd_ext.precondition(net, process_group=distributed.group.WORLD, verify=False) as captured:
+            step(captured, x)
+    finally:
+        distributed.destroy_process_group()
+
+
 # What takes the road with that heading.
 ACTIONS = {
     "FORWARD": (lambda: nn.Sequential(*parts()), step),
@@ -169,6 +181,7 @@ ACTIONS = {
     "(d) WEIGHTS": (lambda: nn.Sequential(*parts()), weighted_step),
     "(e) PER PARAMETER": (lambda: nn.Sequential(*parts()), observed_step),
     "(f) RESIDUALS": (lambda: nn.Sequential(*parts()), fit),
+    "(g) SEVERAL": (lambda: nn.Sequential(*parts()), distributed_step),
 }
 # The first three parts are one road.
 FORWARD, BACKWARD, END, *SIDE_ROADS = ROADS

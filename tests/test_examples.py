@@ -1,24 +1,29 @@
 """The programs in examples/ run and print a table."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
 
 class Example(NamedTuple):
-    """The packages that a program imports besides ours, and the arguments of a short run."""
+    """The packages that a program imports besides ours, the arguments of a short run, and what starts the program."""
 
     needs: list[str]
     short: list[str]
+    launcher: tuple[str, ...] = ()
 
 
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"
 EXAMPLES = {
+    "distributed": Example([], ["--epochs", "2"], TORCHRUN),
     "upgrad": Example(["sklearn", "torchjd", "quadprog", "qpsolvers"], ["--steps", "5"]),
     "poisson": Example([], ["--steps", "2"]),
     "suspicious_labels": Example(["sklearn"], ["--epochs", "1"]),
@@ -29,11 +34,17 @@ def table_of(name, *arguments):
     """The rows that an example prints, split into cells; skips where it needs what is not installed."""
     for package in EXAMPLES[name].needs:
         pytest.importorskip(package)
-    command = [sys.executable, f"examples/{name}.py", *arguments]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command_of(name, *arguments), stderr=subprocess.PIPE, **SURROUNDINGS)
     assert result.returncode == 0, result.stderr
     return [line.split() for line in result.stdout.splitlines()]
+
+
+VARIABLES = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+SURROUNDINGS = {"env": os.environ | VARIABLES, "cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+
+
+def command_of(name, *arguments):
+    return [sys.executable, *EXAMPLES[name].launcher, f"examples/{name}.py", *arguments]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
@@ -62,3 +73,17 @@ def test_suspicious_labels_compares_its_scores_as_the_documentation_does():
     assert min(areas["loss"], areas["margin"], areas["gradient-norm"]) > 97
     assert 80 < areas["validation-cosine"] < areas["gradient-norm"]
     assert areas["batch-cosine"] < 50
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc, to find a process")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_a_training_goes_on_along_its_trajectory_after_a_process_was_killed(tmp_path):
+    arguments = "--epochs", "4", "--checkpoint", str(tmp_path / "run.pt")
+    expected = table_of("distributed", *arguments[:2])
+    with subprocess.Popen(command_of("distributed", *arguments), stderr=subprocess.DEVNULL, **SURROUNDINGS) as agent:
+        lines = [agent.stdout.readline() for _ in range(3)]
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        lines += agent.stdout.readlines()
+        assert agent.wait() == 0
+    assert [line.split() for line in lines] == expected

@@ -15,6 +15,7 @@ LAYERS = [
     ["_binary"],
     ["gradients"],
     ["metric", "contributions"],
+    ["distributed"],
     ["planning"],
     ["layers"],
     ["capture"],

@@ -12,6 +12,7 @@ MOST_FIELDS = 12
 WRITTEN_BY_OTHERS = {
     "tensors": {"data", "grad", "requires_grad", "origin"},
     "modules": {"_buffers", "forward", "training"},
+    "DistributedDataParallel": {"require_backward_grad_sync", "require_forward_param_sync"},
     "functions": {"__kwdefaults__", "__signature__", "argtypes"},
     "torch.nn.utils.parametrize": {"_cache"},
     "generators of NumPy": {"state"},

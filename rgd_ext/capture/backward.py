@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contributions.cost import SHARE
-from ..contributions.factor import Factor
+from ..contributions.factor import Dense, Factor
 from ..contributions.ledger import Contributions
 from ..contributions.vectors import VectorLayers
 from .native import NODES_ASK, Collector, LayerCall, vector_buckets
@@ -48,6 +48,7 @@ class Backward:
         "_contributions",
         "_max_waiting",
         "_passed",
+        "_sends_early",
         "_uses",
         "_waiting",
         "_waiting_bytes",
@@ -59,8 +60,10 @@ class Backward:
 
     def __init__(self, task: int, batch_size: int, sink: Sink, max_waiting: int) -> None:
         self.task, self.batch_size, self.sink = task, batch_size, sink
-        # With the task -1 it takes nothing by itself: contributions that are kept need the copies that `receive` makes.
-        task_of_collector = -1 if sink.keeps_contributions else task
+        # With the task -1 it takes nothing by itself: contributions that are kept need the copies that `receive` makes,
+        # and those that are sent early do not wait for the end.
+        self._sends_early = sink.sends_early
+        task_of_collector = -1 if sink.keeps_contributions or self._sends_early else task
         self.collector = Collector(task_of_collector, batch_size, SMALL, max_waiting, SHARE)
         # Whether the collector has to be asked here: compiled nodes ask it themselves, but for the first layer.
         self._asks = True
@@ -93,19 +96,23 @@ class Backward:
         if self.sink.keeps_contributions:
             # They must not change with a buffer that the next batch is copied to, nor hold a graph.
             inputs, grad = [x.clone() if x.grad_fn is None else x.detach() for x in inputs], grad.clone()
-        is_whole = len(names) == len(call.parameters)
-        if is_whole and (self._asks or call.operands is not None):
+        is_whole, is_urgent = len(names) == len(call.parameters), self._is_urgent(call)
+        if is_whole and not is_urgent and (self._asks or call.operands is not None):
             is_taken = self._takes_without_rule(call, inputs[0], grad)
-            self._asks = self.sink.keeps_contributions or not NODES_ASK
+            self._asks = self.sink.keeps_contributions or self._sends_early or not NODES_ASK
             if is_taken:
                 return
         size = grad.nbytes + sum([x.nbytes for x in inputs])
-        if size <= SMALL and self._waiting_bytes + size <= self._max_waiting:
+        if not is_urgent and size <= SMALL and self._waiting_bytes + size <= self._max_waiting:
             self._waiting.append((call, names, inputs, grad))
             self._waiting_bytes += size
             return
         with full_precision(grad.device):
             self.contribute(call, names, apply_rule(call, inputs, grad))
+
+    def _is_urgent(self, call: LayerCall) -> bool:
+        """Whether the layer has a parameter whose contributions are to be offered now."""
+        return self._sends_early and any(map(self.sink.takes_early, call.parameters.values()))
 
     def _takes_without_rule(self, call: LayerCall, x: Tensor, grad: Tensor) -> bool:
         """Take a layer whose parameters are all wanted without calling its rule; returns whether it was taken."""
@@ -127,11 +134,16 @@ class Backward:
         for name in names:
             factor, parameter = found.get(name), call.parameters[name]
             if isinstance(factor, Tensor):
-                self._contributions.add_tensor([parameter], checked(call, name, factor))
+                tensor = checked(call, name, factor)
+                self._contributions.add_tensor([parameter], tensor)
+                entered: Factor = Dense(tensor)
             elif factor is not None:
-                self._contributions.add_factor(parameter, self.sink.apply(parameter, factor))
+                entered = self.sink.apply(parameter, factor)
+                self._contributions.add_factor(parameter, entered)
             else:
                 raise missing_error(call, found)
+            if self._sends_early and self.sink.takes_early(parameter):
+                self.sink.offer(parameter, entered)
 
     def add_use(self, parameter: nn.Parameter, factor: Factor) -> None:
         """Enter the contributions of one of several uses of a parameter, whose strategy is chosen for their sum."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..contributions.ledger import Contributions
 from ..planning.trial import unchanged_buffers
-from .captures import live_handle, precondition
+from .captures import capture_alone, live_handle
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tens
             f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension 0:"
             " call .remove() on the handle, and give it a forward that takes samples first"
         )
-    handle = existing or precondition(model, verify=verify)
+    handle = existing or capture_alone(model, verify=verify)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(loss: Tensor, batch_size: int) -> Contributions:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..batch_norm import REMEDIES_FOR_RESIDUALS, batch_norms, check_frozen
 from ..contributions.buffers import KEPT_BYTES
+from ..distributed import MODES, Exchange, Group, Mode, ProcessGroupLike, agree, as_process_group
 from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
 from .handle import Preconditioner
-from .model_checks import check_model
+from .model_checks import check_model, check_model_of_group
+from .wrappers import Wrapper, warn_of_processes
 
 _handles: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
@@ -42,6 +45,8 @@ def handle_of(module: nn.Module) -> Preconditioner | None:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}: pass a torch.nn.Module")
+    if isinstance(module, DistributedDataParallel):
+        module = module.module
     return live_handle(module) or next((handle for handle in _live() if handle.recorder_of(module) is not None), None)
 
 
@@ -71,6 +76,8 @@ def precondition(
     memory_budget: float | None = None,
     verify: bool = True,
     batch_dim: int | None = 0,
+    process_group: ProcessGroupLike | None = None,
+    mode: Mode = "exact",
 ) -> Preconditioner:
     """Make every `backward()` through `model` add the RGD direction, or that of `weights`, to `.grad`.
 
@@ -104,6 +111,15 @@ def precondition(
             time first, (T, B, ...). Other tensors, and those inside of the model, have them there or along dimension 0.
             None takes every call for one sample, whatever its arguments are: slow, exact, and the last remedy where
             nothing tells samples apart. Call the model and backward() for each inside `with handle.accumulate():`.
+        process_group: the processes that train the model together, each on its own part of the batch: a
+            `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dimension. All of them call this function, and
+            start from the parameters of rank 0. `.grad` is then the same in all of them after each backward: the
+            direction of all their samples, for the mean of their losses. Statistics are those of all samples, rank by
+            rank. Two gradients are exchanged in each backward; with `Spectral`, the default, ten to thirty more, unless
+            you pass `Spectral(every=20)` or `Spectral(across_ranks="bound")`. None for one process; for a
+            `DistributedDataParallel`, in whose place its module is captured, its own.
+        mode: "exact" as above; "local" lets each process take its own samples for all, and gives `.grad` the mean of
+            their directions, which is another direction at half of the traffic.
 
     Returns:
         The handle: `.stats`, `.align()`, `.record()`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`;
@@ -113,7 +129,9 @@ def precondition(
         TypeError: if `model` is not a module, `epsilon` not a policy, `weights` not a callable or given together
             with `epsilon` or `inverse`, `verify` not a bool, or `batch_dim` no int.
         ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
-            second capture, or batch normalisation in training mode.
+            second capture, or batch normalisation in training mode; if the processes capture different models, or with
+            different options.
+        RuntimeError: if another process of the group does not call this function, or fails.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -125,7 +143,8 @@ def precondition(
         8
     """
     rule = checked_rule(epsilon, inverse, weights)
-    return _capture(model, rule, _options(batch_norm, memory_budget, batch_dim), verify)
+    options = _options(batch_norm, memory_budget, batch_dim)
+    return _capture_of_processes(model, process_group, mode, rule=rule, options=options, verify=verify)
 
 
 def observe(
@@ -137,6 +156,7 @@ def observe(
     memory_budget: float | None = None,
     verify: bool = True,
     batch_dim: int | None = 0,
+    process_group: ProcessGroupLike | None = None,
 ) -> Preconditioner:
     """Have every `backward()` through `model` leave the plain gradient in `.grad`, and statistics in `.stats`.
 
@@ -149,7 +169,7 @@ def observe(
         per_parameter: whether to compute `stats.per_parameter`, a mapping from the names of parameters to the
             `grad_norm`, `trace` and `noise_scale` of their part of the gradient; its `by_module()` has those of
             modules. A union of batches, some of which do not use a parameter that others use, is a RuntimeError then.
-        model, batch_norm, memory_budget, verify, batch_dim: as for `precondition`.
+        model, batch_norm, memory_budget, verify, batch_dim, process_group: as for `precondition`.
 
     Returns:
         The handle, as from `precondition`; `.stats.epsilon` is None, and the weights are 1/B. `.grad` has the bits that
@@ -168,7 +188,21 @@ def observe(
     _check_flag("gram", gram)
     _check_flag("per_parameter", per_parameter)
     rule = Observation("gram" if gram else "norms")
-    return _capture(model, rule, _options(batch_norm, memory_budget, batch_dim), verify, per_parameter)
+    options = _options(batch_norm, memory_budget, batch_dim)
+    found: dict[str, Any] = {"rule": rule, "options": options, "verify": verify, "per_parameter": per_parameter}
+    return _capture_of_processes(model, process_group, "exact", **found)
+
+
+def capture_alone(model: nn.Module, *, verify: bool, batch_dim: int | None = 0) -> Preconditioner:
+    """A capture whose backwards are for this process alone, whatever other processes there are.
+
+    Args:
+        model, verify, batch_dim: as for `precondition`; a `DistributedDataParallel` is refused.
+
+    Raises:
+        TypeError, ValueError: as `precondition`.
+    """
+    return _capture(model, checked_rule(None, None, None), _options("error", None, batch_dim), verify)
 
 
 def capture_residuals(model: nn.Module, memory_budget: float | None, is_unit: bool) -> Preconditioner:
@@ -204,8 +238,35 @@ def _kept(budget: float | None) -> int:
     return KEPT_BYTES if budget in (None, math.inf) else 0
 
 
+def _capture_of_processes(
+    model: nn.Module, process_group: ProcessGroupLike | None, mode: Mode, **options: Any
+) -> Preconditioner:
+    """A capture with the processes of a group, if one is passed or `model` is wrapped for one; see `_capture`."""
+    wrapper = Wrapper(model) if isinstance(model, DistributedDataParallel) else None
+    if wrapper is not None:
+        if process_group is not None and as_process_group(process_group) != wrapper.process_group:
+            raise ValueError(
+                "process_group is another one than that of the DistributedDataParallel: leave it out, or capture its"
+                " module"
+            )
+        model, process_group = wrapper.module, wrapper.process_group
+    if mode not in MODES or (mode != "exact" and process_group is None):
+        raise ValueError(f"mode is {mode!r}: choose 'exact', or 'local' together with a process_group")
+    if process_group is None:
+        warn_of_processes()
+        return _capture(model, **options)
+    return _capture(model, **options, group=Group(process_group), mode=mode, wrapper=wrapper)
+
+
 def _capture(
-    model: nn.Module, rule: Rule, options: Options, verify: bool, per_parameter: bool = False
+    model: nn.Module,
+    rule: Rule,
+    options: Options,
+    verify: bool,
+    per_parameter: bool = False,
+    group: Group | None = None,
+    mode: Mode = "exact",
+    wrapper: Wrapper | None = None,
 ) -> Preconditioner:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
@@ -213,9 +274,15 @@ def _capture(
     _check_free(model, earlier)
     check_model(model, options.batch_norm)
     _check_flag("verify", verify)
+    exchange = None
+    if group is not None:
+        check_model_of_group(model)
+        same = {"the rule": (rule, rule.needs), "batch_norm": options.batch_norm, "batch_dim": options.batch_dim}
+        token = agree(group, model, same | {"verify": verify, "mode": mode, "per_parameter": per_parameter})
+        exchange = Exchange(group, mode, model, token, wrapper is None or wrapper.shares_buffers)
     if earlier is not None:
         earlier.give_way()
-    handle = Preconditioner(model, rule, options, verify, per_parameter)
+    handle = Preconditioner(model, rule, options, verify, per_parameter, exchange, wrapper)
     _handles.add(handle)
     return handle
 

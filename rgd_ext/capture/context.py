@@ -175,14 +175,15 @@ class CaptureContext:
         backward = Backward(task, call.batch_size, self.sink, self.options.kept)
         self._backward = weakref.ref(backward)
         self.native.begin_backward(backward.collector)
-        self.sink.begin()
+        self.sink.begin(call.batch_size)
         torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, backward))
         return backward
 
     def _check_start(self, call: LayerCall, task: int) -> None:
         if task in self._unfinished:
             raise RuntimeError(NESTED)
-        check_not_empty(call.batch_size, call.name)
+        if call.parameters:  # else it is a call of a process whose part of the batch is empty
+            check_not_empty(call.batch_size, call.name)
         if self.native.pauses:
             raise RuntimeError(
                 f"the forward of '{call.name}' was recorded, but its backward runs"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace
 from ..contributions.ledger import Contributions
+from ..distributed import Exchange
 from ..metric import ParameterVector, Rule, Solver, State, Stats
 from ..planning.planner import Choice, Planner
 from ..planning.table import Plan, plan_of
@@ -21,13 +22,14 @@ from ..planning.trial import dry_run
 from .context import CaptureContext, Options
 from .install import recorders_for
 from .model_call import ModelCall
+from .no_samples import run_without_samples
 from .nodes import receive
 from .recorders.recorder import Recorder
 from .sample_record import SampleRecord
 from .sinks import HandOver, NoteShapes, Refusal, WriteDirection
 from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, BatchUnion
 from .verification.verifier import Verifier
-from .wrappers import check_not_in_ddp
+from .wrappers import Wrapper, check_not_in_ddp
 
 
 class Preconditioner:
@@ -40,16 +42,26 @@ class Preconditioner:
     """
 
     def __init__(
-        self, model: nn.Module, rule: Rule, options: Options, verify: bool = True, per_parameter: bool = False
+        self,
+        model: nn.Module,
+        rule: Rule,
+        options: Options,
+        verify: bool = True,
+        per_parameter: bool = False,
+        exchange: Exchange | None = None,
+        wrapper: Wrapper | None = None,
     ) -> None:
         self.model = model
         self.context = CaptureContext(model, options, receive)
         self.verifier = Verifier(self.context, verify)
         self._planner = Planner(options.memory_budget)
         workspace, solver, parameters = Workspace(options.kept), Solver(rule), self.context.parameters
-        self._direction = WriteDirection(solver, self._planner, parameters, workspace, per_parameter)
+        self._direction = WriteDirection(solver, self._planner, parameters, workspace, per_parameter, exchange)
         self._union: BatchUnion | None = None
         self._record: SampleRecord | None = None
+        self._wrapper = wrapper
+        if wrapper is not None:
+            wrapper.silence(lambda: self._union is not None)
         # The `RGD` that made the capture, which ends with a new capture of the model.
         self._owner: weakref.ref[torch.optim.Optimizer] | None = None
         self.context.start(self._direction, self._enter)
@@ -81,6 +93,17 @@ class Preconditioner:
     def batch_dim(self) -> int | None:
         """The dimension of the samples in the model's inputs, or None where each call is for one sample."""
         return self.context.options.batch_dim
+
+    @property
+    def own_samples(self) -> slice:
+        """The places of this process's samples in the arrays of `stats`.
+
+        With a process group these have the samples of all processes. Otherwise, and with `mode="local"`, it is the
+        slice of all samples; `slice(0, 0)` before the first direction.
+        """
+        stats, exchange = self.stats, self._direction.exchange
+        whole = slice(0, 0 if stats is None else stats.batch_size)
+        return whole if exchange is None or stats is None else exchange.places_in(stats.batch_size)
 
     def align(self, vectors: ParameterVector | None) -> None:
         """From now on `stats.aligned` has <g_i, v> of each sample i, (B,), not centred; pass None to end it.
@@ -139,7 +162,8 @@ class Preconditioner:
         Args:
             index: the indices of the samples in the data set, integers, shape (B,); after `accumulate` or `write` those
                 of all batches, one batch after another, in the order of their first backwards. Where an index is
-                repeated, its last sample stays.
+                repeated, its last sample stays. With a process group those of the samples of this process; all of them
+                may record to one file.
 
         Raises:
             RuntimeError: before `record_to` or a backward, or if the last direction is recorded already.
@@ -166,7 +190,7 @@ class Preconditioner:
                 "there was no backward of the captured model yet: call record(index) after loss.backward(), or after"
                 " handle.write() if the handle defers"
             )
-        self._record.write(index, self.stats)
+        self._record.write(index, self.stats, self.own_samples)
 
     def remove(self) -> None:
         """Leave the model as it was found. Gradients already written stay; what `defer` has collected is dropped."""
@@ -174,6 +198,8 @@ class Preconditioner:
             recorder.uninstall()  # where somebody has wrapped it since, a removed capture lets everything through
         self._recorders = []
         self.context.remove()
+        if self._wrapper is not None:
+            self._wrapper.restore()
         self._union = None
         self.context.switch(self._direction)
         self._direction.clear()
@@ -267,8 +293,8 @@ class Preconditioner:
         self.context.parameters.check_unhooked(union.parameters())
         if self._direction.per_parameter:
             union.check_complete(self.context.parameters.name_of)
-        if union:
-            self._direction.finish_union(union.batch_size, union.joined())
+        if union or self._direction.exchange is not None:
+            self._direction.finish_union(union.batch_size, union.joined() if union else [])
             union.drop()
 
     def drop(self) -> None:
@@ -352,8 +378,11 @@ class Preconditioner:
         if torch.jit.is_tracing():
             with self.paused():
                 return recorder.original(*args, **kwargs)
-        check_not_in_ddp(self.model)
-        return self.verifier.run(ModelCall.of(recorder, args, kwargs))
+        check_not_in_ddp(self.model, self._wrapper)
+        call, exchange = ModelCall.of(recorder, args, kwargs), self._direction.exchange
+        if exchange is not None and call.batch_size == 0:
+            return run_without_samples(call)
+        return self.verifier.run(call)
 
     def recorder_of(self, module: nn.Module) -> Recorder | None:
         """The recorder in front of a module's forward."""

@@ -33,6 +33,41 @@ def check_model(model: nn.Module, batch_norm: str) -> None:
         check_frozen(batch_norms(model))
 
 
+def check_model_of_group(model: nn.Module) -> None:
+    """Raise ValueError for modules and tensors that several processes cannot train together, saying why."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        problem = _problem_of_writing(tensor)
+        if problem:
+            raise ValueError(f"'{name}' {problem}, so that it cannot become that of rank 0: replace it by a copy")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ValueError(
+                f"module '{name}' is a SyncBatchNorm, whose forward waits for other processes, as often as it is"
+                " called: for per-sample gradients use nn.BatchNorm with batch_norm='contribution', by which each"
+                " process has statistics of its own, or rgd_ext.convert_batch_norm(model); or call .eval() on it"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise ValueError(
+                f"module '{name}' ({type(module).__name__}) has sparse gradients, which process groups do not exchange:"
+                " build it with sparse=False"
+            )
+
+
+def _problem_of_writing(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot be overwritten by one of another process; empty if it can."""
+    if tensor.is_meta:
+        return "is on the meta device, without values"
+    if tensor.layout != torch.strided:
+        return f"has the layout {tensor.layout}"
+    if tensor.is_inference():
+        return "was made in inference mode"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a lazy conjugate or negative"
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "is expanded, with several elements in one place"
+    return ""
+
+
 def _check_module(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(

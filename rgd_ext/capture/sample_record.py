@@ -89,8 +89,13 @@ class SampleRecord:
         file.seek(0)
         return file.read(end)
 
-    def write(self, index: Tensor | np.ndarray | Sequence[int], stats: Stats) -> None:
-        """Replace the rows `index`, (B,), by the statistics of a batch; waits for the device.
+    def write(self, index: Tensor | np.ndarray | Sequence[int], stats: Stats, own: slice) -> None:
+        """Replace the rows `index` by the statistics of some of the samples of a batch; waits for the device.
+
+        Args:
+            index: the places of these samples in the file.
+            stats: of the batch.
+            own: the places of these samples in the batch.
 
         Raises:
             RuntimeError: if these statistics are recorded already.
@@ -103,11 +108,11 @@ class SampleRecord:
                 "no backward since the last record(index), whose numbers these rows would repeat: call it once after"
                 " each loss.backward(), and after the block of handle.accumulate() or after handle.write()"
             )
-        places = self._checked(index, stats.batch_size)
-        rows = np.empty(stats.batch_size, ROW)
+        places = self._checked(index, own.stop - own.start)
+        rows = np.empty(len(places), ROW)
         rows["batch_size"] = stats.batch_size
         for name, values in on_host(stats, *_NUMBERS).items():
-            rows[name] = values
+            rows[name] = values[own] if isinstance(values, np.ndarray) else values
         with FileIO(self._path, "r+") as file:
             whole = len(self._header) + self._size * ROW.itemsize
             if file.read(len(self._header)) != self._header or _size(file) != whole:
@@ -136,7 +141,7 @@ class SampleRecord:
             raise TypeError(f"index is {type(index).__name__} that holds no array ({error}): {remedy}") from None
         if places.shape != (batch_size,):
             raise ValueError(f"index has shape {places.shape}: {remedy}")
-        if places.dtype.kind not in "iu":
+        if places.size and places.dtype.kind not in "iu":
             raise TypeError(f"index is of {places.dtype}: {remedy}")
         outside = places[(places < 0) | (places >= self._size)]
         if outside.size:

@@ -17,6 +17,7 @@ from ..contributions.itemised import Item, ItemisedContributions
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
+from ..distributed import AcrossRanks, Exchange, is_large
 from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
 from .parameters import UNKNOWN, WatchedParameters
@@ -24,6 +25,7 @@ from .precision import full_precision
 
 # The numbers of the calls of the model that a backward goes through, each with its number of samples.
 CallNumbers: TypeAlias = set[tuple[int, int]]
+_HOST = torch.device("cpu")
 
 
 class Sink(ABC):
@@ -37,16 +39,18 @@ class Sink(ABC):
         writes: whether `.grad` changes at the end of the backward.
         keeps_contributions: whether the contributions are kept after the backward, so that tensors that the user may
             change meanwhile have to be copied.
+        sends_early: whether contributions to some parameters are to be offered as soon as they are there.
     """
 
     writes = False
     keeps_contributions = False
+    sends_early = False
 
     def __init__(self, planner: Planner, parameters: WatchedParameters) -> None:
         self._planner, self._parameters = planner, parameters
 
-    def begin(self) -> None:
-        """Begin a backward."""
+    def begin(self, batch_size: int) -> None:
+        """Begin a backward with so many samples."""
         self._planner.begin()
 
     @abstractmethod
@@ -56,6 +60,13 @@ class Sink(ABC):
     def total(self, parameter: nn.Parameter, factors: list[Factor]) -> Factor:
         """Apply the strategy that is chosen for the sum of the contributions of several uses of a parameter."""
         return self.apply(parameter, sum_uses(factors))
+
+    def takes_early(self, parameter: nn.Parameter) -> bool:
+        """Whether contributions to the parameter are to be offered."""
+        return False
+
+    def offer(self, parameter: nn.Parameter, factor: Factor) -> None:  # noqa: B027
+        """Take note of the contributions of one use of such a parameter, in the midst of the backward."""
 
     @abstractmethod
     def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
@@ -85,10 +96,11 @@ class WriteDirection(Sink):
         planner, parameters: as for `Sink`.
         workspace: the memory for gradients that a strategy forms.
         per_parameter: whether to compute `Stats.per_parameter`.
+        exchange: with the other processes that train the model, if there are any.
         vector: v of `Stats.aligned`, by the names of parameters, since parameters may be replaced.
 
     Attributes:
-        solver, per_parameter: as given.
+        solver, per_parameter, exchange: as given.
         stats: `Stats` of the last direction, or None before the first.
     """
 
@@ -101,26 +113,48 @@ class WriteDirection(Sink):
         parameters: WatchedParameters,
         workspace: Workspace,
         per_parameter: bool = False,
+        exchange: Exchange | None = None,
         vector: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
-        self.per_parameter = per_parameter
+        self.per_parameter, self.exchange = per_parameter, exchange
         self._needs_gram = True
         self.stats: Stats | None = None
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, batch_size: int) -> None:
+        super().begin(batch_size)
+        self._start(batch_size)
+
+    def _start(self, batch_size: int) -> None:
         self._needs_gram = self.solver.needs_gram
         self._workspace.restart()
+        if self.exchange is not None:
+            self.exchange.begin(batch_size, kind=2 * self._needs_gram + (self._vector is not None))
+
+    @property
+    def sends_early(self) -> bool:  # type: ignore[override]  # others have a constant
+        return self.exchange is not None and self.exchange.is_exact
+
+    def takes_early(self, parameter: nn.Parameter) -> bool:
+        return self.sends_early and is_large(parameter)
+
+    def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
+        if self.exchange is not None:
+            self.exchange.offer(parameter, factor)
+
+    @property
+    def _forms_gram(self) -> bool:
+        """Whether the Gramian of this process's samples is formed."""
+        return self._needs_gram and not (self.sends_early and self.solver.rule.eigenvalue_method == "lanczos")
 
     def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name = self._parameters.name_of(parameter)
-        return self._planner.apply(name, factor, self._needs_gram, self._workspace.empty)
+        return self._planner.apply(name, factor, self._forms_gram, self._workspace.empty)
 
     def finish(self, contributions: Contributions, passed: CallNumbers) -> None:
-        self._close(contributions, self._needs_gram)
-        if contributions:
+        self._close(contributions, self._forms_gram)
+        if contributions or self.exchange is not None:
             self.write(contributions)
 
     def finish_union(self, batch_size: int, joined: Iterable[tuple[nn.Parameter, Factor]]) -> None:
@@ -130,8 +164,7 @@ class WriteDirection(Sink):
             batch_size: the number of samples in the union.
             joined: each parameter and its contributions.
         """
-        self._needs_gram = self.solver.needs_gram
-        self._workspace.restart()
+        self._start(batch_size)
         contributions = Contributions(batch_size)
         for parameter, factor in joined:
             name = self._parameters.name_of(parameter)
@@ -146,25 +179,36 @@ class WriteDirection(Sink):
 
         Raises:
             ValueError: for gradient hooks on parameters.
+            RuntimeError: if the exchange with other processes fails.
         """
         parameters = contributions.parameters()
         self._parameters.check_unhooked(parameters)
-
         if self.per_parameter:
             contributions = ItemisedContributions(contributions)
-
-        def align(vectors: ParameterVector) -> Tensor:
-            return contributions.align_by_parameter(self._parameters.vector(vectors))
-
-        with full_precision(parameters[0].device), self._workspace.reading():
-            vector = self._own_vector(parameters)
-            aligned = None if vector is None else contributions.align_by_parameter(vector)
-            direction, self.stats = self.solver.solve(contributions.release(), self._needs_gram, align, aligned)
-        if isinstance(contributions, ItemisedContributions):
-            items = contributions.items(dict(zip(parameters, direction, strict=True)))
-            self.stats.attach(PerParameter(contributions.batch_size, self._by_name(items)))
+        device = parameters[0].device if parameters else _HOST
+        with full_precision(device), self._workspace.reading():
+            if self.exchange is None:
+                direction, self.stats = self._solve(contributions)
+            else:
+                found = self.exchange.finish(contributions, self._solve)
+                parameters, direction, self.stats = found or ([], [], None)
         _add_to_grads(parameters, direction)
         self._workspace.release()
+
+    def _solve(self, grads: Contributions | AcrossRanks) -> tuple[list[Tensor], Stats]:
+        """The direction of these gradients, in the order of their parameters, and the statistics that it comes from."""
+
+        def align(vectors: ParameterVector) -> Tensor:
+            return grads.align_by_parameter(self._parameters.vector(vectors))
+
+        parameters = grads.parameters()
+        vector = self._own_vector(parameters)
+        aligned = None if vector is None else grads.align_by_parameter(vector)
+        direction, stats = self.solver.solve(grads.release(), self._needs_gram, align, aligned)
+        if self.per_parameter:
+            items = grads.items(dict(zip(parameters, direction, strict=True)))  # type: ignore[union-attr]  # see `write`
+            stats.attach(PerParameter(stats.batch_size, self._by_name(items)))
+        return direction, stats
 
     def _by_name(self, items: dict[nn.Parameter, Item]) -> dict[str, Item]:
         """The items by the names of parameters in the model; those of replaced ones come last."""
@@ -203,7 +247,7 @@ class WriteDirection(Sink):
         """A sink that does the same work, for timings, and of which nothing is remembered."""
         solver = self.solver.rehearsal()
         return WriteDirection(
-            solver, self._planner, self._parameters, self._workspace, self.per_parameter, self._vector
+            solver, self._planner, self._parameters, self._workspace, self.per_parameter, None, self._vector
         )
 
     def clear(self) -> None:
@@ -263,7 +307,7 @@ class Refusal(Sink):
         super().__init__(planner, parameters)
         self._message = message
 
-    def begin(self) -> None:
+    def begin(self, batch_size: int) -> None:
         raise RuntimeError(self._message)
 
     def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .captures import handle_of, precondition
+from .captures import capture_alone, handle_of
 from .findings import BackwardFailed, ForwardFailed, Unprovable, Verification
 from .handle import Preconditioner
 from .model_call import ModelCall
@@ -53,7 +53,7 @@ def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: An
                 " out, or capture the model again with the other"
             )
         return _verification(existing, existing.recorder_of(model), args, kwargs)
-    with precondition(model, verify=False, batch_dim=batch_dim) as handle:
+    with capture_alone(model, verify=False, batch_dim=batch_dim) as handle:
         return _verification(handle, handle.recorder_of(model), args, kwargs)
 
 

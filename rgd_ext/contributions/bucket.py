@@ -46,6 +46,12 @@ class Bucket:
         combined = self.vectors.combine(weights, last) if self.vectors else []
         return in_shapes(combined, self.vector_parameters)
 
+    def combine_vectors_one_by_one(self, weights: Tensor, last: bool) -> Iterator[Tensor]:
+        """The parts of `combine_vectors`, each as soon as it is computed."""
+        parameters = iter([*self.vector_parameters])
+        for step in self.vectors.combine_one_by_one(weights, last):
+            yield step.view(next(parameters).shape)
+
     @property
     def has_exact_sums(self) -> bool:
         """Whether B times a mean has the bits of the sum: a power of two only changes exponents.

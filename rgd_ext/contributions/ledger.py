@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -139,6 +139,10 @@ class Contributions(PerSampleGradients):
                     for parameter, part in split_by_owner(owners, tensor):
                         uses.setdefault(parameter, []).insert(0, Dense(part))
 
+    def without(self, ids: Collection[int]) -> Contributions:
+        """The contributions to other parameters than those with these ids, in a ledger of its own."""
+        return Contributions.of([pair for pair in self.factors() if id(pair[0]) not in ids], self._batch_size)
+
     def arrange(self, order: Sequence[nn.Parameter]) -> None:
         """From now on the parameters are in this order; those without contributions have zeros."""
         own = {id(parameter) for parameter in self.parameters()}
@@ -253,6 +257,17 @@ class Contributions(PerSampleGradients):
         """w^T G = sum_i w_i g_i."""
         return self._cut(self._combine_joined(weights))
 
+    def combine_by_parameter(self, weights: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The parts of `combine`, each as soon as it is computed."""
+        weights, last = self._start_combination(weights), self._is_last
+        for bucket in self._buckets.values():
+            yield from zip([*bucket.vector_parameters], bucket.combine_vectors_one_by_one(weights, last), strict=True)
+        for parameter in list(self._factors):
+            yield parameter, self._factor_step(parameter, weights)
+        for bucket in self._buckets.values():
+            for owners, step in zip(bucket.owners, bucket.combine_tensors(weights, last), strict=True):
+                yield from zip(owners, _pieces(owners, step), strict=True)
+
     def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
         """`combine`, and |w^T G|^2: that of joined parameters takes fewer operations."""
         joined = self._combine_joined(weights)
@@ -285,12 +300,12 @@ class Contributions(PerSampleGradients):
         """The weighted sums of all but the tensors in the buckets."""
         last = self._is_last
         result = [step for bucket in self._buckets.values() for step in bucket.combine_vectors(weights, last)]
-        for parameter in list(self._factors):
-            factor = self._factors.pop(parameter) if last else self._factors[parameter]
-            there = weights.to(factor.example.device, accumulate_dtype(factor.example.dtype))
-            result.append(factor.combine_sparse(there) if last and factor.is_sparse else factor.combine(there))
-            del factor
-        return result
+        return result + [self._factor_step(parameter, weights) for parameter in list(self._factors)]
+
+    def _factor_step(self, parameter: nn.Parameter, weights: Tensor) -> Tensor:
+        factor = self._factors.pop(parameter) if self._is_last else self._factors[parameter]
+        there = weights.to(factor.example.device, accumulate_dtype(factor.example.dtype))
+        return factor.combine_sparse(there) if self._is_last and factor.is_sparse else factor.combine(there)
 
     def _cut(self, joined: list[Tensor]) -> list[Tensor]:
         """One tensor per parameter of what `_combine_joined` gives."""
@@ -299,8 +314,13 @@ class Contributions(PerSampleGradients):
         if owners:
             found = joined[:whole]
             for each, row in zip(owners, joined[whole:], strict=True):
-                # What changes one in place does not count as a change of the others.
-                parts = [row] if len(each) == 1 else row.unsafe_split_with_sizes([p.numel() for p in each])
-                found += in_shapes(parts, each)
+                found += _pieces(each, row)
             joined = found
         return self._ordered(joined)
+
+
+def _pieces(owners: Sequence[nn.Parameter], row: Tensor) -> list[Tensor]:
+    """The part of each parameter in the combination of contributions that lie side by side, in its shape."""
+    # What changes one in place does not count as a change of the others.
+    parts = [row] if len(owners) == 1 else row.unsafe_split_with_sizes([p.numel() for p in owners])
+    return in_shapes(parts, owners)

@@ -49,16 +49,20 @@ class VectorLayers:
             weights: w, (B,).
             last: the layers are not needed any more, and the lists are emptied on the way.
         """
+        if last:
+            return [*self.combine_one_by_one(weights, last)]
         there = weights.to(self.output_grads[0].device)
-        if not last:
-            return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
-        found = []
-        while self.inputs:
-            n = self._piece()
-            piece = self.inputs[:n], self.output_grads[:n], self.biases[:n]
-            found += torch.ops.rgd_ext.ghost_combine(*piece, there)
-            del piece, self.inputs[:n], self.output_grads[:n], self.biases[:n]
-        return found
+        return torch.ops.rgd_ext.ghost_combine(self.inputs, self.output_grads, self.biases, there)
+
+    def combine_one_by_one(self, weights: Tensor, last: bool) -> Iterator[Tensor]:
+        """The parts of `combine`, each as soon as it is computed."""
+        rest = self if last else VectorLayers([*self.inputs], [*self.output_grads], [*self.biases])
+        there = weights.to(self.output_grads[0].device) if self.inputs else weights
+        while rest.inputs:
+            n = rest._piece()
+            piece = rest.inputs[:n], rest.output_grads[:n], rest.biases[:n]
+            yield from torch.ops.rgd_ext.ghost_combine(*piece, there)
+            del piece, rest.inputs[:n], rest.output_grads[:n], rest.biases[:n]
 
     def _piece(self) -> int:
         """How many of the first layers take no more than a piece; at least one."""

@@ -9,6 +9,9 @@ from typing import Literal, TypeAlias, get_args
 # What a policy or a rule reads of the statistics: the Gramian and the eigenvalues, or only what needs no Gramian.
 Need: TypeAlias = Literal["alignments", "norms", "gram"]
 NEEDS: tuple[Need, ...] = get_args(Need)
+# How several processes find lambda_max of the union of their batches.
+EigenvalueMethod: TypeAlias = Literal["lanczos", "bound"]
+EIGENVALUE_METHODS: tuple[EigenvalueMethod, ...] = get_args(EigenvalueMethod)
 # What a loss is multiplied by before its backward, or a function that returns it.
 LossScale: TypeAlias = float | Callable[[], float]
 

@@ -14,7 +14,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import LossScale, Need, check_finite, check_scale, checked_need, current_scale
+from .arguments import (
+    EIGENVALUE_METHODS,
+    EigenvalueMethod,
+    LossScale,
+    Need,
+    check_finite,
+    check_scale,
+    checked_need,
+    current_scale,
+)
 from .inverses import INVERSES, Inverse
 from .stats import Statistics, chosen_by
 
@@ -150,15 +159,20 @@ class Spectral(_Fraction):
             lambda_max is taken to be the same share of tr D as in the last of them, which follows the scale of the loss
             and of D; only then can epsilon exceed eq. (6), by as much as that share grows. `rgd_ext.direction` always
             computes it.
+        across_ranks: for a batch over several processes (`process_group`), how lambda_max of the whole batch is found:
+            "lanczos", the default, iterates to the value of one process, with an exchange of a gradient in each of some
+            ten to thirty steps; "bound" adds up the lambda_max of the processes and the norms of the differences of
+            their means, which costs a number from each process, keeps eq. (6) and makes epsilon smaller.
 
     Raises:
         ValueError: if `fraction` is not finite, is <= -1 (the metric would be singular), or is >= 1 with the
             weak-field inverse (which would be singular or reverse a direction); if `every` is not positive, or is more
-            than 1 with the exact inverse, which needs the Gramian itself.
+            than 1 with the exact inverse, which needs the Gramian itself; for another `across_ranks`.
         TypeError: if `every` is not a whole number.
     """
 
     every: int = 1
+    across_ranks: EigenvalueMethod = "lanczos"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,6 +180,9 @@ class Spectral(_Fraction):
             raise TypeError(f"Spectral(every={self.every!r}): pass a whole number of backwards")
         if self.every < 1:
             raise ValueError(f"Spectral(every={self.every}): pass at least 1")
+        if self.across_ranks not in EIGENVALUE_METHODS:
+            names = " or ".join(map(repr, EIGENVALUE_METHODS))
+            raise ValueError(f"Spectral(across_ranks={self.across_ranks!r}): choose {names}")
 
     def check(self, inverse: Inverse) -> None:
         """Raise ValueError if `inverse` allows no such fraction, or needs the Gramian in every backward."""

@@ -31,6 +31,8 @@ class Relativistic(Rule):
     def __init__(self, epsilon: Epsilon, inverse: Inverse) -> None:
         self.policy, self.inverse = checked_policy(epsilon, inverse), inverse
         self._share = EigenvalueShare(self.policy.every) if self.policy.every > 1 else None
+        if isinstance(self.policy, Spectral) and inverse == "weak-field":
+            self.eigenvalue_method = self.policy.across_ranks
 
     def __repr__(self) -> str:
         return f"{self.policy}, inverse={self.inverse!r}"

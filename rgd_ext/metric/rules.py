@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .arguments import Need, checked_need, is_of_torchjd
+from .arguments import EigenvalueMethod, Need, checked_need, is_of_torchjd
 from .stats import Statistics, chosen_by
 
 # What may be passed for weights: Statistics -> (B,).
@@ -25,9 +25,12 @@ class Rule(ABC):
     Attributes:
         is_mean: whether the direction is always the mean gradient, so that one read of the gradients may give both it
             and the statistics.
+        eigenvalue_method: if lambda_max is all that it reads of the Gramian, how several processes find that of all
+            their samples.
     """
 
     is_mean = False
+    eigenvalue_method: EigenvalueMethod | None = None
 
     @property
     @abstractmethod

@@ -75,9 +75,12 @@ class Solver:
             moments, mean = at_once
             found = statistics_of(moments, aligned)
             return mean, Stats(found, *self.rule.choose(found), moments.squared_grad_norm)
-        found = statistics(grads, with_gram, aligned)
+        method = self.rule.eigenvalue_method if with_gram else None
+        eigenvalue = None if method is None else grads.largest_eigenvalue(method)
+        found = statistics(grads, with_gram and eigenvalue is None, aligned, eigenvalue)
         with found.aligning(align or grads.align):  # type: ignore[arg-type]  # a source of the user's defines what it takes
             weights, epsilon = self.rule.choose(found)
+        weights, epsilon = grads.agreed(weights, epsilon)
         if self.rule.is_mean:
             return grads.combine(weights), Stats(found, weights, epsilon, found.squared_grad_norm)
         # Weights that cancel leave no correct digits of a norm from the Gramian; those of the metric sum to one.

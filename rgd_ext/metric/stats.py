@@ -58,8 +58,8 @@ class Statistics:
         ulp: the part of D that may be rounding error where all gradients agree, relative to the largest |g_i|^2; see
             `rounding`.
         aligned: <g_i, v> for the vector v of `Preconditioner.align`, shape (B,), or None without one.
-        eigenvalue_share: lambda_max(D) / tr D of an earlier batch, from which `largest_eigenvalue` is to be estimated;
-            None where it is to be computed.
+        known_eigenvalue: lambda_max(D), where it is estimated from earlier batches or comes from several processes;
+            None where it is to be computed from the Gramian.
     """
 
     batch_size: int
@@ -67,7 +67,7 @@ class Statistics:
     grams: Grams | None
     ulp: float
     aligned: Tensor | None = None
-    eigenvalue_share: Tensor | None = None
+    known_eigenvalue: Tensor | None = None
     # While the gradients are there.
     _align: Callable[[ParameterVector], Tensor] | None = field(default=None, init=False)
 
@@ -167,10 +167,11 @@ class Statistics:
     def largest_eigenvalue(self) -> Tensor | None:
         """lambda_max(D); between the batches in which `Spectral(every=...)` computes it, its estimate.
 
-        None without the Gramian and an estimate.
+        With `Spectral(across_ranks="bound")`, over several processes, it is the bound. None without the Gramian and
+        all these.
         """
-        if self.eigenvalue_share is not None:
-            return self.eigenvalue_share.to(self.trace) * self.trace
+        if self.known_eigenvalue is not None:
+            return self.known_eigenvalue.to(self.trace)
         if self.centred_gram is None:
             return None
         return torch.ops.rgd_ext.largest_eigenvalue(self.centred_gram, self.ulp) / float(self.batch_size)
@@ -185,7 +186,7 @@ class Statistics:
 
     def estimate_largest_eigenvalue(self, share: Tensor) -> None:
         """From now on `largest_eigenvalue` is `share` times tr D."""
-        self.eigenvalue_share = share
+        self.known_eigenvalue = share.to(self.trace) * self.trace
 
     def align(self, vectors: ParameterVector) -> Tensor:
         """<g_i, v>, shape (B,), not centred, in the scale of the loss; only while a rule or a policy chooses.
@@ -325,27 +326,34 @@ def on_host(stats: Stats, *names: str) -> dict[str, float | np.ndarray]:
     return {name: part if name in PER_SAMPLE else part.item() for name, part in zip(names, parts, strict=True)}
 
 
-def statistics(grads: PerSampleGradients, with_gram: bool, aligned: Tensor | None = None) -> Statistics:
+def statistics(
+    grads: PerSampleGradients,
+    with_gram: bool,
+    aligned: Tensor | None = None,
+    known_eigenvalue: Tensor | None = None,
+) -> Statistics:
     """The statistics of a batch, from K = G G^T if `with_gram`, or if the source has no moments without it.
 
     Args:
         grads: the per-sample gradients.
         with_gram: whether the Gramian is needed.
-        aligned: of `Statistics`.
+        aligned, known_eigenvalue: of `Statistics`.
     """
     moments = None if with_gram else grads.moments()
     if moments is not None:
-        return statistics_of(moments, aligned)
+        return statistics_of(moments, aligned, known_eigenvalue)
     gram = grads.gram()
     *found, centred = torch.ops.rgd_ext.gram_moments(gram)
     ulp = rounding(gram.dtype, gram.device)
-    return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned)
+    return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned, known_eigenvalue)
 
 
-def statistics_of(moments: Moments, aligned: Tensor | None = None) -> Statistics:
+def statistics_of(
+    moments: Moments, aligned: Tensor | None = None, known_eigenvalue: Tensor | None = None
+) -> Statistics:
     """The statistics of a batch without a Gramian."""
     like = moments.alignments
-    return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned)
+    return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned, known_eigenvalue)
 
 
 @cache

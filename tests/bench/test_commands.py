@@ -196,9 +196,10 @@ def test_a_fit_by_ours_that_fails_is_a_failure(run, monkeypatch):
         run("fit", "--only", "heat")
 
 
-@pytest.mark.parametrize(
-    "command", ["kernels", "steps", "observe", "torchjd", "operators", "scaling", "modules", "verification", "fit"]
-)
+COMMANDS = "kernels steps distributed observe torchjd operators scaling modules verification fit"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
 def test_name_that_no_case_has_is_refused(run, command):
     with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
         run(command, "--only", "no such")

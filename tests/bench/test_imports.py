@@ -9,7 +9,11 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 MODULES = {path: ("bench", *path.relative_to(BENCH).with_suffix("").parts) for path in BENCH.rglob("*.py")}
 # From a folder, which folders may be imported, beside the folder itself.
-BELOW = {"measuring": set(), **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu")}}
+BELOW = {
+    "measuring": set(),
+    **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu", "simulating")},
+    "distributing": {"measuring", "simulating", "training"},
+}
 
 
 def imports(path):

@@ -1,0 +1,21 @@
+"""Exact directions of models that several processes train together, each on a part of the batch."""
+
+from __future__ import annotations
+
+from .across_ranks import AcrossRanks
+from .agreement import agree
+from .buckets import is_large
+from .exchange import MODES, Exchange, Mode
+from .group import Group, ProcessGroupLike, as_process_group
+
+__all__ = [
+    "MODES",
+    "AcrossRanks",
+    "Exchange",
+    "Group",
+    "Mode",
+    "ProcessGroupLike",
+    "agree",
+    "as_process_group",
+    "is_large",
+]

@@ -1,0 +1,171 @@
+"""Vectors of the parameter space in buckets: flat tensors of many parameters, each of which is one message."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import filterfalse
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients import squared_norm, total
+from ..linalg import accumulate_dtype
+from .group import Group, PendingAllReduce
+
+# Bytes of a bucket, unless one parameter takes more. As in DistributedDataParallel: smaller messages wait for the
+# latency of the network, and with larger ones less of them is on its way while the backward still runs.
+BUCKET_BYTES = 25 << 20
+# Elements from which on a parameter is large. Small ones have buckets of their own, which are sent at the end of the
+# backward, since layers with few parameters wait for it.
+LARGE = 1 << 14
+
+
+class Layout:
+    """Which part of which bucket belongs to which parameter; the same in all processes.
+
+    Buckets hold the dtype in which sums are accumulated, float32 for 16 bits. They are filled in the reverse order of
+    the model, about that of a backward, those of large parameters first.
+
+    Args:
+        named: the trainable parameters and their names, in the order of the model.
+
+    Attributes:
+        parameters: these parameters, in the order of the buckets.
+        names: their names.
+        buckets: the parameters of each bucket.
+        bucket_of: the number of the bucket of each parameter.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        names = {id(parameter): name for name, parameter in named}
+        groups: dict[tuple[bool, torch.dtype, torch.device], list[list[nn.Parameter]]] = {}
+        reverse = [parameter for _, parameter in reversed(named)]
+        for parameter in (*filter(is_large, reverse), *filterfalse(is_large, reverse)):
+            kind = is_large(parameter), accumulate_dtype(parameter.dtype), parameter.device
+            of_kind = groups.setdefault(kind, [[]])
+            if of_kind[-1] and _nbytes([*of_kind[-1], parameter]) > BUCKET_BYTES:
+                of_kind.append([])
+            of_kind[-1].append(parameter)
+        self.buckets = [bucket for of_kind in groups.values() for bucket in of_kind]
+        self.parameters = [p for bucket in self.buckets for p in bucket]
+        self.names = [names[id(p)] for p in self.parameters]
+        self.bucket_of = {p: number for number, bucket in enumerate(self.buckets) for p in bucket}
+        self._ids = [*names]
+
+    def fits(self, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
+        """Whether it is the layout of these parameters."""
+        return self._ids == [id(parameter) for _, parameter in named]
+
+    @cached_property
+    def digest(self) -> int:
+        """A number of 63 bits that tells layouts apart."""
+        described = [(n, tuple(p.shape), str(p.dtype)) for n, p in zip(self.names, self.parameters, strict=True)]
+        return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
+
+    def empty(self) -> FlatVector:
+        """A vector of undefined numbers."""
+        buffers = []
+        for bucket in self.buckets:
+            dtype, device = accumulate_dtype(bucket[0].dtype), bucket[0].device
+            buffers.append(torch.empty(sum(p.numel() for p in bucket), dtype=dtype, device=device))
+        return FlatVector(self, buffers)
+
+
+class FlatVector:
+    """A vector of the parameter space in buckets.
+
+    Args:
+        layout: of the buckets.
+        buffers: the buckets, flat.
+
+    Attributes:
+        layout, buffers: as given.
+        parts: the part of each parameter, in its shape: views of the buffers.
+    """
+
+    def __init__(self, layout: Layout, buffers: list[Tensor]) -> None:
+        self.layout, self.buffers = layout, buffers
+        pairs = [pair for each in zip(layout.buckets, buffers, strict=True) for pair in _parts(*each)]
+        self.parts = dict(pairs)
+
+    def parts_of(self, bucket: int) -> dict[nn.Parameter, Tensor]:
+        """The parts of the parameters of a bucket."""
+        return {p: self.parts[p] for p in self.layout.buckets[bucket]}
+
+    def typed_parts(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The parts of some parameters, in their shapes and dtypes."""
+        return [self.parts[p].to(p.dtype) for p in parameters]
+
+    def squared_norm(self) -> Tensor:
+        """|v|^2."""
+        return squared_norm(self.buffers)
+
+
+class BucketReducer:
+    """All-reduces of the buckets of a vector, which begin in the order of the buckets, each when it is filled.
+
+    Args:
+        vector: this process's summand, which is replaced by the sum.
+        group: the processes.
+        what: names the vector in errors.
+    """
+
+    def __init__(self, vector: FlatVector, group: Group, what: str) -> None:
+        self._vector, self._group, self._what = vector, group, what
+        self._filled: set[nn.Parameter] = set()
+        self._missing = [len(bucket) for bucket in vector.layout.buckets]
+        self._pending: list[PendingAllReduce] = []
+
+    def is_filled(self, parameter: nn.Parameter) -> bool:
+        """Whether the part of a parameter has been entered."""
+        return parameter in self._filled
+
+    def fill(self, parameter: nn.Parameter, part: Tensor) -> None:
+        """Enter the part of a parameter, and begin the all-reduces that wait for it."""
+        self._vector.parts[parameter].copy_(part)
+        self._note(parameter)
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        self._filled.add(parameter)
+        self._missing[self._vector.layout.bucket_of[parameter]] -= 1
+        while (bucket := len(self._pending)) < len(self._missing) and not self._missing[bucket]:
+            self._pending.append(self._group.start_all_reduce(self._what, self._vector.buffers[bucket]))
+
+    def fill_zeros(self) -> None:
+        """Enter zeros for the parameters that have no part, so that all all-reduces begin."""
+        for parameter, part in self._vector.parts.items():
+            if not self.is_filled(parameter):
+                part.zero_()
+                self._note(parameter)
+
+    def reduced_buckets(self) -> Iterator[int]:
+        """The number of each bucket, when its sum is there."""
+        for bucket, pending in enumerate(self._pending):
+            pending.wait()
+            yield bucket
+
+    def wait(self) -> None:
+        """Wait for all sums."""
+        for _ in self.reduced_buckets():
+            pass
+
+
+def dot(vector: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """<v, w> of two vectors whose parts are given by parameter."""
+    return total([torch.dot(part.reshape(-1), other[p].reshape(-1)) for p, part in vector.items()])
+
+
+def is_large(parameter: nn.Parameter) -> bool:
+    """Whether it has many elements."""
+    return parameter.numel() >= LARGE
+
+
+def _nbytes(bucket: list[nn.Parameter]) -> int:
+    return sum(p.numel() * accumulate_dtype(p.dtype).itemsize for p in bucket)
+
+
+def _parts(bucket: list[nn.Parameter], buffer: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    pieces = buffer.split([p.numel() for p in bucket])
+    return [(p, piece.view(p.shape)) for p, piece in zip(bucket, pieces, strict=True)]

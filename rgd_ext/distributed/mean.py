@@ -1,0 +1,98 @@
+"""The mean gradient of several processes, most of which is on its way while their backwards still run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..contributions.factor import Factor
+from ..contributions.ledger import Contributions
+from ..linalg import accumulate_dtype
+from .buckets import BucketReducer, FlatVector, Layout
+from .group import Group
+
+
+class MeanExchange:
+    """The exchange of the mean gradient in one backward.
+
+    The part of a large parameter is complete when it has had as many uses as in the backward before. What comes later
+    than that is exchanged once more, at the end.
+
+    Args:
+        layout: of the buckets.
+        group: the processes.
+        expected: how many uses each large parameter had in the backward before, by its id.
+        check: called before the first bucket leaves; raises if the processes do not do the same.
+
+    Attributes:
+        use_counts: how many uses each large parameter has had, by its id.
+        own: the gradient of this process's loss, divided by the number of processes, by parameter.
+        mean: that of the mean of all losses, which is the sum of these; bucket by bucket as `reduced_buckets` gives
+            them out.
+    """
+
+    def __init__(self, layout: Layout, group: Group, expected: Mapping[int, int], check: Callable[[], object]) -> None:
+        self._group, self._expected, self._check = group, expected, check
+        self.use_counts: Counter[int] = Counter()
+        self.own: dict[nn.Parameter, Tensor] = {}
+        self.mean = layout.empty()
+        self._reducer = BucketReducer(self.mean, group, "the mean gradient")
+        self._late: dict[nn.Parameter, Tensor] = {}
+
+    def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
+        """Take the contributions of one use of a large parameter, and send what is complete."""
+        if parameter not in self.mean.parts:
+            return
+        dtype, key = accumulate_dtype(parameter.dtype), id(parameter)
+        weights = torch.full((factor.batch_size,), 1 / self._group.size, dtype=dtype, device=parameter.device)
+        part = factor.combine(weights).to(dtype)
+        if self._reducer.is_filled(parameter):
+            self._late[parameter] = self._late[parameter] + part if parameter in self._late else part
+        self.own[parameter] = self.own[parameter] + part if self.use_counts[key] else part
+        self.use_counts[key] += 1
+        if self.use_counts[key] == self._expected.get(key):
+            self._check()
+            self._reducer.fill(parameter, self.own[parameter])
+
+    def send_rest(self, local: Contributions) -> bool:
+        """Send what has not left, at the end of the backward; whether something came late here.
+
+        Args:
+            local: all contributions of this process, of which some were offered.
+        """
+        rest = local.without(self.use_counts.keys()) if self.use_counts else local
+        if rest:
+            first, share = rest.parameters()[0], 1 / (rest.batch_size * self._group.size)
+            dtype = accumulate_dtype(first.dtype)
+            weights = torch.full((rest.batch_size,), share, dtype=dtype, device=first.device)
+            for parameter, part in rest.combine_by_parameter(weights):
+                self.own[parameter] = part.to(accumulate_dtype(parameter.dtype))
+        for parameter, part in self.own.items():
+            if not self._reducer.is_filled(parameter):
+                self._reducer.fill(parameter, part)
+        self._reducer.fill_zeros()
+        return bool(self._late)
+
+    def reduced_buckets(self, is_late: bool) -> Iterator[int]:
+        """The number of each bucket, when its part of `mean` is there.
+
+        Args:
+            is_late: whether something came late in any process.
+        """
+        late = self._sum_of_late() if is_late else None
+        for bucket in self._reducer.reduced_buckets():
+            if late is not None:
+                self.mean.buffers[bucket].add_(late.buffers[bucket])
+            yield bucket
+
+    def _sum_of_late(self) -> FlatVector:
+        late = self.mean.layout.empty()
+        reducer = BucketReducer(late, self._group, "parts of the mean gradient that came late")
+        for parameter, part in self._late.items():
+            reducer.fill(parameter, part)
+        reducer.fill_zeros()
+        reducer.wait()
+        return late
