@@ -11,7 +11,7 @@
 # the marks, for a slower machine. The exit status is 1 if anything failed.
 set -u
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators ncu compile}
+STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators distributed ncu compile}
 SCALE=${SCALE:-1}
 OUT=$(realpath -m "${1:-$(dirname "$0")/results}")
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -192,9 +192,10 @@ step kernels 360 "$PYTHON" -m bench kernels --device cuda --no-compile --json "$
     "d = 1e+06, B = 128," "d = 1e+07, B = 128," "d = 1e+07, B = 8," "d = 1e+07, B = 16," "d = 1e+06, B = 512," ResNet-50
 step steps 450 "$PYTHON" -m bench steps --device cuda --json "$WORK/steps.json" --only \
     "MLP 784-2048" "ResNet-GN 0.3M" "GPT-2 small's shape, autocast" "GPT 4 x 256" "GPT-2 small's shape, bfloat16"
-step operators 490 "$PYTHON" -m bench operators --device cuda --json "$WORK/operators.json"
+step operators 480 "$PYTHON" -m bench operators --device cuda --json "$WORK/operators.json"
+step distributed 510 "$PYTHON" -m bench distributed --quick --device cuda --json "$WORK/distributed.json"
 if command -v ncu >/dev/null; then
-    step ncu 530 ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
+    step ncu 540 ncu --clock-control none --profile-from-start off --section SpeedOfLight --section LaunchStats \
         --section Occupancy --section SchedulerStats --section WarpStateStats --section MemoryWorkloadAnalysis \
         --section MemoryWorkloadAnalysis_Tables "$PYTHON" -m bench.gpu.ncu_run
 else

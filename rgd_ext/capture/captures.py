@@ -115,7 +115,7 @@ def precondition(
             `torch.distributed.ProcessGroup` or a `DeviceMesh` of one dimension. All of them call this function, and
             start from the parameters of rank 0. `.grad` is then the same in all of them after each backward: the
             direction of all their samples, for the mean of their losses. Statistics are those of all samples, rank by
-            rank. Two gradients are exchanged in each backward; with `Spectral`, the default, ten to thirty more, unless
+            rank. Two gradients are exchanged in each backward; with `Spectral`, the default, up to some thirty, unless
             you pass `Spectral(every=20)` or `Spectral(across_ranks="bound")`. None for one process; for a
             `DistributedDataParallel`, in whose place its module is captured, its own.
         mode: "exact" as above; "local" lets each process take its own samples for all, and gives `.grad` the mean of

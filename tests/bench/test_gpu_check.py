@@ -49,6 +49,7 @@ STEPS = {
     "kernels": "--no-compile",
     "steps": "bench steps",
     "operators": "bench operators",
+    "distributed": "bench distributed",
     "ncu": "bench.gpu.ncu_run",
     "compile": "compile.json",
 }
