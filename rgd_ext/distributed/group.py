@@ -188,7 +188,9 @@ def _for_hosts(group: ProcessGroup) -> ProcessGroup:
     ranks = distributed.get_process_group_ranks(group)
     options = getattr(group._get_backend(group._device_types[0]), "options", None)
     timeout = getattr(options, "_timeout", None)
-    found = distributed.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    # Without the other processes, where there are any, which do not come to this call.
+    is_part = len(ranks) < distributed.get_world_size()
+    found = distributed.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=is_part)
     return cast("ProcessGroup", found)
 
 

@@ -160,8 +160,8 @@ class Spectral(_Fraction):
             and of D; only then can epsilon exceed eq. (6), by as much as that share grows. `rgd_ext.direction` always
             computes it.
         across_ranks: for a batch over several processes (`process_group`), how lambda_max of the whole batch is found:
-            "lanczos", the default, iterates to the value of one process, with an exchange of a gradient in each of up to
-            some thirty steps; "bound" adds up the lambda_max of the processes and the norms of the differences of
+            "lanczos", the default, iterates to the value of one process, with an exchange of a gradient in each of up
+            to some thirty steps; "bound" adds up the lambda_max of the processes and the norms of the differences of
             their means, which costs a number from each process, keeps eq. (6) and makes epsilon smaller.
 
     Raises:

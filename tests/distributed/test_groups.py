@@ -22,7 +22,8 @@ import rgd_ext
 @pytest.mark.parametrize("name", ["MLP", "large"])
 @pytest.mark.parametrize("run", [in_each_wrapped, with_group_of_hosts, on_mesh], ids=lambda run: run.__name__)
 def test_the_direction_is_that_of_one_process(run, name, processes):
-    size = 4 if run is on_mesh else 2  # a mesh spans all processes
+    # All processes make groups together: from torch 2.14 on, those of some would change the names of later ones.
+    size = 2 if run is in_each_wrapped else 4
     more = [3] if run is in_each_wrapped else []
     first, *others = processes.run(size, run, name, UNEVEN[size], *more)
     assert_close(flat(first.grads), flat(in_one(name, UNEVEN[size], {}).grads))
