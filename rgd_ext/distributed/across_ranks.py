@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, reduce
-from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,7 +13,8 @@ from ..contributions.itemised import Item, ItemisedContributions
 from ..contributions.ledger import Contributions
 from ..gradients import Moments, PerSampleGradients, squared_norm
 from ..linalg import accumulate_dtype, trace_rounding
-from .buckets import BucketReducer, FlatVector, Layout, dot
+from ..metric.stats import statistics
+from .buckets import FlatVector, Layout, all_reduced, dot
 from .group import Group
 from .lanczos import largest_eigenvalue
 from .mean import MeanExchange
@@ -108,8 +108,7 @@ class AcrossRanks(PerSampleGradients):
     @property
     def own(self) -> slice:
         """The places of this process's samples among all."""
-        starts = [*accumulate(self._sizes, initial=0)]
-        return slice(starts[self._group.rank], starts[self._group.rank + 1])
+        return self._group.places(self._sizes)
 
     def parameters(self) -> list[nn.Parameter]:
         """Those that any process uses, in the order of vectors of the parameter space."""
@@ -128,6 +127,10 @@ class AcrossRanks(PerSampleGradients):
         """The rows of all samples, (B, n), given those of this process, (B_r, n)."""
         return self._group.all_gather_rows(what, rows.double(), self._sizes).to(self._dtype)
 
+    def _of_each(self, what: str, numbers: Tensor) -> Tensor:
+        """The numbers of all processes, (R, n), given those of this one, (n,)."""
+        return self._group.all_gather_rows(what, numbers[None], [1] * self._group.size)
+
     def _zeros(self) -> Tensor:
         """(B_r,)."""
         return torch.zeros(self._own_size, dtype=self._dtype, device=self._device)
@@ -140,15 +143,11 @@ class AcrossRanks(PerSampleGradients):
             weights: w, (B,).
             last: whether the contributions of this process are used up.
         """
-        found = self._used.layout.empty()
-        reducer = BucketReducer(found, self._group, what)
+        parts: Iterable[tuple[nn.Parameter, Tensor]] = ()
         if self._local:
             local = self._local.release() if last else self._local
-            for parameter, step in local.combine_by_parameter(weights[self.own] * self._scale):
-                reducer.fill(parameter, step)
-        reducer.fill_zeros()
-        reducer.wait()
-        return found
+            parts = local.combine_by_parameter(weights[self.own] * self._scale)
+        return all_reduced(self._used.layout, self._group, what, parts)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -214,8 +213,7 @@ class AcrossRanks(PerSampleGradients):
         """The moments of this process's own gradients, as if there were no others."""
         if not self._local:
             return Moments(self._zeros().sum(), self._zeros(), self._zeros())
-        found = self._local.moments()
-        return Moments(*torch.ops.rgd_ext.gram_moments(self._local.gram())[:3]) if found is None else found
+        return statistics(self._local, with_gram=False).moments
 
     def _aligned(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """<g_i, v> for the samples of this process."""
@@ -261,8 +259,7 @@ class AcrossRanks(PerSampleGradients):
             centred = torch.ops.rgd_ext.gram_moments(gram)[3]
             largest = torch.ops.rgd_ext.largest_eigenvalue(centred, torch.finfo(gram.dtype).eps)  # B_r lambda_max(D_r)
             own = own + self._scale**2 / self._own_size * largest
-        ones = [1] * self._group.size
-        bounds = self._group.all_gather_rows("bounds of eigenvalues", own.view(1, 1), ones)[:, 0]
+        bounds = self._of_each("bounds of eigenvalues", own.view(1))[:, 0]
         return (bounds @ bounds.new_tensor(self._sizes) / self.batch_size).to(self._dtype)
 
     def gram(self) -> Tensor:
@@ -339,9 +336,7 @@ class AcrossRanks(PerSampleGradients):
             if parameter in notes:
                 trace = trace + self._scale**2 * notes[parameter].trace
             traces.append(trace * self._own_size / self.batch_size)
-        rows = self._group.all_gather_rows(
-            "the statistics of parameters", torch.stack(traces)[None], [1] * self._group.size
-        )
+        rows = self._of_each("the statistics of parameters", torch.stack(traces))
         return {
             p: Item(squared_norm([mean[p]]), trace.to(self._dtype))
             for p, trace in zip(self._parameters, rows.sum(0).unbind(), strict=True)

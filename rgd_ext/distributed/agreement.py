@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -48,10 +48,10 @@ def _check_equal(group: Group, items: Mapping[str, object]) -> int:
     gathered = group.all_gather_objects("the options of the capture", (digests, secrets.randbits(62)))
     found, tokens = zip(*gathered, strict=True)
     for name in items:
-        others = [rank for rank, each in enumerate(found) if each.get(name) != found[0].get(name)]
-        if others:
+        other = first_other([each.get(name) for each in found])
+        if other is not None:
             raise ValueError(
-                f"{name} of rank {others[0]} and of rank 0 differ; rank {group.rank} has {shown[name][:500]}: capture"
+                f"{name} of rank {other} and of rank 0 differ; rank {group.rank} has {shown[name][:500]}: capture"
                 " the same model with the same options in all processes of the group"
             )
     return tokens[0]
@@ -63,9 +63,14 @@ def _share_state(group: Group, model: nn.Module) -> None:
     group.broadcast("the parameters of rank 0", [*named.values()])
     found = group.all_gather_objects("checksums of the parameters", [checksum(tensor) for tensor in named.values()])
     for place, name in enumerate(named):
-        others = [rank for rank, each in enumerate(found) if each[place] != found[0][place]]
-        if others:
-            raise RuntimeError(f"'{name}' of rank {others[0]} differs from that of rank 0 after a broadcast")
+        other = first_other([each[place] for each in found])
+        if other is not None:
+            raise RuntimeError(f"'{name}' of rank {other} differs from that of rank 0 after a broadcast")
+
+
+def first_other(values: Sequence[object]) -> int | None:
+    """The first rank whose value is not that of rank 0; None if all are equal."""
+    return next((rank for rank, value in enumerate(values) if value != values[0]), None)
 
 
 def checksum(tensor: Tensor) -> int:

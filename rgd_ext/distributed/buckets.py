@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import filterfalse
 
@@ -146,10 +146,20 @@ class BucketReducer:
             pending.wait()
             yield bucket
 
-    def wait(self) -> None:
-        """Wait for all sums."""
-        for _ in self.reduced_buckets():
-            pass
+
+def all_reduced(layout: Layout, group: Group, what: str, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> FlatVector:
+    """The sum over the processes of vectors of which each passes its parts; those that it lacks are zero.
+
+    Buckets are on their way while later parts are computed.
+    """
+    found = layout.empty()
+    reducer = BucketReducer(found, group, what)
+    for parameter, part in parts:
+        reducer.fill(parameter, part)
+    reducer.fill_zeros()
+    for _ in reducer.reduced_buckets():
+        pass
+    return found
 
 
 def dot(vector: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tensor]) -> Tensor:

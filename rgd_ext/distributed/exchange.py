@@ -16,8 +16,8 @@ from ..contributions.factor import Factor
 from ..contributions.ledger import Contributions
 from ..metric import Stats
 from .across_ranks import AcrossRanks, UsedParameters
-from .agreement import checksum
-from .buckets import BucketReducer, Layout
+from .agreement import checksum, first_other
+from .buckets import Layout, all_reduced
 from .group import Group, PendingAllGather
 from .mean import MeanExchange
 from .shared_buffers import SharedBuffers
@@ -149,9 +149,9 @@ class Exchange:
             (digests, "the list of trainable parameters"),
             (checksums, f"the value of parameter '{self._compared}'"),
         ):
-            others = [rank for rank, value in enumerate(values) if value != values[0]]
-            if others:
-                raise RuntimeError(_DIFFERENT.format(what=what, rank=others[0]))
+            other = first_other(values)
+            if other is not None:
+                raise RuntimeError(_DIFFERENT.format(what=what, rank=other))
         self._sizes = [*sizes]
 
     def finish(self, local: Contributions, solve: Solve) -> Direction | None:
@@ -188,15 +188,12 @@ class Exchange:
 
     def _mean_of_directions(self, local: Contributions, solve: Solve, used: UsedParameters) -> Direction:
         """The mean over the processes of the directions of each."""
-        mean, stats = self._layout.empty(), None
-        reducer = BucketReducer(mean, self.group, "the directions")
+        own, stats = local.parameters(), None
+        direction: list[Tensor] = []
         if local:
-            parameters = local.parameters()
             direction, stats = solve(local)
-            for parameter, step in zip(parameters, direction, strict=True):
-                reducer.fill(parameter, step / self.group.size)
-        reducer.fill_zeros()
-        reducer.wait()
+        parts = ((p, step / self.group.size) for p, step in zip(own, direction, strict=True))
+        mean = all_reduced(self._layout, self.group, "the directions", parts)
         parameters = used.anywhere()
         return Direction(parameters, mean.typed_parts(parameters), stats)
 
@@ -204,8 +201,7 @@ class Exchange:
         """The places of this process's samples in the statistics of the last backward, which are of so many samples."""
         if not self.is_exact:
             return slice(0, batch_size)
-        start = sum(self._sizes[: self.group.rank])
-        return slice(start, start + self._sizes[self.group.rank])
+        return self.group.places(self._sizes)
 
     def _gather_flags(self, local: Contributions, is_late: bool = False) -> _Flags:
         """What all have to know of each process at the end of its backward."""

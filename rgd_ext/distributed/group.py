@@ -48,6 +48,11 @@ class Group:
         self._root = distributed.get_global_rank(self.process_group, 0)
         self._cpu_group = self.process_group if _serves_hosts(self.process_group) else _for_hosts(self.process_group)
 
+    def places(self, sizes: Sequence[int]) -> slice:
+        """The places of this process's samples among all, rank by rank, given the number of each process."""
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
+
     def all_gather_objects(self, what: str, item: object) -> list[Any]:
         """What each process passes, in the order of their ranks."""
         found: list[Any] = [None] * self.size
@@ -100,11 +105,10 @@ class Group:
             distributed.broadcast(joined, root, group=self.process_group)
         if self.rank != source:
             for tensor, part in zip(tensors, joined.split([tensor.nbytes for tensor in tensors]), strict=True):
-                # A copy, since a view of another dtype has to be aligned.
-                found = part.clone().view(tensor.dtype).view(tensor.shape)
                 # Autograd refuses a backward whose forward has saved what is written to. On a GPU the host would wait.
                 if not (tensor.is_cpu and torch.equal(_bytes(tensor), part)):
-                    tensor.copy_(found)
+                    # A copy, since a view of another dtype has to be aligned.
+                    tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contributions.factor import Factor
 from ..contributions.ledger import Contributions
 from ..linalg import accumulate_dtype
-from .buckets import BucketReducer, FlatVector, Layout
+from .buckets import BucketReducer, Layout, all_reduced
 from .group import Group
 
 
@@ -82,17 +82,10 @@ class MeanExchange:
         Args:
             is_late: whether something came late in any process.
         """
-        late = self._sum_of_late() if is_late else None
+        what, late = "parts of the mean gradient that came late", None
+        if is_late:
+            late = all_reduced(self.mean.layout, self._group, what, self._late.items())
         for bucket in self._reducer.reduced_buckets():
             if late is not None:
                 self.mean.buffers[bucket].add_(late.buffers[bucket])
             yield bucket
-
-    def _sum_of_late(self) -> FlatVector:
-        late = self.mean.layout.empty()
-        reducer = BucketReducer(late, self._group, "parts of the mean gradient that came late")
-        for parameter, part in self._late.items():
-            reducer.fill(parameter, part)
-        reducer.fill_zeros()
-        reducer.wait()
-        return late
