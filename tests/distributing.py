@@ -8,6 +8,7 @@ from capturing import loss_of
 from models import MODELS, Net, images, mlp
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import rgd_ext
 from rgd_ext.distributed import Group, buckets
@@ -62,6 +63,16 @@ def with_large_layers():
     return model
 
 
+def checkpointed():
+    """A model whose middle runs again in the backward."""
+
+    def forward(m, x):
+        return m.c(checkpoint(m.b, m.a(x), use_reentrant=False).tanh())
+
+    middle = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    return Net(forward, a=nn.Linear(6, 8), b=middle, c=nn.Linear(8, 3))
+
+
 def with_batch_norm():
     """A convolution and batch normalisation."""
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
@@ -77,6 +88,7 @@ CASES = {name: case for name, case in MODELS.items() if name != "siamese"} | {
     "tied": (tied, vectors),
     "two heads": (two_heads, signed),
     "large": (with_large_layers, lambda batch: (torch.randn(batch, 140),)),
+    "checkpointed": (checkpointed, vectors),
     "batch norm": (with_batch_norm, images),
 }
 

@@ -8,6 +8,7 @@ import time
 import torch
 from capturing import loss_of
 from distributing import Outcome, model_of, outcome_of, parts_of
+from sharding import children, local, mesh_of
 from torch import distributed, nn
 
 import rgd_ext
@@ -36,12 +37,14 @@ class DyingForward(nn.Module):
         return x
 
 
-def with_death(group, rank, where):
+def with_death(group, rank, where, is_sharded):
     """The error of a backward, in whose forward, backward or policy the last process ends, and what it leaves."""
     model, x = model_of("MLP", seed=rank), torch.randn(3, 6).double()
+    if is_sharded:
+        children(model, mesh=mesh_of(group))
     is_last = rank == group.size() - 1
-    with rgd_ext.precondition(model, process_group=group, epsilon=own_policy, verify=False) as handle:
-        before = [p.detach().clone() for p in model.parameters()]
+    with rgd_ext.precondition(model, process_group=group, epsilon=own_policy, verify=False):
+        before = [local(p).clone() for p in model.parameters()]
         own_policy.dies = is_last and where == "policy"
         try:
             out = model(x)
@@ -49,7 +52,8 @@ def with_death(group, rank, where):
                 out = DyingForward(where)(out)
             loss_of(out).backward()
         except RuntimeError as error:
-            return str(error), all(map(torch.equal, before, model.parameters())), outcome_of(model, handle)
+            same = all(torch.equal(value, local(p)) for value, p in zip(before, model.parameters(), strict=True))
+            return str(error), same, all(p.grad is None for p in model.parameters())
     return None
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_layers import HEIGHTS
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import rgd_ext
 from rgd_ext.distributed.buckets import LARGE
@@ -159,15 +160,20 @@ def fit(handle, x):
     rgd_ext.GaussNewton(net).step(residuals)
 
 
-def distributed_step(handle, x):
+def distributed_step(handle, x, shard=lambda net: net):
     handle.remove()
     net = nn.Sequential(*handle.model, nn.Linear(5, LARGE // 5 + 1))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
+        shard(net)
         with rgd_ext.precondition(net, process_group=distributed.group.WORLD, verify=False) as captured:
             step(captured, x)
     finally:
         distributed.destroy_process_group()
+
+
+def sharded_step(handle, x):
+    distributed_step(handle, x, fully_shard)
 
 
 # What takes the road with that heading.
@@ -182,6 +188,7 @@ ACTIONS = {
     "(e) PER PARAMETER": (lambda: nn.Sequential(*parts()), observed_step),
     "(f) RESIDUALS": (lambda: nn.Sequential(*parts()), fit),
     "(g) SEVERAL": (lambda: nn.Sequential(*parts()), distributed_step),
+    "(h) SHARDED": (lambda: nn.Sequential(*parts()), sharded_step),
 }
 # The first three parts are one road.
 FORWARD, BACKWARD, END, *SIDE_ROADS = ROADS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from typing import Any, Literal
 
@@ -11,13 +12,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..batch_norm import REMEDIES_FOR_RESIDUALS, batch_norms, check_frozen
 from ..contributions.buffers import KEPT_BYTES
-from ..distributed import MODES, Exchange, Group, Mode, ProcessGroupLike, agree, as_process_group
+from ..distributed import (
+    MODES,
+    Exchange,
+    Group,
+    Mode,
+    ModelParameters,
+    ProcessGroupLike,
+    agree,
+    as_process_group,
+    is_sharded,
+)
 from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
 from .handle import Preconditioner
 from .model_checks import check_model, check_model_of_group
-from .wrappers import Wrapper, warn_of_processes
+from .wrappers import Wrapper, check_not_sharded, warn_of_processes
 
+_UNVERIFIED = (
+    "the capture of a sharded model is not verified: call rgd_ext.verify(model, x) before fully_shard, and pass"
+    " verify=False to precondition, RGD or observe"
+)
 _handles: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
 
@@ -274,17 +289,30 @@ def _capture(
     _check_free(model, earlier)
     check_model(model, options.batch_norm)
     _check_flag("verify", verify)
-    exchange = None
+    exchange, parameters = None, ModelParameters(model)
+    if group is None or not is_sharded(model):
+        check_not_sharded(model)
     if group is not None:
         check_model_of_group(model)
         same = {"the rule": (rule, rule.needs), "batch_norm": options.batch_norm, "batch_dim": options.batch_dim}
         token = agree(group, model, same | {"verify": verify, "mode": mode, "per_parameter": per_parameter})
-        exchange = Exchange(group, mode, model, token, wrapper is None or wrapper.shares_buffers)
+        if is_sharded(model):
+            parameters, verify = _sharded(model, group, verify), False
+        exchange = Exchange(group, mode, parameters, token, wrapper is None or wrapper.shares_buffers)
     if earlier is not None:
         earlier.give_way()
-    handle = Preconditioner(model, rule, options, verify, per_parameter, exchange, wrapper)
+    handle = Preconditioner(parameters, rule, options, verify, per_parameter, exchange, wrapper)
     _handles.add(handle)
     return handle
+
+
+def _sharded(model: nn.Module, group: Group, verify: bool) -> ModelParameters:
+    # torch takes a second to import what this needs.
+    from ..distributed.sharded_parameters import ShardedParameters
+
+    if verify:
+        warnings.warn(_UNVERIFIED, stacklevel=5)
+    return ShardedParameters(model, group)
 
 
 def _check_flag(name: str, value: bool) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._C import _current_graph_task_id, _functorch
 
 from ..contributions.ledger import Contributions
+from ..distributed import ModelParameters
 from ..planning.planner import Planner
 from .backward import Backward
 from .batch import check_not_empty
@@ -53,12 +54,13 @@ class CaptureContext:
     """The capture of a model, as recorders and autograd nodes see it.
 
     Args:
-        model: the captured model.
+        parameters: of the captured model.
         options: the options of the capture.
         receive: (call, inputs, output gradient, wanted) -> the gradient to pass on; for compiled nodes.
 
     Attributes:
-        model, options: as given.
+        model: the captured model.
+        options: as given.
         native: the half of the context that compiled code sees.
         parameters: the parameters of the model.
         calls: the calls of the model.
@@ -68,10 +70,10 @@ class CaptureContext:
         enter: (recorder, args, kwargs) -> the output of a call from outside of the model's forward.
     """
 
-    def __init__(self, model: nn.Module, options: Options, receive: Callable) -> None:
-        self.model, self.options = model, options
+    def __init__(self, parameters: ModelParameters, options: Options, receive: Callable) -> None:
+        self.model, self.options = parameters.model, options
         self.native = NativeContext(receive, _functorch.peek_interpreter_stack)
-        self.parameters = WatchedParameters(model, self.native, self._refuse_outside)
+        self.parameters = WatchedParameters(parameters, self.native, self._refuse_outside)
         self.calls = Calls(self.native)
         self.derivatives = Derivatives() if options.derivatives else None
         self.sink: Sink  # from `start` on
@@ -172,11 +174,16 @@ class CaptureContext:
         self._check_start(call, task)
         if earlier is not None:
             self._unfinished.add(earlier.task)
-        backward = Backward(task, call.batch_size, self.sink, self.options.kept)
+        # Rules that wait for the end would find shards in the place of parameters.
+        may_wait = 0 if self.parameters.is_sharded else self.options.kept
+        backward = Backward(task, call.batch_size, self.sink, may_wait)
         self._backward = weakref.ref(backward)
         self.native.begin_backward(backward.collector)
         self.sink.begin(call.batch_size)
-        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, backward))
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        end = partial(self._end, backward)
+        # That of FSDP, which shards the parameters again, may be queued later than this one.
+        queue(partial(queue, end) if self.parameters.is_sharded else end)
         return backward
 
     def _check_start(self, call: LayerCall, task: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..contributions.buffers import Workspace
 from ..contributions.ledger import Contributions
-from ..distributed import Exchange
+from ..distributed import Exchange, ModelParameters
 from ..metric import ParameterVector, Rule, Solver, State, Stats
 from ..planning.planner import Choice, Planner
 from ..planning.table import Plan, plan_of
@@ -31,6 +31,15 @@ from .unions import DEFERRED, INSIDE_BLOCK, LOST, NESTED_BLOCKS, NOT_DEFERRED, B
 from .verification.verifier import Verifier
 from .wrappers import Wrapper, check_not_in_ddp
 
+_SHARDED = (
+    "plan(x) of a sharded model, whose other processes would have to join in each of its forwards and backwards: run a"
+    " training step in all of them, and call plan() without arguments; or plan the model before fully_shard"
+)
+_NO_SAMPLES = (
+    "an empty batch of a sharded model, whose processes wait for each other in every forward and backward: pass at"
+    " least one sample in each process, as with drop_last=True"
+)
+
 
 class Preconditioner:
     """The handle of a captured model, from `precondition` or `observe`; a context manager that removes the capture.
@@ -43,7 +52,7 @@ class Preconditioner:
 
     def __init__(
         self,
-        model: nn.Module,
+        parameters: ModelParameters,
         rule: Rule,
         options: Options,
         verify: bool = True,
@@ -51,12 +60,12 @@ class Preconditioner:
         exchange: Exchange | None = None,
         wrapper: Wrapper | None = None,
     ) -> None:
-        self.model = model
-        self.context = CaptureContext(model, options, receive)
+        self.model = model = parameters.model
+        self.context = CaptureContext(parameters, options, receive)
         self.verifier = Verifier(self.context, verify)
         self._planner = Planner(options.memory_budget)
-        workspace, solver, parameters = Workspace(options.kept), Solver(rule), self.context.parameters
-        self._direction = WriteDirection(solver, self._planner, parameters, workspace, per_parameter, exchange)
+        workspace, solver, watched = Workspace(options.kept), Solver(rule), self.context.parameters
+        self._direction = WriteDirection(solver, self._planner, watched, workspace, per_parameter, exchange)
         self._union: BatchUnion | None = None
         self._record: SampleRecord | None = None
         self._wrapper = wrapper
@@ -243,7 +252,7 @@ class Preconditioner:
         """
         if self._union is not None:
             raise RuntimeError(DEFERRED if self._union.is_deferred else NESTED_BLOCKS)
-        self._union = union = BatchUnion(is_deferred=False)
+        self._union = union = BatchUnion(False, self.context.parameters.stepped_of)
         try:
             with self.context.directed_to(self._collection(union)):
                 yield
@@ -271,7 +280,7 @@ class Preconditioner:
         if self._union and not on:
             raise RuntimeError(LOST)
         if on != (self._union is not None):
-            self._union = BatchUnion(is_deferred=True) if on else None
+            self._union = BatchUnion(True, self.context.parameters.stepped_of) if on else None
             self.context.switch(self._direction if self._union is None else self._collection(self._union))
 
     def write(self) -> None:
@@ -342,7 +351,8 @@ class Preconditioner:
                 numbers stay as they are. Without arguments the plan is that of the last backward.
 
         Raises:
-            RuntimeError: without arguments before the first backward, or while nothing is recorded.
+            RuntimeError: without arguments before the first backward, or while nothing is recorded; with arguments, for
+                a sharded model.
             ValueError: if `memory_budget` is too small for the batch, naming the smallest that works.
         """
         if not args and not kwargs:
@@ -356,6 +366,8 @@ class Preconditioner:
                 " a removed handle plans nothing"
             )
         solver, parameters = self._direction.solver, self.context.parameters
+        if parameters.is_sharded:
+            raise RuntimeError(_SHARDED)
         with self.context.directed_to(NoteShapes(solver.needs_gram, self._planner, parameters)), self.verifier.paused():
             dry_run(self.model, args, kwargs, times=1)
         choices = self._choices()
@@ -381,6 +393,8 @@ class Preconditioner:
         check_not_in_ddp(self.model, self._wrapper)
         call, exchange = ModelCall.of(recorder, args, kwargs), self._direction.exchange
         if exchange is not None and call.batch_size == 0:
+            if self.context.parameters.is_sharded:
+                raise ValueError(_NO_SAMPLES)
             return run_without_samples(call)
         return self.verifier.run(call)
 

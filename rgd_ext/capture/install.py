@@ -18,6 +18,7 @@ from .recorders.layer import LayerRecorder
 from .recorders.recorder import NamedPlace, Recorder
 from .recorders.recurrent import FORWARDS, RecurrentRecorder
 from .recorders.unit import UnitRecorder
+from .wrappers import check_whole
 
 # With batch_first=False these give all layers inside of them (T, B, n), as they get it.
 _TRANSFORMERS = (
@@ -53,7 +54,9 @@ def recorders_for(context: CaptureContext, model: nn.Module) -> list[Recorder]:
             recorders[module] = recorder
             if module in time_first:
                 recorder.expect_time_first()
-        if not serves_children:
+        if serves_children:
+            check_whole(module, name or type(module).__name__)
+        else:
             children = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
             pending += reversed(children)
     return list(recorders.values())

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..metric import ParameterVector
 
 
-def by_parameter(model: nn.Module, vectors: ParameterVector) -> dict[nn.Parameter, Tensor]:
-    """The part of a vector that belongs to each parameter.
+def by_parameter(
+    parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, str], vectors: ParameterVector
+) -> dict[str, Tensor]:
+    """The part of a vector that belongs to each parameter, by its name.
 
     Args:
-        model: the model.
+        parameters: of the model, by name.
+        aliases: for each name of a parameter the one in `parameters`, which differs where it is tied.
         vectors: a dict from names of trainable parameters, where missing ones count as zeros, and a tied one may have
             any of its names; or a sequence with a tensor for each trainable parameter, in the order of
             `model.parameters()`.
@@ -25,9 +29,8 @@ def by_parameter(model: nn.Module, vectors: ParameterVector) -> dict[nn.Paramete
     """
     if isinstance(vectors, Set):
         raise TypeError("vectors is a set, which has no order: pass a list, or a dict from names")
-    by_name = isinstance(vectors, Mapping)
-    named = model.named_parameters(remove_duplicate=not by_name)
-    trainable = {name: parameter for name, parameter in named if parameter.requires_grad}
+    names = aliases if isinstance(vectors, Mapping) else {name: name for name in parameters}
+    trainable = {alias: parameters[name] for alias, name in names.items() if parameters[name].requires_grad}
     given = dict(vectors) if isinstance(vectors, Mapping) else _in_order(ops.as_list(vectors), trainable)
     for name, vector in given.items():
         if name not in trainable:
@@ -37,7 +40,7 @@ def by_parameter(model: nn.Module, vectors: ParameterVector) -> dict[nn.Paramete
                 f"the vector of parameter '{name}' is None: pass zeros, or a dict from names that leaves it out"
             )
         ops.check_vector(f"the vector of parameter '{name}'", vector, trainable[name].shape, trainable[name])
-    found = {trainable[name]: vector.detach().to_dense() for name, vector in given.items()}
+    found = {aliases[name]: _dense(vector.detach()) for name, vector in given.items()}
     if len(found) < len(given):
         raise ValueError(f"vectors has several names of one tied parameter, {_some(given)}: pass one of them")
     return found
@@ -50,6 +53,10 @@ def _in_order(tensors: list[Tensor], names: Mapping[str, object]) -> dict[str, T
             " [p.grad for p in model.parameters() if p.requires_grad], or a dict from their names"
         )
     return dict(zip(names, tensors, strict=True))
+
+
+def _dense(vector: Tensor) -> Tensor:
+    return vector if vector.layout == torch.strided else vector.to_dense()
 
 
 def _some(names: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..distributed import ModelParameters
 from ..metric import ParameterVector
 from ..nests import modules_in
 from .native import GUARD_HOOKS, NativeContext, guard
@@ -18,6 +19,10 @@ from .wrappers import check_not_sharded, check_not_wrapped
 
 T = TypeVar("T")
 UNKNOWN = "?"
+_SHARDED_ANEW = (
+    "a parameter of shape {} came into the sharded model after its capture: shard the model first. Call .remove() on"
+    " the handle, and capture the model again"
+)
 # A parameter's place: the module that owns it, and its name there.
 Place = tuple[nn.Module, str]
 
@@ -26,15 +31,17 @@ class WatchedParameters:
     """The trainable parameters of a captured model.
 
     Args:
-        model: the captured model.
+        parameters: those of the model.
         native: notes which parameters are watched.
         refuse: called with a parameter if a gradient reaches it past the capture.
     """
 
-    def __init__(self, model: nn.Module, native: NativeContext, refuse: Callable[[nn.Parameter], None]) -> None:
-        self._model, self._native = model, native
+    def __init__(
+        self, parameters: ModelParameters, native: NativeContext, refuse: Callable[[nn.Parameter], None]
+    ) -> None:
+        self._parameters, self._native = parameters, native
         self._refuse = refuse
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._names = self._named()
         # By its id, every trainable parameter and its hook: the hash of a tensor is a call of Python.
         self._guards: dict[int, tuple[nn.Parameter, object]] = {}
         self._places: set[Place] = set()
@@ -44,6 +51,15 @@ class WatchedParameters:
         self._places = set(places)
         for parameter in filter(lambda p: p.requires_grad and p.numel(), self._names):
             self.watch(parameter)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has shards of them."""
+        return self._parameters.is_sharded
+
+    def _named(self) -> dict[nn.Parameter, str]:
+        """The names of those that layers use, and of those that optimizers step."""
+        return {p: name for name, p in (*self._parameters.used(), *self._parameters.stepped())}
 
     def __contains__(self, parameter: Tensor) -> bool:
         return id(parameter) in self._guards
@@ -57,8 +73,11 @@ class WatchedParameters:
             return
         self._check_hooks(parameter, 0)
         if parameter not in self._names:  # as after load_state_dict(assign=True)
-            check_not_sharded(self._model)
-            self._names = {p: name for name, p in self._model.named_parameters()}
+            if not self.is_sharded:
+                check_not_sharded(self._parameters.model)
+            self._names = self._named()
+            if self.is_sharded and parameter not in self._names:
+                raise ValueError(_SHARDED_ANEW.format(tuple(parameter.shape)))
             for replaced in self._guards.keys() - set(map(id, self._names)):
                 self._forget(*self._guards.pop(replaced))
         # Weak: the garbage collector does not see into a guard that was compiled.
@@ -83,11 +102,20 @@ class WatchedParameters:
     def name_of(self, parameter: Tensor) -> str:
         """Its name in the model, or `UNKNOWN` for one that was replaced since."""
         name = self._names.get(parameter)  # type: ignore[call-overload]  # None for what is no Parameter
-        return name or next((name for name, p in self._model.named_parameters() if p is parameter), UNKNOWN)
+        return name or next((name for name, p in self._parameters.model.named_parameters() if p is parameter), UNKNOWN)
 
     def vector(self, vectors: ParameterVector) -> dict[nn.Parameter, Tensor]:
-        """The part of a vector of the parameter space that belongs to each parameter; raises as `by_parameter`."""
-        return by_parameter(self._model, vectors)
+        """The part of a vector of the parameter space that belongs to each parameter; raises as `by_parameter`.
+
+        The parameters are those that layers use; the parts are like those that optimizers step.
+        """
+        used = dict(self._parameters.used())
+        parts = by_parameter(dict(self._parameters.stepped()), self._parameters.aliases(), vectors)
+        return {used[name]: part for name, part in parts.items()}
+
+    def stepped_of(self, used: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that optimizers step in the place of some that layers use."""
+        return self._parameters.stepped_of(used)
 
     def in_model_order(self, items: Iterable[T], name_of: Callable[[T], str]) -> list[T]:
         """What belongs to parameters of these names, as the model lists its parameters."""
@@ -104,9 +132,9 @@ class WatchedParameters:
         Raises:
             ValueError: for one in a place that nothing watches, and for a model that was wrapped since.
         """
-        for module in modules_in(self._model):
+        for module in modules_in(self._parameters.model):
             if type(module) is DistributedDataParallel:
-                check_not_wrapped(self._model)
+                check_not_wrapped(self._parameters.model)
             for key, parameter in module._parameters.items():
                 if id(parameter) not in self._guards and parameter is not None and parameter.requires_grad:
                     self._admit(module, key, parameter)
@@ -122,7 +150,10 @@ class WatchedParameters:
         self.watch(newcomer)
 
     def check_unhooked(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Raise ValueError if one has gradient hooks of somebody else."""
+        """Raise ValueError if one that layers use, or that optimizers step, has gradient hooks of somebody else."""
+        if self._parameters.is_sharded:
+            parameters = [*parameters]
+            parameters += self._parameters.stepped_of(parameters)
         for parameter in parameters:
             # Before the call, for which small models would wait.
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:

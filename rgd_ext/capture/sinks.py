@@ -17,7 +17,8 @@ from ..contributions.itemised import Item, ItemisedContributions
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
-from ..distributed import AcrossRanks, Exchange, is_large
+from ..distributed import AcrossRanks, Exchange, OwnSamples, is_large
+from ..gradients import squared_norm
 from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
 from .parameters import UNKNOWN, WatchedParameters
@@ -134,7 +135,7 @@ class WriteDirection(Sink):
 
     @property
     def sends_early(self) -> bool:  # type: ignore[override]  # others have a constant
-        return self.exchange is not None and self.exchange.is_exact
+        return self.exchange is not None and self.exchange.sends_early
 
     def takes_early(self, parameter: nn.Parameter) -> bool:
         return self.sends_early and is_large(parameter)
@@ -146,7 +147,8 @@ class WriteDirection(Sink):
     @property
     def _forms_gram(self) -> bool:
         """Whether the Gramian of this process's samples is formed."""
-        return self._needs_gram and not (self.sends_early and self.solver.rule.eigenvalue_method == "lanczos")
+        is_union = self.exchange is not None and self.exchange.is_exact
+        return self._needs_gram and not (is_union and self.solver.rule.eigenvalue_method == "lanczos")
 
     def apply(self, parameter: nn.Parameter, factor: Factor) -> Factor:
         name = self._parameters.name_of(parameter)
@@ -195,7 +197,7 @@ class WriteDirection(Sink):
         _add_to_grads(parameters, direction)
         self._workspace.release()
 
-    def _solve(self, grads: Contributions | AcrossRanks) -> tuple[list[Tensor], Stats]:
+    def _solve(self, grads: Contributions | AcrossRanks | OwnSamples) -> tuple[list[Tensor], Stats]:
         """The direction of these gradients, in the order of their parameters, and the statistics that it comes from."""
 
         def align(vectors: ParameterVector) -> Tensor:
@@ -206,7 +208,8 @@ class WriteDirection(Sink):
         aligned = None if vector is None else grads.align_by_parameter(vector)
         direction, stats = self.solver.solve(grads.release(), self._needs_gram, align, aligned)
         if self.per_parameter:
-            items = grads.items(dict(zip(parameters, direction, strict=True)))  # type: ignore[union-attr]  # see `write`
+            steps = dict(zip(parameters, direction, strict=True))
+            items = grads.items(lambda p: squared_norm([steps[p]]))  # type: ignore[union-attr]  # see `write`
             stats.attach(PerParameter(stats.batch_size, self._by_name(items)))
         return direction, stats
 
@@ -222,11 +225,11 @@ class WriteDirection(Sink):
         if self._vector is None:
             return None
         found = {}
-        for parameter in parameters:
+        for parameter, like in zip(parameters, self._parameters.stepped_of(parameters), strict=True):
             name = self._parameters.name_of(parameter)
             if name in self._vector:
-                part = self._vector[name].to(parameter)
-                ops.check_vector(f"the vector of parameter '{name}' in handle.align", part, parameter.shape, parameter)
+                part = self._vector[name].to(like)
+                ops.check_vector(f"the vector of parameter '{name}' in handle.align", part, like.shape, like)
                 found[parameter] = part
         return found
 

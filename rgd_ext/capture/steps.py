@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 
 from torch import nn
@@ -29,8 +29,8 @@ class PendingDirection(ABC):
         """Whether `handle.write()` will write it, and not the end of a block."""
 
     @abstractmethod
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that have contributions."""
+    def stepped(self) -> Sequence[nn.Parameter]:
+        """The parameters that have contributions, as optimizers step them."""
 
     @abstractmethod
     def drop(self) -> None:
@@ -58,7 +58,7 @@ def pending_directions(optimizer: Optimizer) -> list[PendingDirection]:
     if not found:
         return found
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    return [direction for direction in found if not own.isdisjoint(direction.parameters())]
+    return [direction for direction in found if not own.isdisjoint(direction.stepped())]
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -98,10 +98,14 @@ class BatchUnion(steps.PendingDirection):
 
     Args:
         is_deferred: whether `handle.write()` will write the direction, and not the end of a block.
+        stepped_of: gives the parameters that optimizers step in the place of some that layers use.
     """
 
-    def __init__(self, is_deferred: bool) -> None:
+    def __init__(
+        self, is_deferred: bool, stepped_of: Callable[[Iterable[nn.Parameter]], Sequence[nn.Parameter]]
+    ) -> None:
         self._is_deferred, self._is_torn = is_deferred, False
+        self._stepped_of = stepped_of
         self._samples: list[_Samples] = []
         steps.refuse_steps(self)
 
@@ -112,7 +116,11 @@ class BatchUnion(steps.PendingDirection):
     def is_deferred(self) -> bool:
         return self._is_deferred
 
+    def stepped(self) -> Sequence[nn.Parameter]:
+        return self._stepped_of(self.parameters())
+
     def parameters(self) -> list[nn.Parameter]:
+        """The parameters that have contributions."""
         return list(dict.fromkeys(parameter for each in self._samples for parameter in each.parameters()))
 
     def add(self, contributions: Contributions, calls: CallNumbers) -> None:

@@ -10,13 +10,23 @@ from contextlib import contextmanager
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed import ProcessGroupLike
+from ..distributed import ProcessGroupLike, is_sharded, is_sharding
 from ..nests import modules_in
 
 _WRAPPERS = DistributedDataParallel, nn.DataParallel
 _REMEDY = (
     "Capture the model itself and call it, with no wrapper around it, in a process for each device:"
     " `rgd_ext.precondition(model, process_group=torch.distributed.group.WORLD)`"
+)
+_FLATTENED = (
+    "module '{}' is a FullyShardedDataParallel, which flattens the parameters of a captured model: build the model"
+    " without it, and shard it with torch.distributed.fsdp.fully_shard in its place, before the capture"
+)
+_SHARDED = (
+    "the parameters of the model ({}) are sharded (fully_shard or another DTensor), and this capture needs whole ones:"
+    " call fully_shard before the capture, and pass the group of its processes,"
+    " `rgd_ext.precondition(model, process_group=torch.distributed.group.WORLD)`, which RGD and observe take as well;"
+    " anything else of rgd_ext takes a model that is not sharded"
 )
 _WRAPPED_LATER = (
     "the captured model ({}) is called through a DistributedDataParallel that does not find its gradients: they would"
@@ -114,25 +124,33 @@ def warn_of_processes() -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise ValueError if parts of `model` are wrapped for data parallelism or sharded."""
+    """Raise ValueError if parts of `model` are wrapped for data parallelism."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     for name, module in model.named_modules():
         if isinstance(module, _WRAPPERS):
             raise ValueError(
                 f"module '{name or type(module).__name__}' is a {type(module).__name__}, which does not find the"
                 f" gradients of a captured model. {_REMEDY}"
             )
-    check_not_sharded(model)
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            raise ValueError(_FLATTENED.format(name or type(module).__name__))
 
 
 def check_not_sharded(model: nn.Module) -> None:
     """Raise ValueError if `model` has been given to torch.distributed.fsdp, or its parameters are distributed."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    is_distributed = tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
-    if is_distributed or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
-        raise ValueError(
-            f"the parameters of the model ({type(model).__name__}) are sharded (fully_shard, FullyShardedDataParallel"
-            f" or DTensor), and those of a captured model must be whole: build it anew without them. {_REMEDY}"
-        )
+    if is_sharded(model) or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
+        raise ValueError(_SHARDED.format(type(model).__name__))
+
+
+def check_whole(module: nn.Module, name: str) -> None:
+    """Raise ValueError if parts of `module`, which is captured as one layer, are passed to `fully_shard` alone."""
+    for key, child in module.named_modules():
+        if key and is_sharding(child):
+            raise ValueError(
+                f"module '{key}' of '{name}' ({type(module).__name__}) was passed to fully_shard, and '{name}' is"
+                f" captured as one layer, whose parameters have to be whole together: call fully_shard on '{name}'"
+                " or a module around it instead"
+            )
 
 
 def check_not_in_ddp(model: nn.Module, wrapper: Wrapper | None) -> None:

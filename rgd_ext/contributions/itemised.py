@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..gradients import Moments, moments_of, squared_norm, sum_of_moments
+from ..gradients import Moments, moments_of, sum_of_moments
 from ..linalg import accumulate_dtype
 from .bucket import Bucket, moments_and_sums, split_by_owner
 from .factor import moments_from_gram
@@ -47,15 +47,18 @@ class ItemisedContributions(Contributions):
                 for parameter, factor in bucket.vector_factors():
                     self._note(parameter, factor.moments())
 
-    def items(self, mean: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Item]:
+    def split(self, blocks: Iterable[Sequence[nn.Parameter]]) -> list[Contributions]:
+        return [ItemisedContributions(part) for part in super().split(blocks)]
+
+    def items(self, squared_norm_of: Callable[[nn.Parameter], Tensor]) -> dict[nn.Parameter, Item]:
         """The statistics of each parameter, after those of all.
 
         Args:
-            mean: g, by parameter.
+            squared_norm_of: gives |g|^2 for the part of a parameter in the mean gradient.
         """
         found = dict(self._items)
         for parameter, square in self._squares.items():
-            squared_grad_norm = squared_norm([mean[parameter]])
+            squared_grad_norm = squared_norm_of(parameter)
             # mean_i |g_i|^2 - |g|^2, without the rounding errors where it is zero.
             trace = (self._batch_size * square - squared_grad_norm).clamp(min=0) * (self._batch_size > 1)
             found[parameter] = Item(squared_grad_norm, trace)

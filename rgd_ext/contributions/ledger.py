@@ -143,6 +143,16 @@ class Contributions(PerSampleGradients):
         """The contributions to other parameters than those with these ids, in a ledger of its own."""
         return Contributions.of([pair for pair in self.factors() if id(pair[0]) not in ids], self._batch_size)
 
+    def split(self, blocks: Iterable[Sequence[nn.Parameter]]) -> list[Contributions]:
+        """The contributions to each of some lists of parameters, in ledgers of their own; none stay in this one."""
+        factors = dict(self.factors())
+        self._buckets.clear()  # others may share them
+        self._factors.clear()
+        self._entered, self._order = set(), None
+        return [
+            Contributions.of([(p, factors[p]) for p in block if p in factors], self._batch_size) for block in blocks
+        ]
+
     def arrange(self, order: Sequence[nn.Parameter]) -> None:
         """From now on the parameters are in this order; those without contributions have zeros."""
         own = {id(parameter) for parameter in self.parameters()}

@@ -7,6 +7,9 @@ from .agreement import agree
 from .buckets import is_large
 from .exchange import MODES, Exchange, Mode
 from .group import Group, ProcessGroupLike, as_process_group
+from .own_samples import OwnSamples
+from .parameters import ModelParameters
+from .sharding import is_distributed, is_sharded, is_sharding
 
 __all__ = [
     "MODES",
@@ -14,8 +17,13 @@ __all__ = [
     "Exchange",
     "Group",
     "Mode",
+    "ModelParameters",
+    "OwnSamples",
     "ProcessGroupLike",
     "agree",
     "as_process_group",
+    "is_distributed",
     "is_large",
+    "is_sharded",
+    "is_sharding",
 ]

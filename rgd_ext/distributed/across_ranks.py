@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, reduce
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..contributions.itemised import Item, ItemisedContributions
-from ..contributions.ledger import Contributions
-from ..gradients import Moments, PerSampleGradients, squared_norm
+from ..gradients import Moments, PerSampleGradients, sum_of_moments, total
 from ..linalg import accumulate_dtype, trace_rounding
 from ..metric.stats import statistics
-from .buckets import FlatVector, Layout, all_reduced, dot
+from .blocks import Block, UsedParameters, aligned_parts
+from .buckets import Sum, all_reduced
+from .difference import Difference, difference_of
 from .group import Group
 from .lanczos import largest_eigenvalue
 from .mean import MeanExchange
@@ -24,48 +25,6 @@ _MOST_SAMPLES, _MOST_BYTES = 4096, 4 << 30
 # Rounding errors of a product with D, in ulps of mean_i |g_i|^2: half of those that were measured, so that the
 # iteration neither ends before them nor goes on for long after.
 _NOISE = 0.1
-_PARTLY = (
-    "per_parameter=True, and only some of the processes use parameter '{}', so that its noise scale would mix samples"
-    " that use it with others that cannot: let every process use it in each backward, or observe without per_parameter"
-)
-
-
-class UsedParameters:
-    """Which parameters the processes use in a backward.
-
-    Args:
-        layout: of the vectors that are exchanged.
-        anywhere: whether any process uses each parameter of the layout.
-        everywhere: whether all processes that have samples use it.
-
-    Attributes:
-        layout: as given.
-    """
-
-    def __init__(self, layout: Layout, anywhere: list[bool], everywhere: list[bool]) -> None:
-        self.layout, self._anywhere, self._everywhere = layout, anywhere, everywhere
-
-    def anywhere(self) -> list[nn.Parameter]:
-        """The parameters that any process uses."""
-        return [p for p, is_used in zip(self.layout.parameters, self._anywhere, strict=True) if is_used]
-
-    def check_complete(self) -> None:
-        """Raise RuntimeError if only some of the processes with samples use a parameter."""
-        for name, anywhere, everywhere in zip(self.layout.names, self._anywhere, self._everywhere, strict=True):
-            if anywhere and not everywhere:
-                raise RuntimeError(_PARTLY.format(name))
-
-
-class _Difference(NamedTuple):
-    """The difference between the mean gradients of all samples and of this process's.
-
-    Attributes:
-        parts: c = g - s_r mean_i G_i, by parameter; 0 where the means of all processes agree.
-        products: <g_i, c> of this process's samples, (B_r,), in float64.
-    """
-
-    parts: dict[nn.Parameter, Tensor]
-    products: Tensor
 
 
 class AcrossRanks(PerSampleGradients):
@@ -75,30 +34,31 @@ class AcrossRanks(PerSampleGradients):
     r, whose own gradients, those of its own loss, are G_i, and with B samples in all, g_i = s_r G_i for
     s_r = B / (R B_r), so that mean_i g_i is the mean of the gradients of the processes.
 
-    All processes have to call the same methods in the same order: each is an exchange.
+    All processes have to call the same methods in the same order: each is an exchange. Vectors of the parameter space
+    are exchanged block by block.
 
     Args:
-        local: the contributions of this process, which may have none.
+        blocks: the blocks, with the contributions of this process.
         used: which parameters the processes use.
         group: the processes.
         sizes: B_r of each of them.
-        mean_exchange: the exchange of g, all of which has left.
-        is_late: of its `reduced_buckets`.
+        means: for each block the exchange of its part of g, all of which has left.
+        is_late: of their `reduced_buckets`.
     """
 
     def __init__(
         self,
-        local: Contributions,
+        blocks: Sequence[Block],
         used: UsedParameters,
         group: Group,
         sizes: Sequence[int],
-        mean_exchange: MeanExchange,
+        means: Iterator[MeanExchange],
         is_late: bool,
     ) -> None:
-        self._local, self._used, self._group, self._sizes = local, used, group, sizes
+        self._blocks, self._used, self._group, self._sizes = blocks, used, group, sizes
         self._parameters = used.anywhere()
         self._is_last = False
-        self._mean_exchange, self._is_late = mean_exchange, is_late
+        self._means, self._is_late = means, is_late
 
     @property
     def batch_size(self) -> int:
@@ -135,56 +95,41 @@ class AcrossRanks(PerSampleGradients):
         """(B_r,)."""
         return torch.zeros(self._own_size, dtype=self._dtype, device=self._device)
 
-    def _sum(self, what: str, weights: Tensor, last: bool = False) -> FlatVector:
-        """sum_i w_i g_i.
+    def _weighted(self, block: Block, weights: Tensor, last: bool = False) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """The parts of sum_i w_i g_i, for the samples of this process.
 
         Args:
-            what: names the vector in errors.
+            block: the block.
             weights: w, (B,).
-            last: whether the contributions of this process are used up.
+            last: whether the contributions to the block are used up.
         """
-        parts: Iterable[tuple[nn.Parameter, Tensor]] = ()
-        if self._local:
-            local = self._local.release() if last else self._local
-            parts = local.combine_by_parameter(weights[self.own] * self._scale)
-        return all_reduced(self._used.layout, self._group, what, parts)
+        if not block.local:
+            return ()
+        local = block.local.release() if last else block.local
+        return local.combine_by_parameter(weights[self.own] * self._scale)
 
     @property
     def _dtype(self) -> torch.dtype:
-        return reduce(torch.promote_types, {accumulate_dtype(p.dtype) for p in self._used.layout.parameters})
+        return reduce(torch.promote_types, {accumulate_dtype(p.dtype) for p in self._used.parameters})
 
     @property
     def _device(self) -> torch.device:
-        return self._used.layout.parameters[0].device
+        return self._used.parameters[0].device
 
     @cached_property
-    def _difference(self) -> _Difference:
-        """c = g - s_r mean_i G_i, and its products with the gradients of this process's samples.
-
-        The products with the part of c in one bucket are computed while the next bucket is on its way.
-        """
-        difference: dict[nn.Parameter, Tensor] = {}
-        products, factors = self._zeros().double(), dict(self._local.factors())
-        # What the process has sent of the mean is 1 / R of its gradient.
-        share = self.batch_size / self._own_size if self._own_size else 0.0
-        for bucket in self._mean_exchange.reduced_buckets(self._is_late):
-            for parameter, mean in self._mean_exchange.mean.parts_of(bucket).items():
-                own = self._mean_exchange.own.pop(parameter, None)
-                part = mean if own is None else torch.add(mean, own, alpha=-share, out=own)
-                difference[parameter] = part
-                if parameter in factors:
-                    products += (self._scale * self._own_size) * factors[parameter].align(part)
-        return _Difference(difference, products)
-
-    @property
-    def _mean(self) -> FlatVector:
-        """g."""
-        _ = self._difference  # which waits for it
-        return self._mean_exchange.mean
+    def _difference(self) -> Difference:
+        """Of g from the mean gradient of this process; found by the exchange of g."""
+        shares = self._scale, self._own_size, self._group.size
+        return difference_of(self._blocks, self._means, self._is_late, shares, self._zeros().double())
 
     def mean(self) -> list[Tensor]:
         """g = mean_i g_i."""
-        return self._mean.typed_parts(self._parameters)
+        return self._in_order([each() for each in self._difference.means])
+
+    def _in_order(self, blocks: Iterable[Mapping[nn.Parameter, Tensor]]) -> list[Tensor]:
+        """The parts of a vector, given by block and parameter."""
+        found = {parameter: part for block in blocks for parameter, part in block.items()}
+        return [found[parameter] for parameter in self._parameters]
 
     def moments(self) -> Moments:
         """The statistics that need no Gramian."""
@@ -194,7 +139,8 @@ class AcrossRanks(PerSampleGradients):
     def _moments(self) -> Moments:
         local = self._centred_moments()  # while the mean is on its way
         rows = torch.stack(self._own_moments(local), 1)
-        return Moments(self._mean.squared_norm().to(self._dtype), *self._all_gather("alignments", rows).unbind(1))
+        squared_grad_norm = self._difference.squared_grad_norm.to(self._dtype)
+        return Moments(squared_grad_norm, *self._all_gather("alignments", rows).unbind(1))
 
     def _own_moments(self, local: Moments) -> tuple[Tensor, Tensor]:
         """<g_i - g, g> and |g_i - g|^2 of this process's samples, in float64.
@@ -202,22 +148,16 @@ class AcrossRanks(PerSampleGradients):
         With G_i - mean_i G_i the rows that are centred within the process, whose moments are `local`,
         g_i - g = s_r (G_i - mean_i G_i) - c: nothing here is a difference of large numbers where the g_i agree.
         """
-        difference, products = self._difference
-        products = products - products.mean()  # s_r <G_i - mean_i G_i, c>
+        found = self._difference
+        products = found.products - found.products.mean()  # s_r <G_i - mean_i G_i, c>
         within = self._scale**2 * local.alignments.double() + products  # s_r <G_i - mean_i G_i, g>
-        alignments = within - dot(difference, self._mean.parts).double()
         squared_norms = self._scale**2 * local.squared_norms.double() - 2 * products
-        return alignments, (squared_norms + squared_norm([*difference.values()]).double()).clamp(min=0)
+        return within - found.alignment, (squared_norms + found.square).clamp(min=0)
 
     def _centred_moments(self) -> Moments:
         """The moments of this process's own gradients, as if there were no others."""
-        if not self._local:
-            return Moments(self._zeros().sum(), self._zeros(), self._zeros())
-        return statistics(self._local, with_gram=False).moments
-
-    def _aligned(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """<g_i, v> for the samples of this process."""
-        return self._scale * self._local.align_by_parameter(vectors) if self._local else self._zeros()
+        parts = [statistics(block.local, with_gram=False).moments for block in self._blocks if block.local]
+        return sum_of_moments(parts) if parts else Moments(self._zeros().sum(), self._zeros(), self._zeros())
 
     def moments_and_mean(self) -> tuple[Moments, list[Tensor]]:
         """`moments` and `mean`, by one exchange of gradients."""
@@ -229,7 +169,12 @@ class AcrossRanks(PerSampleGradients):
 
     def align_by_parameter(self, vectors: Mapping[nn.Parameter, Tensor]) -> Tensor:
         """`align` with a vector whose parts are given by parameter; those of other parameters are zero."""
-        return self._all_gather("products with a vector", self._aligned(vectors)[:, None])[:, 0]
+        return self._gathered_products(aligned_parts(self._blocks, vectors))
+
+    def _gathered_products(self, parts: list[Tensor]) -> Tensor:
+        """<g_i, v> of all samples, (B,), given those of this process's G_i with the parts of v."""
+        products = total([self._zeros(), *parts])
+        return self._all_gather("products with a vector", self._scale * products[:, None])[:, 0]
 
     def largest_eigenvalue(self, method: Literal["lanczos", "bound"]) -> Tensor:
         """lambda_max(D), by Lanczos iteration with one exchange of gradients in each step; or a bound, by one number.
@@ -248,14 +193,20 @@ class AcrossRanks(PerSampleGradients):
 
     def _product(self, weights: Tensor) -> Tensor:
         """C C^T u for centred u, (B,), with C the matrix whose rows are the g_i - g."""
-        vector = self._sum("a Lanczos vector", weights.to(self._device))
-        products = self.align_by_parameter(vector.parts).to(weights)
+        there = weights.to(self._device)
+        parts = [self._product_in(block, there) for block in self._blocks]
+        products = self._gathered_products(parts).to(weights)
         return products - products.mean()
 
+    def _product_in(self, block: Block, weights: Tensor) -> Tensor:
+        """The products of this process's G_i with the part of sum_j u_j g_j in a block, (B_r,)."""
+        vector = all_reduced(block.layout, self._group, "a Lanczos vector", self._weighted(block, weights))
+        return block.local.align_by_parameter(vector.parts) if block.local else self._zeros()
+
     def _eigenvalue_bound(self) -> Tensor:
-        own = squared_norm([*self._difference.parts.values()]).double()
-        if self._local:
-            gram = self._local.gram()
+        own, grams = self._difference.square, [block.local.gram() for block in self._blocks if block.local]
+        if grams:
+            gram = total(grams)
             centred = torch.ops.rgd_ext.gram_moments(gram)[3]
             largest = torch.ops.rgd_ext.largest_eigenvalue(centred, torch.finfo(gram.dtype).eps)  # B_r lambda_max(D_r)
             own = own + self._scale**2 / self._own_size * largest
@@ -270,7 +221,7 @@ class AcrossRanks(PerSampleGradients):
         """
         self._check_gram()
         found = torch.zeros(self._own_size, self.batch_size, dtype=self._dtype, device=self._device)
-        factors = dict(self._local.factors())
+        factors = {p: factor for block in self._blocks for p, factor in block.local.factors()}
         for parameter in self._parameters:
             factor, columns = factors.get(parameter), 0
             own = None if factor is None else self._rows(factor.dense())
@@ -280,8 +231,9 @@ class AcrossRanks(PerSampleGradients):
                 if own is not None and rank != self._group.rank:
                     found[:, columns : columns + size] += own @ rows.T
                 columns += size
-        if self._local:
-            found[:, self.own] = self._scale**2 * self._local.gram()
+        grams = [block.local.gram() for block in self._blocks if block.local]
+        if grams:
+            found[:, self.own] = self._scale**2 * total(grams)
         gram = self._group.all_gather_rows("the Gramian", found, self._sizes)
         return (gram + gram.T) / 2
 
@@ -306,39 +258,55 @@ class AcrossRanks(PerSampleGradients):
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T G = sum_i w_i g_i."""
-        return self._combination(weights).typed_parts(self._parameters)
+        return self._in_order([each.parts for each in self._combination(weights)])
 
     def combine_with_norm(self, weights: Tensor) -> tuple[list[Tensor], Tensor]:
         """p = w^T G and |p|^2."""
-        found = self._combination(weights)
-        return found.typed_parts(self._parameters), found.squared_norm()
+        sums = self._combination(weights)
+        return self._in_order([each.parts for each in sums]), self._squared_norm(sums)
 
-    def _combination(self, weights: Tensor) -> FlatVector:
-        return self._sum("the direction", weights, self._is_last)
+    def _combination(self, weights: Tensor) -> list[Sum]:
+        found = []
+        for block in self._blocks:
+            own = self._weighted(block, weights, self._is_last)
+            found.append(block.layout.summed(self._group, "the direction", own))
+        return found
 
-    def items(self, mean: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Item]:
+    def _squared_norm(self, sums: Sequence[Sum]) -> Tensor:
+        """|p|^2, given the blocks of p."""
+        of_all, of_each = self._zeros().sum().double(), []
+        for block, found in zip(self._blocks, sums, strict=True):
+            if block.layout.is_sharded:
+                of_each.append(found.square)
+            else:
+                of_all = of_all + found.square
+        if of_each:
+            of_all = of_all + self._of_each("the norm of the direction", total(of_each).view(1)).sum()
+        return of_all.to(self._dtype)
+
+    def items(self, squared_norm_of: Callable[[nn.Parameter], Tensor]) -> dict[nn.Parameter, Item]:
         """The statistics of each parameter, after those of all, if the contributions of this process note them.
 
         Args:
-            mean: g, by parameter.
+            squared_norm_of: as for `ItemisedContributions.items`, for other sources: |g|^2 of a parameter is known.
 
         Raises:
             RuntimeError: in all processes, if not all of them use a parameter.
         """
         self._used.check_complete()
-        difference, parts = self._difference.parts, self._mean.parts
-        # mean_i G_i: the notes are in the scale of the G_i.
-        own = {p: (parts[p] - difference[p]) / (self._scale or 1.0) for p in self._parameters}
-        notes = self._local.items(own) if isinstance(self._local, ItemisedContributions) else {}
-        traces = []
+        norms, traces = self._difference.norms, []
+        notes: dict[nn.Parameter, Item] = {}
+        for block in self._blocks:
+            if isinstance(block.local, ItemisedContributions):
+                notes |= block.local.items(lambda parameter: norms[parameter].own)
         for parameter in self._parameters:
-            trace = difference[parameter].double().square().sum()
+            trace = norms[parameter].difference
             if parameter in notes:
                 trace = trace + self._scale**2 * notes[parameter].trace
             traces.append(trace * self._own_size / self.batch_size)
         rows = self._of_each("the statistics of parameters", torch.stack(traces))
         return {
-            p: Item(squared_norm([mean[p]]), trace.to(self._dtype))
+            p: Item(norms[p].mean.to(self._dtype), trace.to(self._dtype))
             for p, trace in zip(self._parameters, rows.sum(0).unbind(), strict=True)
         }
 

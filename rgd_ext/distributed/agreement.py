@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .group import Group
+from .sharding import is_distributed
 
 # The address in the representation of a function, which no two processes share.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -21,6 +22,8 @@ _WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 def agree(group: Group, model: nn.Module, options: Mapping[str, object]) -> int:
     """Check that all processes capture the same model alike, and give them the parameters and buffers of rank 0.
+
+    Shards of parameters stay as they are.
 
     Args:
         group: the processes.
@@ -34,7 +37,10 @@ def agree(group: Group, model: nn.Module, options: Mapping[str, object]) -> int:
         ValueError: in all processes, if something differs; no parameter has changed then.
         RuntimeError: if a process does not come to this call, or the state of rank 0 does not arrive.
     """
-    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+    parameters = [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad, str(getattr(p, "placements", "whole")))
+        for name, p in model.named_parameters()
+    ]
     buffers = [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers()]
     token = _check_equal(group, {"the parameters": parameters, "the buffers": buffers, **options})
     _share_state(group, model)
@@ -59,7 +65,11 @@ def _check_equal(group: Group, items: Mapping[str, object]) -> int:
 
 def _share_state(group: Group, model: nn.Module) -> None:
     """Overwrite the parameters and buffers by those of rank 0, and check that they are equal afterwards."""
-    named = dict([*model.named_parameters(), *model.named_buffers()])
+    named = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if not is_distributed(tensor)  # a shard differs from those of others
+    }
     group.broadcast("the parameters of rank 0", [*named.values()])
     found = group.all_gather_objects("checksums of the parameters", [checksum(tensor) for tensor in named.values()])
     for place, name in enumerate(named):

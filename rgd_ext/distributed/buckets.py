@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import filterfalse
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,18 @@ BUCKET_BYTES = 25 << 20
 LARGE = 1 << 14
 
 
+class Sum(NamedTuple):
+    """A sum over the processes, in the form that is written to `.grad`.
+
+    Attributes:
+        parts: the part of each parameter.
+        square: its squared norm, as the sum of those of all processes if they have different parts.
+    """
+
+    parts: dict[nn.Parameter, Tensor]
+    square: Tensor
+
+
 class Layout:
     """Which part of which bucket belongs to which parameter; the same in all processes.
 
@@ -36,7 +49,10 @@ class Layout:
         names: their names.
         buckets: the parameters of each bucket.
         bucket_of: the number of the bucket of each parameter.
+        is_sharded: whether each process has its own parts of what is written to `.grad`.
     """
+
+    is_sharded = False
 
     def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         names = {id(parameter): name for name, parameter in named}
@@ -52,17 +68,12 @@ class Layout:
         self.parameters = [p for bucket in self.buckets for p in bucket]
         self.names = [names[id(p)] for p in self.parameters]
         self.bucket_of = {p: number for number, bucket in enumerate(self.buckets) for p in bucket}
-        self._ids = [*names]
-
-    def fits(self, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
-        """Whether it is the layout of these parameters."""
-        return self._ids == [id(parameter) for _, parameter in named]
 
     @cached_property
     def digest(self) -> int:
         """A number of 63 bits that tells layouts apart."""
         described = [(n, tuple(p.shape), str(p.dtype)) for n, p in zip(self.names, self.parameters, strict=True)]
-        return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
+        return _digest(described)
 
     def empty(self) -> FlatVector:
         """A vector of undefined numbers."""
@@ -71,6 +82,19 @@ class Layout:
             dtype, device = accumulate_dtype(bucket[0].dtype), bucket[0].device
             buffers.append(torch.empty(sum(p.numel() for p in bucket), dtype=dtype, device=device))
         return FlatVector(self, buffers)
+
+    def written(self, vector: FlatVector) -> dict[nn.Parameter, Tensor]:
+        """The parts of a vector, in the form that is written to `.grad`."""
+        return {p: part.to(p.dtype) for p, part in vector.parts.items()}
+
+    def keeping(self, vector: FlatVector) -> Callable[[], dict[nn.Parameter, Tensor]]:
+        """Gives `written` later; where the vector is sharded, it does not stay in memory until then."""
+        return partial(self.written, vector)
+
+    def summed(self, group: Group, what: str, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> Sum:
+        """The sum over the processes of vectors of which each passes its parts; those that it lacks are zero."""
+        found = all_reduced(self, group, what, parts)
+        return Sum(self.written(found), found.squared_norm())
 
 
 class FlatVector:
@@ -93,10 +117,6 @@ class FlatVector:
     def parts_of(self, bucket: int) -> dict[nn.Parameter, Tensor]:
         """The parts of the parameters of a bucket."""
         return {p: self.parts[p] for p in self.layout.buckets[bucket]}
-
-    def typed_parts(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """The parts of some parameters, in their shapes and dtypes."""
-        return [self.parts[p].to(p.dtype) for p in parameters]
 
     def squared_norm(self) -> Tensor:
         """|v|^2."""
@@ -162,6 +182,13 @@ def all_reduced(layout: Layout, group: Group, what: str, parts: Iterable[tuple[n
     return found
 
 
+def digest_of(layouts: Sequence[Layout]) -> int:
+    """A number of 63 bits that tells lists of layouts apart."""
+    if len(layouts) == 1:
+        return layouts[0].digest
+    return _digest([layout.digest for layout in layouts])
+
+
 def dot(vector: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tensor]) -> Tensor:
     """<v, w> of two vectors whose parts are given by parameter."""
     return total([torch.dot(part.reshape(-1), other[p].reshape(-1)) for p, part in vector.items()])
@@ -170,6 +197,10 @@ def dot(vector: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tens
 def is_large(parameter: nn.Parameter) -> bool:
     """Whether it has many elements."""
     return parameter.numel() >= LARGE
+
+
+def _digest(described: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
 
 
 def _nbytes(bucket: list[nn.Parameter]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import and_, or_
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -15,18 +15,21 @@ from torch._C import _current_graph_task_id
 from ..contributions.factor import Factor
 from ..contributions.ledger import Contributions
 from ..metric import Stats
-from .across_ranks import AcrossRanks, UsedParameters
+from .across_ranks import AcrossRanks
 from .agreement import checksum, first_other
-from .buckets import Layout, all_reduced
+from .blocks import Block, UsedParameters
+from .buckets import Layout, digest_of
 from .group import Group, PendingAllGather
 from .mean import MeanExchange
+from .own_samples import OwnSamples
+from .parameters import ModelParameters
 from .shared_buffers import SharedBuffers
 
 # Of which samples D is the covariance: those of all processes, or those of each process for a direction of its own.
 Mode: TypeAlias = Literal["exact", "local"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # Per-sample gradients -> the direction, in the order of their parameters, and the statistics that it comes from.
-Solve: TypeAlias = Callable[["Contributions | AcrossRanks"], tuple[list[Tensor], Stats]]
+Solve: TypeAlias = Callable[["AcrossRanks | OwnSamples"], tuple[list[Tensor], Stats]]
 _DIFFERENT = (
     "{what} of rank {rank} differs from that of rank 0, so that the processes train different models: let all of them"
     " run the same backwards and optimizer steps, with optimizers of the same state, and load state dicts in all of"
@@ -47,8 +50,8 @@ class Direction(NamedTuple):
     """The direction of several processes.
 
     Attributes:
-        parameters: those that any process has used.
-        steps: the direction, a tensor (*shape) for each of them.
+        parameters: those that optimizers step, where any process has used them.
+        steps: the direction, a tensor (*shape) or a DTensor for each of them.
         stats: the statistics that it comes from; with the mode "local" those of this process, None without samples.
     """
 
@@ -67,7 +70,7 @@ class Exchange:
         group: the processes.
         mode: "exact" for the direction of the union of all samples; "local" for the mean of the directions of the
             processes, each along its own D.
-        model: the captured model.
+        parameters: of the captured model.
         token: of `agree`, which tells the captures of a process apart.
         shares_buffers: whether the buffers of the model become those of rank 0 at the end of each backward.
 
@@ -76,18 +79,25 @@ class Exchange:
         is_exact: whether the mode is "exact".
     """
 
-    def __init__(self, group: Group, mode: Mode, model: nn.Module, token: int, shares_buffers: bool = True) -> None:
-        self.group, self._model, self._token = group, model, token
-        self._buffers = SharedBuffers(model if shares_buffers else None)
+    def __init__(
+        self, group: Group, mode: Mode, parameters: ModelParameters, token: int, shares_buffers: bool = True
+    ) -> None:
+        self.group, self._parameters, self._token = group, parameters, token
+        self._buffers = SharedBuffers(parameters.model if shares_buffers else None)
         self.is_exact = mode == "exact"
         self._number = 0
-        self._layout = Layout([])
+        self._layouts: list[Layout] = []
         self._header: PendingAllGather
         self._sizes: list[int] = []
         self._compared = ""
         self._mean_exchange: MeanExchange | None = None
         # How many uses each large parameter had in the last backward, by its id.
         self._use_counts: Counter[int] = Counter()
+
+    @property
+    def sends_early(self) -> bool:
+        """Whether parts of the mean gradient leave in the midst of the backward."""
+        return self.is_exact and not self._parameters.is_sharded
 
     def begin(self, batch_size: int, kind: int) -> None:
         """Begin a backward.
@@ -100,16 +110,16 @@ class Exchange:
             RuntimeError: if the backward goes through another captured model with the same group.
         """
         self._check_alone()
-        # Of the model, where parameters may have been replaced or frozen since the last backward.
-        named = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad and p.numel()]
-        if not self._layout.fits(named):
-            self._layout, self._use_counts = Layout(named), Counter()
+        layouts = self._parameters.layouts()
+        if layouts is not self._layouts:
+            self._layouts, self._use_counts = layouts, Counter()
         self._number += 1
         self._sizes = []
-        if self.is_exact:
-            self._mean_exchange = MeanExchange(self._layout, self.group, self._use_counts, self._await_header)
+        if self.sends_early:
+            (layout,) = layouts
+            self._mean_exchange = MeanExchange(layout, self.group, self._use_counts, self._await_header)
         self._compared, value = self._compared_parameter()
-        numbers = [self._token, self._number, kind, self._layout.digest, value, batch_size]
+        numbers = [self._token, self._number, kind, digest_of(layouts), value, batch_size]
         self._header = self.group.start_all_gather("the sizes of batches", numbers)
 
     def _check_alone(self) -> None:
@@ -124,7 +134,7 @@ class Exchange:
 
     def _compared_parameter(self) -> tuple[str, int]:
         """The name of the parameter that is compared in this backward, and its checksum; frozen ones take turns too."""
-        named = [*self._model.named_parameters()]
+        named = self._parameters.compared()
         place = compared_place(self._number, len(named), all(p.is_cpu for _, p in named))
         return ("", 0) if place is None else (named[place][0], checksum(named[place][1]))
 
@@ -167,35 +177,39 @@ class Exchange:
         """
         self._await_header()
         mean_exchange, self._mean_exchange = self._mean_exchange, None  # memory of two gradients
-        if not any(self._sizes) or not self._layout.parameters:
+        if not any(self._sizes) or not any(layout.parameters for layout in self._layouts):
             return None
+        self._parameters.settle()
         flags = self._gather_flags(local, mean_exchange is not None and mean_exchange.send_rest(local))
-        if not any(self._sizes):
-            found = None
-            for _ in () if mean_exchange is None else mean_exchange.reduced_buckets(flags.is_late):
-                pass  # zeros
-        elif mean_exchange is None:
-            found = self._mean_of_directions(local, solve, flags.used)
-        else:
-            self._use_counts = mean_exchange.use_counts or self._use_counts
-            grads = AcrossRanks(local, flags.used, self.group, self._sizes, mean_exchange, flags.is_late)
-            parameters = grads.parameters()
-            found = Direction(parameters, *solve(grads))
+        found = self._direction(local, mean_exchange, flags, solve)
         self._buffers.share(self.group, flags.buffers)
         # No process goes on before all have the direction.
         self.group.start_all_gather("the end of a backward", [self._number]).wait()
         return found
 
-    def _mean_of_directions(self, local: Contributions, solve: Solve, used: UsedParameters) -> Direction:
-        """The mean over the processes of the directions of each."""
-        own, stats = local.parameters(), None
-        direction: list[Tensor] = []
-        if local:
-            direction, stats = solve(local)
-        parts = ((p, step / self.group.size) for p, step in zip(own, direction, strict=True))
-        mean = all_reduced(self._layout, self.group, "the directions", parts)
-        parameters = used.anywhere()
-        return Direction(parameters, mean.typed_parts(parameters), stats)
+    def _direction(
+        self, local: Contributions, mean_exchange: MeanExchange | None, flags: _Flags, solve: Solve
+    ) -> Direction | None:
+        if not any(self._sizes):
+            for _ in () if mean_exchange is None else mean_exchange.reduced_buckets(flags.is_late):
+                pass  # zeros
+            return None
+        if mean_exchange is not None:
+            self._use_counts = mean_exchange.use_counts or self._use_counts
+        parts = self._parameters.split(local, self._layouts)
+        blocks = [*map(Block, self._layouts, parts)]
+        parameters = self._parameters.stepped_of(flags.used.anywhere())
+        if self.is_exact:
+            means = self._means_of(blocks) if mean_exchange is None else iter([mean_exchange])
+            grads = AcrossRanks(blocks, flags.used, self.group, self._sizes, means, flags.is_late)
+            return Direction(parameters, *solve(grads))
+        own = OwnSamples(blocks, flags.used, self.group)
+        return Direction(parameters, *(solve(own) if own.batch_size else (own.combine_nothing(), None)))
+
+    def _means_of(self, blocks: Sequence[Block]) -> Iterator[MeanExchange]:
+        """The exchange of the mean of each block, which begins when it is asked for."""
+        for block in blocks:
+            yield MeanExchange.of(block.layout, self.group, block.local)
 
     def places_in(self, batch_size: int) -> slice:
         """The places of this process's samples in the statistics of the last backward, which are of so many samples."""
@@ -206,7 +220,7 @@ class Exchange:
     def _gather_flags(self, local: Contributions, is_late: bool = False) -> _Flags:
         """What all have to know of each process at the end of its backward."""
         own = {id(parameter) for parameter in local.parameters()}
-        of_parameters = [id(parameter) in own for parameter in self._layout.parameters]
+        of_parameters = [id(parameter) in own for layout in self._layouts for parameter in layout.parameters]
         flags = [is_late, *of_parameters, *self._buffers.flags()]
         pieces = [flags[start : start + _BITS] for start in range(0, len(flags), _BITS)]
         words = [sum(bit << place for place, bit in enumerate(piece)) for piece in pieces]
@@ -224,7 +238,7 @@ class Exchange:
             size if _joined_word(words) & of_any else 0 for words, size in zip(gathered, self._sizes, strict=True)
         ]
         anywhere, everywhere = joined(gathered, or_), joined(with_samples, and_)
-        return _Flags(anywhere[0], UsedParameters(self._layout, anywhere[1:end], everywhere[1:end]), anywhere[end:])
+        return _Flags(anywhere[0], UsedParameters(self._layouts, anywhere[1:end], everywhere[1:end]), anywhere[end:])
 
 
 class _Flags(NamedTuple):

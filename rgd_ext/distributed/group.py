@@ -56,7 +56,7 @@ class Group:
     def all_gather_objects(self, what: str, item: object) -> list[Any]:
         """What each process passes, in the order of their ranks."""
         found: list[Any] = [None] * self.size
-        with self._named(what):
+        with self.named(what):
             distributed.all_gather_object(found, item, group=self._cpu_group)
         return found
 
@@ -64,7 +64,7 @@ class Group:
         """Begin to gather whole numbers, as many from each process."""
         own = torch.tensor(numbers, dtype=torch.int64)
         found = [torch.empty_like(own) for _ in range(self.size)]
-        with self._named(what):
+        with self.named(what):
             work = distributed.all_gather(found, own, group=self._cpu_group, async_op=True)
         return PendingAllGather(self, what, work, found)
 
@@ -79,13 +79,13 @@ class Group:
         own = rows.new_zeros(max(sizes), *rows.shape[1:])
         own[: len(rows)] = rows
         found = [torch.empty_like(own) for _ in range(self.size)]
-        with self._named(what):
+        with self.named(what):
             distributed.all_gather(found, own, group=self.process_group)
         return torch.cat([each[:size] for each, size in zip(found, sizes, strict=True)])
 
     def start_all_reduce(self, what: str, buffer: Tensor) -> PendingAllReduce:
         """Begin to replace a tensor by its sum over the processes, which has the same bits in all of them."""
-        with self._named(what):
+        with self.named(what):
             return PendingAllReduce(self, what, distributed.all_reduce(buffer, group=self.process_group, async_op=True))
 
     def broadcast(self, what: str, tensors: Sequence[Tensor], source: int = 0) -> None:
@@ -101,7 +101,7 @@ class Group:
     def _broadcast(self, what: str, tensors: list[Tensor], source: int) -> None:
         joined = torch.cat([_bytes(tensor) for tensor in tensors])
         root = self._root if source == 0 else distributed.get_global_rank(self.process_group, source)
-        with self._named(what):
+        with self.named(what):
             distributed.broadcast(joined, root, group=self.process_group)
         if self.rank != source:
             for tensor, part in zip(tensors, joined.split([tensor.nbytes for tensor in tensors]), strict=True):
@@ -111,7 +111,7 @@ class Group:
                     tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
     @contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def named(self, what: str) -> Iterator[None]:
         """Name the collective in an error of torch.distributed."""
         try:
             yield
@@ -142,7 +142,7 @@ class _Pending:
         Raises:
             RuntimeError: if a process has ended, or the timeout of the group is over.
         """
-        with self._group._named(self._what):
+        with self._group.named(self._what):
             self._work.wait()
 
 
@@ -172,7 +172,8 @@ def as_process_group(process_group: object) -> ProcessGroup:
         if process_group.ndim != 1:
             raise ValueError(
                 f"process_group is a mesh of {process_group.ndim} dimensions, {process_group.mesh_dim_names}: pass one"
-                " dimension of it, mesh['name'], along which the model is replicated"
+                " dimension of it, mesh['name'], along which the model is replicated; or, for a model that is sharded"
+                " over all of it, the group of all its processes, such as torch.distributed.group.WORLD"
             )
         return process_group.get_group()
     if process_group == distributed.GroupMember.NON_GROUP_MEMBER:

@@ -42,6 +42,18 @@ class MeanExchange:
         self._reducer = BucketReducer(self.mean, group, "the mean gradient")
         self._late: dict[nn.Parameter, Tensor] = {}
 
+    @classmethod
+    def of(cls, layout: Layout, group: Group, local: Contributions) -> MeanExchange:
+        """The exchange at the end of a backward, nothing of which has left before; the others are as above.
+
+        Args:
+            layout, group: as above.
+            local: all contributions of this process.
+        """
+        found = cls(layout, group, {}, _nothing)
+        found.send_rest(local)
+        return found
+
     def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
         """Take the contributions of one use of a large parameter, and send what is complete."""
         if parameter not in self.mean.parts:
@@ -89,3 +101,7 @@ class MeanExchange:
             if late is not None:
                 self.mean.buffers[bucket].add_(late.buffers[bucket])
             yield bucket
+
+
+def _nothing() -> None:
+    """The processes have been compared before."""

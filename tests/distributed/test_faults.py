@@ -17,18 +17,20 @@ from processes import TIMEOUT, Processes
 from rgd_ext.distributed.exchange import compared_place
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "policy"])
-def test_others_end_when_a_process_dies(where, tmp_path):
+@pytest.mark.parametrize(
+    ("where", "is_sharded"), [("forward", False), ("backward", False), ("policy", False), ("policy", True)]
+)
+def test_others_end_when_a_process_dies(where, is_sharded, tmp_path):
     processes = Processes(3, [], TIMEOUT, tmp_path)
     try:
-        *others, last = processes.outcomes(range(3), with_death, where)
+        *others, last = processes.outcomes(range(3), with_death, where, is_sharded)
     finally:
         processes.end()
     assert isinstance(last, EOFError)
-    for message, is_same, outcome in others:
+    for message, is_same, has_no_gradient in others:
         assert "of the group failed in the process of rank" in message
         assert is_same
-        assert leaves_nothing(outcome)
+        assert has_no_gradient
 
 
 def test_an_error_in_a_loss_ends_the_others_within_the_timeout(processes):

@@ -1,0 +1,207 @@
+"""The parameters of a model that `fully_shard` has sharded over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..contributions.ledger import Contributions
+from .agreement import checksum
+from .buckets import Layout
+from .group import Group
+from .parameters import ModelParameters
+from .sharded_layout import ShardedLayout, shard_dim
+
+_TENSOR_PARALLEL = (
+    "parameter '{}' is distributed in a way that a captured model cannot follow ({}): shards have to be those of"
+    " torch.distributed.fsdp.fully_shard, without tensor, sequence, context or expert parallelism. Build the model"
+    " without these, and call fully_shard alone"
+)
+_OTHER_MESH = (
+    "parameter '{}' is on a mesh of the processes {}, and process_group has the processes {}: pass a group of all"
+    " processes that have shards or replicas of the model, such as torch.distributed.group.WORLD"
+)
+_OFFLOADED = (
+    "parameter '{}' is kept on {} and used on {}, as by CPUOffloadPolicy, which a captured model cannot follow: call"
+    " fully_shard without an offload_policy"
+)
+_SHARDED_ANEW = (
+    "parameter '{}' is {}, unlike at the capture: shard the model before it is captured. Nothing was written to .grad;"
+    " call .remove() on the handle, and capture the model again"
+)
+
+
+class _Place(NamedTuple):
+    """Where the model has a parameter.
+
+    Attributes:
+        module, key: the module that owns it, and its name there.
+        block: the number of the module that shards it, among those that were passed to `fully_shard`; -1 for none.
+    """
+
+    module: nn.Module
+    key: str
+    block: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The one that is there now."""
+        return cast("nn.Parameter", self.module._parameters[self.key])
+
+
+class ShardedParameters(ModelParameters):
+    """The parameters of a model of which each process has shards; some may be whole in each.
+
+    While a module runs, it has whole parameters in the place of its shards. FSDP makes them once; afterwards it frees
+    their storage, but not themselves. Layers use these, and optimizers step the shards, which have `.grad`.
+
+    Args:
+        model: the model, the same in all processes; not in the midst of a step.
+        group: all processes that have shards or replicas of it.
+
+    Raises:
+        ValueError: for parameters that are distributed otherwise.
+    """
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        super().__init__(model)
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._reshard()
+        self._places = dict(_places(model, self._modules))
+        self._aliases = super().aliases()
+        # As it was when it was last seen, since modules that run have whole ones in its place.
+        self._stepped = {name: place.parameter for name, place in self._places.items()}
+        for name, place in self._places.items():
+            _check_placed(name, place, group)
+        self._share_replicas(group)
+        self._whole = self._find_whole()
+        self._names = {p: name for name, p in self._whole.items()}
+
+    @property
+    def is_sharded(self) -> bool:
+        return True
+
+    def used(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, self._whole.get(name, place.parameter)) for name, place in self._places.items()]
+
+    def stepped(self) -> list[tuple[str, nn.Parameter]]:
+        for name, place in self._places.items():
+            if isinstance(place.parameter, DTensor) == isinstance(self._stepped[name], DTensor):
+                self._stepped[name] = place.parameter
+        return [*self._stepped.items()]
+
+    def stepped_of(self, used: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        stepped = dict(self.stepped())
+        return [stepped[self._names[p]] if p in self._names else p for p in used]
+
+    def aliases(self) -> dict[str, str]:
+        return self._aliases
+
+    def compared(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, place.parameter) for name, place in self._places.items() if name not in self._whole]
+
+    def settle(self) -> None:
+        self._reshard()
+        for name, place in self._places.items():
+            is_sharded = isinstance(place.parameter, DTensor)
+            if is_sharded != isinstance(self._stepped[name], DTensor):
+                raise RuntimeError(_SHARDED_ANEW.format(name, "sharded" if is_sharded else "whole"))
+
+    def split(self, contributions: Contributions, layouts: Sequence[Layout]) -> list[Contributions]:
+        return contributions.split([layout.parameters for layout in layouts])
+
+    def _blocks(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[Layout]:
+        """The parameters of each module that was passed to `fully_shard`; those that are not sharded by themselves."""
+        stepped = dict(self.stepped())
+        groups: dict[object, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in named:
+            shard, block = stepped[name], self._places[name].block
+            kind = (block, shard.device_mesh, shard_dim(shard.placements)) if isinstance(shard, DTensor) else None
+            groups.setdefault(kind, []).append((name, parameter))
+        return [
+            Layout(group) if kind is None else ShardedLayout(group, self._shards_of) for kind, group in groups.items()
+        ]
+
+    def _shards_of(self, used: Iterable[nn.Parameter]) -> list[DTensor]:
+        return cast("list[DTensor]", self.stepped_of(used))
+
+    def _reshard(self) -> None:
+        for module in self._modules:
+            module.reshard()
+
+    def _find_whole(self) -> dict[str, nn.Parameter]:
+        """What layers use in the place of shards. No more than the parameters of one module are whole at a time."""
+        found: dict[str, nn.Parameter] = {}
+        for block, module in enumerate(self._modules):
+            module.unshard()
+            for name, place in self._places.items():
+                if place.block == block and isinstance(self._stepped[name], DTensor):
+                    _check_whole(name, place.parameter, self._stepped[name])
+                    found[name] = place.parameter
+            module.reshard()
+        return found
+
+    def _share_replicas(self, group: Group) -> None:
+        """Give all replicas of a shard the values of the first one."""
+        sums: dict[str, tuple[int, int]] = {}
+        for name, shard in self._stepped.items():
+            if not isinstance(shard, DTensor) or not any(isinstance(p, Replicate) for p in shard.placements):
+                continue
+            dim = next(dim for dim, placement in enumerate(shard.placements) if isinstance(placement, Replicate))
+            replicas, local = shard.device_mesh.get_group(dim), shard.to_local().detach()
+            with group.named("the parameters of the first replica"):
+                distributed.broadcast(local, distributed.get_global_rank(replicas, 0), group=replicas)
+            sums[name] = distributed.get_global_rank(replicas, 0), checksum(local)
+        if sums:
+            _check_replicas(group.all_gather_objects("checksums of the replicas", sums))
+
+
+def _places(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[tuple[str, _Place]]:
+    """The first place of each parameter, by its name, as the model lists them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    numbers = {module: number for number, module in enumerate(modules)}
+    pending, seen = [(model, -1)], set()
+    while pending:
+        module, outer = pending.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        block = numbers.get(module, outer)
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter in names:
+                yield names.pop(parameter), _Place(module, key, block)
+        pending += [(child, block) for child in reversed([*module.children()])]
+
+
+def _check_placed(name: str, place: _Place, group: Group) -> None:
+    """Raise ValueError unless a parameter is sharded by `fully_shard` over the group, replicated, or whole."""
+    shard = place.parameter
+    if not isinstance(shard, DTensor):
+        return
+    kinds = [type(placement) for placement in shard.placements]
+    if place.block == -1 or kinds not in ([Shard], [Replicate], [Replicate, Shard]):
+        raise ValueError(_TENSOR_PARALLEL.format(name, f"placements {tuple(shard.placements)}"))
+    meshed = sorted(shard.device_mesh.mesh.flatten().tolist())
+    own = sorted(distributed.get_process_group_ranks(group.process_group))
+    if meshed != own:
+        raise ValueError(_OTHER_MESH.format(name, meshed, own))
+
+
+def _check_whole(name: str, whole: nn.Parameter, shard: nn.Parameter) -> None:
+    """Raise ValueError unless a layer uses a whole parameter on the device of its shard."""
+    if isinstance(whole, DTensor):
+        raise ValueError(_TENSOR_PARALLEL.format(name, "it is a DTensor in the forward"))
+    device = cast("DTensor", shard).to_local().device
+    if whole.device != device:
+        raise ValueError(_OFFLOADED.format(name, device, whole.device))
+
+
+def _check_replicas(gathered: Sequence[dict[str, tuple[int, int]]]) -> None:
+    """Raise RuntimeError if replicas differ, given the first rank and the checksum of each replica by name."""
+    for name in gathered[0]:
+        if len(dict.fromkeys(each[name] for each in gathered)) > len({each[name][0] for each in gathered}):
+            raise RuntimeError(f"replicas of '{name}' differ after a broadcast")

@@ -1,0 +1,32 @@
+"""Which models have been sharded over processes; torch's packages for it are imported by those that use them only."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..nests import modules_in
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor itself, or all of a DTensor, for which all processes exchange their parts."""
+    return cast("Any", tensor).full_tensor() if is_distributed(tensor) else tensor
+
+
+def is_sharding(module: nn.Module) -> bool:
+    """Whether a module was passed to `fully_shard`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has sharded parts of a model, or parameters of it are distributed otherwise."""
+    return any(map(is_distributed, model.parameters())) or any(map(is_sharding, modules_in(model)))

@@ -1,0 +1,43 @@
+"""What cannot be right with a sharded model is an error, in all processes, which says what to do."""
+
+import pytest
+from sharding_refused import captures_of_other_meshes, captures_of_parallel_models, refusals_of
+
+PARALLEL = {"alone": r"placements \(Shard\(dim=0\),\)", "under fully_shard": "StridedShard"}
+MESHES = {
+    "part": r"^ValueError: .* processes \[(0, 1|2, 3)\], and process_group has the processes \[0, 1, 2, 3\]: pass a",
+    "mesh of two dimensions": r"^ValueError: .* for a model that is sharded over all of it, the group of all",
+}
+REFUSED = {
+    "inside of a layer": r"^ValueError: module 'out_proj' of '1.self_attn' .* call fully_shard on '1.self_attn'",
+    "without a group": r"^ValueError: .* are sharded .*process_group=torch.distributed.group.WORLD",
+    "not verified": r"rgd_ext.verify\(model, x\) before fully_shard, and pass verify=False",
+    "plan": r"^RuntimeError: .*call plan\(\) without arguments",
+    "empty batch": r"^ValueError: .*at least one sample in each process",
+    "hook": r"^ValueError: parameter '0.weight' has gradient hooks",
+    "penalty": r"^RuntimeError: parameter '0.weight' .* outside the forward",
+    "vector": r"^ValueError: vectors has 1 tensors",
+    "sharded later": r"^RuntimeError: parameter '4.weight' is sharded, unlike at the capture",
+    "sharded later, whole": r"^ValueError: .* are sharded .*call fully_shard before the capture",
+}
+
+
+def assert_refused(found, expected):
+    for errors in found:
+        assert errors.keys() == expected.keys()
+        for name, pattern in expected.items():
+            with pytest.raises(ValueError, match=pattern):
+                raise ValueError(errors[name])
+
+
+def test_tensor_parallelism(processes):
+    patterns = {name: f"^ValueError: parameter '0.weight' .*{kind}.*alone$" for name, kind in PARALLEL.items()}
+    assert_refused(processes.run(4, captures_of_parallel_models), patterns)
+
+
+def test_meshes_of_other_processes(processes):
+    assert_refused(processes.run(4, captures_of_other_meshes), MESHES)
+
+
+def test_what_a_sharded_model_cannot_do(processes):
+    assert_refused(processes.run(2, refusals_of), REFUSED)
