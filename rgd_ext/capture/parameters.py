@@ -34,12 +34,15 @@ class WatchedParameters:
         parameters: those of the model.
         native: notes which parameters are watched.
         refuse: called with a parameter if a gradient reaches it past the capture.
+
+    Attributes:
+        is_sharded: whether each process has shards of the parameters.
     """
 
     def __init__(
         self, parameters: ModelParameters, native: NativeContext, refuse: Callable[[nn.Parameter], None]
     ) -> None:
-        self._parameters, self._native = parameters, native
+        self._parameters, self._native, self.is_sharded = parameters, native, parameters.is_sharded
         self._refuse = refuse
         self._names = self._named()
         # By its id, every trainable parameter and its hook: the hash of a tensor is a call of Python.
@@ -51,11 +54,6 @@ class WatchedParameters:
         self._places = set(places)
         for parameter in filter(lambda p: p.requires_grad and p.numel(), self._names):
             self.watch(parameter)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process has shards of them."""
-        return self._parameters.is_sharded
 
     def _named(self) -> dict[nn.Parameter, str]:
         """The names of those that layers use, and of those that optimizers step."""
@@ -151,7 +149,7 @@ class WatchedParameters:
 
     def check_unhooked(self, parameters: Iterable[nn.Parameter]) -> None:
         """Raise ValueError if one that layers use, or that optimizers step, has gradient hooks of somebody else."""
-        if self._parameters.is_sharded:
+        if self.is_sharded:
             parameters = [*parameters]
             parameters += self._parameters.stepped_of(parameters)
         for parameter in parameters:

@@ -15,7 +15,7 @@ from ..linalg import accumulate_dtype, trace_rounding
 from ..metric.stats import statistics
 from .blocks import Block, UsedParameters, aligned_parts
 from .buckets import Sum, all_reduced
-from .difference import Difference, difference_of
+from .difference import Difference, Part, difference_of
 from .group import Group
 from .lanczos import largest_eigenvalue
 from .mean import MeanExchange
@@ -119,8 +119,8 @@ class AcrossRanks(PerSampleGradients):
     @cached_property
     def _difference(self) -> Difference:
         """Of g from the mean gradient of this process; found by the exchange of g."""
-        shares = self._scale, self._own_size, self._group.size
-        return difference_of(self._blocks, self._means, self._is_late, shares, self._zeros().double())
+        part = Part(self._scale, self._own_size, self._group.size)
+        return difference_of(self._blocks, self._means, self._is_late, part, self._zeros().double())
 
     def mean(self) -> list[Tensor]:
         """g = mean_i g_i."""

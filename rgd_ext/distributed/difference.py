@@ -15,6 +15,20 @@ from .buckets import dot
 from .mean import MeanExchange
 
 
+class Part(NamedTuple):
+    """The part of a batch that one process has.
+
+    Attributes:
+        scale: s_r, as in `AcrossRanks`.
+        size: B_r, the number of samples.
+        ranks: R, the number of processes.
+    """
+
+    scale: float
+    size: int
+    ranks: int
+
+
 class ParameterNorms(NamedTuple):
     """Squared norms of the parts of one parameter, in float64.
 
@@ -52,7 +66,7 @@ class Difference(NamedTuple):
 
 
 def difference_of(
-    blocks: Sequence[Block], means: Iterator[MeanExchange], is_late: bool, scales: tuple[float, int, int], zeros: Tensor
+    blocks: Sequence[Block], means: Iterator[MeanExchange], is_late: bool, part: Part, zeros: Tensor
 ) -> Difference:
     """The difference, found by the exchange of g.
 
@@ -60,42 +74,39 @@ def difference_of(
         blocks: the blocks, with the contributions of this process.
         means: for each block the exchange of its part of g, all of which has left.
         is_late: of their `reduced_buckets`.
-        scales: s_r, B_r and R.
+        part: the part of the batch in this process.
         zeros: (B_r,), in float64.
     """
     # Nothing here may hold an exchange when the next one begins, which needs the memory.
-    parts = [_in_block(block, next(means), is_late, scales, zeros) for block in blocks]
-    if len(parts) == 1:
-        return parts[0]
+    found = [_in_block(block, next(means), is_late, part, zeros) for block in blocks]
+    if len(found) == 1:
+        return found[0]
     return Difference(
-        total([part.products for part in parts]),
-        total([part.alignment for part in parts]),
-        total([part.square for part in parts]),
-        total([part.squared_grad_norm for part in parts]),
-        {parameter: norms for part in parts for parameter, norms in part.norms.items()},
-        [mean for part in parts for mean in part.means],
+        total([each.products for each in found]),
+        total([each.alignment for each in found]),
+        total([each.square for each in found]),
+        total([each.squared_grad_norm for each in found]),
+        {parameter: norms for each in found for parameter, norms in each.norms.items()},
+        [mean for each in found for mean in each.means],
     )
 
 
-def _in_block(
-    block: Block, exchange: MeanExchange, is_late: bool, scales: tuple[float, int, int], zeros: Tensor
-) -> Difference:
-    scale, own_size, ranks = scales
-    products, difference = [zeros], {}
+def _in_block(block: Block, exchange: MeanExchange, is_late: bool, part: Part, zeros: Tensor) -> Difference:
+    products, difference, zero = zeros.clone(), {}, zeros.sum()
     norms: dict[nn.Parameter, ParameterNorms] = {}
     factors, is_itemised = dict(block.local.factors()), isinstance(block.local, ItemisedContributions)
     for bucket in exchange.reduced_buckets(is_late):  # the next one is on its way
         for parameter, mean in exchange.mean.parts_of(bucket).items():
             own = exchange.own.pop(parameter, None)  # mean_i G_i / R
-            own_square = ranks**2 * _square(own) if is_itemised and own is not None else zeros.sum()
-            part = mean if own is None else torch.add(mean, own, alpha=-scale * ranks, out=own)
-            difference[parameter] = part
+            own_square = part.ranks**2 * _square(own) if is_itemised and own is not None else zero
+            c = mean if own is None else torch.add(mean, own, alpha=-part.scale * part.ranks, out=own)
+            difference[parameter] = c
             if is_itemised:
-                norms[parameter] = ParameterNorms(_square(part), _square(mean), own_square)
+                norms[parameter] = ParameterNorms(_square(c), _square(mean), own_square)
             if parameter in factors:
-                products.append((scale * own_size) * factors[parameter].align(part).double())
+                products += (part.scale * part.size) * factors[parameter].align(c)
     return Difference(
-        total(products),
+        products,
         dot(difference, exchange.mean.parts).double(),
         squared_norm([*difference.values()]).double(),
         exchange.mean.squared_norm().double(),
