@@ -276,20 +276,20 @@ def messages_of(group, rank, options):
     model, x = sharded_model("MLP", "children", mesh_of(group)), parts_of("MLP", (3, 3))[rank]
     capture, options = capture_of(options)
     sent, alive, most = Counter(), [], 0
-    start_all_reduce, reduced, empty, filled = (
+    start_all_reduce, start_sum, empty, rows_of = (
         Group.start_all_reduce,
-        ShardedLayout._reduced,
+        ShardedLayout._start_sum,
         Layout.empty,
-        ShardedLayout._filled,
+        ShardedLayout._rows,
     )
 
     def note_all_reduce(self, what, buffer):
         sent[what] += buffer.numel()
         return start_all_reduce(self, what, buffer)
 
-    def note_reduced(self, rows):
-        sent["the direction"] += rows.numel()
-        return reduced(self, rows)
+    def note_sum(self, group, what, rows):
+        sent[what] += rows.numel()
+        return start_sum(self, group, what, rows)
 
     def note_memory(buffers):
         nonlocal most
@@ -301,17 +301,17 @@ def messages_of(group, rank, options):
         note_memory(found.buffers)
         return found
 
-    def note_filled(self, parts):
-        found = filled(self, parts)
-        note_memory(found)
+    def note_rows(self):
+        found = rows_of(self)
+        note_memory(found[0])
         return found
 
     with (
         capture(model, process_group=group, verify=False, **options),
         mock.patch.object(Group, "start_all_reduce", note_all_reduce),
-        mock.patch.object(ShardedLayout, "_reduced", note_reduced),
+        mock.patch.object(ShardedLayout, "_start_sum", note_sum),
         mock.patch.object(Layout, "empty", note_empty),
-        mock.patch.object(ShardedLayout, "_filled", note_filled),
+        mock.patch.object(ShardedLayout, "_rows", note_rows),
     ):
         loss_of(model(x)).backward()
     return dict(sent), most

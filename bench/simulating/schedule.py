@@ -73,14 +73,19 @@ def buckets(layers: Sequence[Layer]) -> list[list[Layer]]:
     return [*closed, bucket] if bucket else closed
 
 
-def _reduced(
-    plan: Plan, name: str, part: str, layers: Sequence[Layer], network: Network, after: Iterable[int] = ()
+def reduced(
+    plan: Plan,
+    name: str,
+    part: str,
+    layers: Sequence[Layer],
+    collective: Callable[[float], Cost],
+    after: Iterable[int] = (),
 ) -> list[int]:
-    """Compute each bucket and all-reduce it, while the next one is computed."""
+    """Compute each bucket and send it, by an all-reduce or a reduce-scatter, while the next one is computed."""
     sent = []
     for bucket in buckets(layers):
         computed = plan.compute(name, total(bucket, part), after)
-        sent.append(plan.send(name, network.all_reduce(size(bucket)), [computed]))
+        sent.append(plan.send(name, collective(size(bucket)), [computed]))
     return sent
 
 
@@ -94,7 +99,7 @@ def sgd(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]:
     """DDP."""
     plan = Plan()
     plan.compute("forward", total(layers, "forward"))
-    _reduced(plan, "backward", "backward", layers, network)
+    reduced(plan, "backward", "backward", layers, network.all_reduce)
     return plan.tasks
 
 
@@ -117,17 +122,17 @@ def exact(layers: Sequence[Layer], network: Network, samples: int, scalars: int 
     plan = Plan()
     done = plan.compute("forward", total(layers, "forward"))
     plan.send("header", network.all_gather(HEADER * network.ranks), [done])
-    means = _reduced(plan, "backward", "backward", layers, network)
+    means = reduced(plan, "backward", "backward", layers, network.all_reduce)
     plan.send("parameters used", network.all_gather(WORD * network.ranks))
     ready: list[int] = []
     for _ in range(lanczos):  # D v is a weighted sum of gradients, whose weights are alignments with v
         aligned = plan.compute("Lanczos, alignments", total(layers, "gradient"), ready or means)
-        ready = _reduced(plan, "Lanczos, sum", "gradient", layers, network, [aligned])
+        ready = reduced(plan, "Lanczos, sum", "gradient", layers, network.all_reduce, [aligned])
     products = [  # with each bucket of the mean as soon as it is there
         plan.compute("alignments", total(bucket, "gradient"), [mean, *ready])
         for bucket, mean in zip(buckets(layers), means, strict=True)
     ]
     ready = numbers(plan, network, samples, scalars, products)
-    _reduced(plan, "weighted sum", "gradient", layers, network, ready)
+    reduced(plan, "weighted sum", "gradient", layers, network.all_reduce, ready)
     plan.send("end", network.all_gather(WORD * network.ranks))
     return plan.tasks

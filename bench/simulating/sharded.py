@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from .links import Network
-from .schedule import HEADER, Plan, Task, numbers, size, total
+from .schedule import HEADER, WORD, Plan, Task, buckets, numbers, reduced, size, total
 from .workload import Layer
 
 Group = list[Layer]
@@ -22,21 +23,35 @@ def groups(layers: Sequence[Layer]) -> tuple[Group, list[Group]]:
 def sgd(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]:
     """FSDP2: parameters are gathered in the forward and again in the backward, and gradients reduced to shards."""
     plan = Plan()
-    _backward(plan, layers, network, _forward(plan, layers, network))
+    root, _ = groups(layers)
+    head, computed = _backward(plan, layers, network, _forward(plan, layers, network), scatter=True)
+    plan.send("backward", network.reduce_scatter(size(root)), [head, *computed])
     return plan.tasks
 
 
 def exact(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]:
-    """The mean gradient is gathered group by group for the alignments, and the weighted sum reduced to shards."""
+    """After the backward, group by group: the mean gradient for the alignments; then the weighted sum, to shards.
+
+    No more than the gradient of one group is in memory, so that one waits for the other.
+    """
     plan = Plan()
     done = _forward(plan, layers, network)
     plan.send("header", network.all_gather(HEADER * network.ranks), [done])
-    _backward(plan, layers, network, done)
+    without_gradient = [replace(layer, backward=layer.backward - layer.gradient) for layer in layers]
+    _, computed = _backward(plan, without_gradient, network, done, scatter=False)
+    ready = [plan.send("parameters used", network.all_gather(WORD * network.ranks), computed)]
     root, blocks = groups(layers)
-    backwards = [*reversed(blocks), root]
-    aligned = _pass(plan, network, "alignments", backwards, "gradient", gather=True)
-    ready = numbers(plan, network, samples, 0, aligned)
-    _pass(plan, network, "weighted sum", backwards, "gradient", ready, scatter=True)
+    for part in (root, *blocks):
+        means = reduced(plan, "mean", "gradient", part, network.all_reduce, ready)
+        ready = [
+            plan.compute("alignments", total(bucket, "gradient"), [mean])
+            for bucket, mean in zip(buckets(part), means, strict=True)
+        ]
+    ready = numbers(plan, network, samples, 0, ready)
+    for part in (root, *blocks):
+        ready = reduced(plan, "weighted sum", "gradient", part, network.reduce_scatter, ready)
+    for name in ("norm", "end"):
+        plan.send(name, network.all_gather(WORD * network.ranks), ready)
     return plan.tasks
 
 
@@ -48,12 +63,13 @@ def _forward(plan: Plan, layers: Sequence[Layer], network: Network) -> int:
     return plan.compute("forward", total(root, "forward"), [gathered])
 
 
-def _backward(plan: Plan, layers: Sequence[Layer], network: Network, after: int) -> None:
-    """The head first. The gradient of the root is complete after all blocks, since it has the embedding."""
+def _backward(
+    plan: Plan, layers: Sequence[Layer], network: Network, after: int, scatter: bool
+) -> tuple[int, list[int]]:
+    """The head first; returns that task, and those of the blocks."""
     root, blocks = groups(layers)
     head = plan.compute("backward", total(root, "backward"))
-    computed = _pass(plan, network, "backward", blocks[::-1], "backward", [after], gather=True, scatter=True)
-    plan.send("backward", network.reduce_scatter(size(root)), [head, *computed])
+    return head, _pass(plan, network, "backward", blocks[::-1], "backward", [after], gather=True, scatter=scatter)
 
 
 def _pass(

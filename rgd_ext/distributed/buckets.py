@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import filterfalse
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..gradients import squared_norm, total
 from ..linalg import accumulate_dtype
-from .group import Group, PendingAllReduce
+from .group import Group
 
 # Bytes of a bucket, unless one parameter takes more. As in DistributedDataParallel: smaller messages wait for the
 # latency of the network, and with larger ones less of them is on its way while the backward still runs.
@@ -123,48 +123,59 @@ class FlatVector:
         return squared_norm(self.buffers)
 
 
+class Pending(Protocol):
+    """A sum over the processes that is under way."""
+
+    def wait(self) -> Any:
+        """Wait for it; may return what this process keeps of it."""
+
+
 class BucketReducer:
-    """All-reduces of the buckets of a vector, which begin in the order of the buckets, each when it is filled.
+    """Sums of buckets of a vector over the processes, which begin in the order of the buckets, each when it is filled.
 
     Args:
-        vector: this process's summand, which is replaced by the sum.
-        group: the processes.
-        what: names the vector in errors.
+        layout: of the buckets.
+        places: where the part of each parameter in this process's summand goes.
+        start: begins the sum of a bucket, given its number.
     """
 
-    def __init__(self, vector: FlatVector, group: Group, what: str) -> None:
-        self._vector, self._group, self._what = vector, group, what
+    def __init__(self, layout: Layout, places: Mapping[nn.Parameter, Tensor], start: Callable[[int], Pending]) -> None:
+        self._layout, self._places, self._start = layout, places, start
         self._filled: set[nn.Parameter] = set()
-        self._missing = [len(bucket) for bucket in vector.layout.buckets]
-        self._pending: list[PendingAllReduce] = []
+        self._missing = [len(bucket) for bucket in layout.buckets]
+        self._pending: list[Pending] = []
+
+    @classmethod
+    def of_vector(cls, vector: FlatVector, group: Group, what: str) -> BucketReducer:
+        """All-reduces of a vector: the summand of this process is replaced by the sum; `what` names it in errors."""
+        return cls(vector.layout, vector.parts, lambda bucket: group.start_all_reduce(what, vector.buffers[bucket]))
 
     def is_filled(self, parameter: nn.Parameter) -> bool:
         """Whether the part of a parameter has been entered."""
         return parameter in self._filled
 
     def fill(self, parameter: nn.Parameter, part: Tensor) -> None:
-        """Enter the part of a parameter, and begin the all-reduces that wait for it."""
-        self._vector.parts[parameter].copy_(part)
+        """Enter the part of a parameter, and begin the sums that wait for it."""
+        self._places[parameter].copy_(part)
         self._note(parameter)
 
     def _note(self, parameter: nn.Parameter) -> None:
         self._filled.add(parameter)
-        self._missing[self._vector.layout.bucket_of[parameter]] -= 1
+        self._missing[self._layout.bucket_of[parameter]] -= 1
         while (bucket := len(self._pending)) < len(self._missing) and not self._missing[bucket]:
-            self._pending.append(self._group.start_all_reduce(self._what, self._vector.buffers[bucket]))
+            self._pending.append(self._start(bucket))
 
     def fill_zeros(self) -> None:
-        """Enter zeros for the parameters that have no part, so that all all-reduces begin."""
-        for parameter, part in self._vector.parts.items():
+        """Enter zeros for the parameters that have no part, so that all sums begin."""
+        for parameter, place in self._places.items():
             if not self.is_filled(parameter):
-                part.zero_()
+                place.zero_()
                 self._note(parameter)
 
-    def reduced_buckets(self) -> Iterator[int]:
-        """The number of each bucket, when its sum is there."""
+    def reduced_buckets(self) -> Iterator[tuple[int, Any]]:
+        """The number of each bucket, when its sum is there, and what this process keeps of it."""
         for bucket, pending in enumerate(self._pending):
-            pending.wait()
-            yield bucket
+            yield bucket, pending.wait()
 
 
 def all_reduced(layout: Layout, group: Group, what: str, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> FlatVector:
@@ -173,7 +184,7 @@ def all_reduced(layout: Layout, group: Group, what: str, parts: Iterable[tuple[n
     Buckets are on their way while later parts are computed.
     """
     found = layout.empty()
-    reducer = BucketReducer(found, group, what)
+    reducer = BucketReducer.of_vector(found, group, what)
     for parameter, part in parts:
         reducer.fill(parameter, part)
     reducer.fill_zeros()

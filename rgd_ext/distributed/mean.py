@@ -39,7 +39,7 @@ class MeanExchange:
         self.use_counts: Counter[int] = Counter()
         self.own: dict[nn.Parameter, Tensor] = {}
         self.mean = layout.empty()
-        self._reducer = BucketReducer(self.mean, group, "the mean gradient")
+        self._reducer = BucketReducer.of_vector(self.mean, group, "the mean gradient")
         self._late: dict[nn.Parameter, Tensor] = {}
 
     @classmethod
@@ -97,7 +97,7 @@ class MeanExchange:
         what, late = "parts of the mean gradient that came late", None
         if is_late:
             late = all_reduced(self.mean.layout, self._group, what, self._late.items())
-        for bucket in self._reducer.reduced_buckets():
+        for bucket, _ in self._reducer.reduced_buckets():
             if late is not None:
                 self.mean.buffers[bucket].add_(late.buffers[bucket])
             yield bucket

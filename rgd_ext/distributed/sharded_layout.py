@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ..gradients import squared_norm
 from ..linalg import accumulate_dtype
-from .buckets import FlatVector, Layout, Sum
+from .buckets import BucketReducer, FlatVector, Layout, Sum
 from .group import Group
 
 
@@ -40,13 +40,18 @@ class ShardedLayout(Layout):
         self._cuts = {p: _Cut.of(shard, rows) for p, shard in zip(self.parameters, shards, strict=True)}
 
     def summed(self, group: Group, what: str, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> Sum:
+        buffers, places = self._rows()
+        reducer = BucketReducer(self, places, lambda bucket: self._start_sum(group, what, buffers[bucket]))
+        for parameter, part in parts:
+            reducer.fill(parameter, self._cuts[parameter].rows_of(part))
+        reducer.fill_zeros()
         pieces: dict[nn.Parameter, Tensor] = {}
         squares = []
-        for bucket, rows in zip(self.buckets, self._filled(parts), strict=True):
-            with group.named(what):
-                own = self._reduced(rows)
-            pieces.update(zip(bucket, own.split([self._cuts[p].width for p in bucket]), strict=True))
-            squares.append(squared_norm([own]).double())
+        for bucket, row in reducer.reduced_buckets():
+            of_bucket = self.buckets[bucket]
+            widths = [self._cuts[p].width for p in of_bucket]
+            pieces.update(zip(of_bucket, row.split(widths), strict=True))
+            squares.append(squared_norm([row]).double())
         replicas = 1 if self._mesh_dim is None else self._mesh.size() // self._mesh.size(self._mesh_dim)
         return Sum(self._as_shards(pieces), torch.stack(squares).sum() / replicas)
 
@@ -63,24 +68,23 @@ class ShardedLayout(Layout):
     def _own_row(self) -> int:
         return 0 if self._mesh_dim is None else self._mesh.get_local_rank(self._mesh_dim)
 
-    def _filled(self, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
-        """The parts in buckets, (rows, n), with zeros for those that are missing."""
+    def _rows(self) -> tuple[list[Tensor], dict[nn.Parameter, Tensor]]:
+        """Buckets, (rows, n), of undefined numbers, and the place of each parameter in them, (rows, width)."""
         places: dict[nn.Parameter, Tensor] = {}
         buffers = []
         for bucket in self.buckets:
             widths, rows = [self._cuts[p].width for p in bucket], self._cuts[bucket[0]].rows
             dtype, device = accumulate_dtype(bucket[0].dtype), bucket[0].device
-            buffers.append(torch.zeros(rows, sum(widths), dtype=dtype, device=device))
+            buffers.append(torch.empty(rows, sum(widths), dtype=dtype, device=device))
             places.update(zip(bucket, buffers[-1].split(widths, 1), strict=True))
-        for parameter, part in parts:
-            places[parameter].copy_(self._cuts[parameter].rows_of(part))
-        return buffers
+        return buffers, places
 
-    def _reduced(self, rows: Tensor) -> Tensor:
-        """This process's row of the sum over the processes, flat."""
+    def _start_sum(self, group: Group, what: str, rows: Tensor) -> _PendingRow:
+        """Begin to sum a bucket over the processes, of which this one keeps its row."""
         partial = DTensor.from_local(rows, self._mesh, [Partial()] * self._mesh.ndim, run_check=False)
         placements = [Shard(0) if dim == self._mesh_dim else Replicate() for dim in range(self._mesh.ndim)]
-        return partial.redistribute(placements=placements).to_local().view(-1)
+        with group.named(what):
+            return _PendingRow(group, what, partial.redistribute(placements=placements, async_op=True))
 
     def _as_shards(self, rows: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """DTensors like the shards of the parameters, given this process's row of each."""
@@ -92,6 +96,20 @@ class ShardedLayout(Layout):
                 own, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
             )
         return found
+
+
+class _PendingRow(NamedTuple):
+    """A process's row of a sum that is under way."""
+
+    group: Group
+    what: str
+    found: DTensor
+
+    def wait(self) -> Tensor:
+        """The row, flat."""
+        with self.group.named(self.what):
+            # Only what is no view waits.
+            return self.found.to_local().clone().view(-1)
 
 
 class _Cut(NamedTuple):

@@ -123,7 +123,7 @@ def test_fsdp2_sends_blocks_three_times_and_the_root_twice_and_rgd_all_twice_mor
     part = (8 - 1) / 8
     assert sent(sharded.sgd) == pytest.approx(part * (3 * sum(map(size, blocks)) + 2 * size(root)))
     assert sent(sharded.exact) - sent(sharded.sgd) == pytest.approx(
-        part * 2 * size(LAYERS) + FEW - (8 - 1) * 2 * 8, rel=1e-9
+        part * 2 * size(LAYERS) + FEW + (8 - 1) * 8, rel=1e-9
     )
 
 
@@ -145,8 +145,9 @@ BY_HAND = [Layer(0, BLOCK, 0, 0, 0), Layer(1, BLOCK, 1, 2, 1), Layer(2, BLOCK, 1
         # Gathers until 1.5, 3 and 4.5, the forward until 5.5; gathers until 7 and 8.5, the second block until 9 and the
         # first until 11; scatters until 10.5, 12.5 and 14.
         (sharded.sgd, 14),
-        # Gathers until 15.5, 17 and 18.5; sums until 19.5 and 20.5, scatters until 21, 22.5 and 24.
-        (sharded.exact, 24),
+        # Backward without gradients until 8 and 9.5; all-reduces of means from 9.5 to 12.5, from 13.5 to 16.5 and from
+        # 18.5 to 21.5, alignments until 22.5; scatters until 24, after sums from 25 to 26.5 and from 27.5 to 29.
+        (sharded.exact, 29),
     ],
 )
 def test_steps_by_hand(method, expected):

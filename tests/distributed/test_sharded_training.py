@@ -28,7 +28,7 @@ def test_habits_of_trainers(processes):
 NUMBERS, WITH_PADDING, LARGEST_GROUP = 155, 164, 72
 MESSAGES = {
     "exact": ({"epsilon": rgd_ext.Rayleigh(0.5)}, {"the mean gradient": NUMBERS, "the direction": WITH_PADDING}),
-    "local": ({"mode": "local"}, {"the direction": WITH_PADDING}),
+    "local": ({"mode": "local"}, {"the directions": WITH_PADDING}),
     "observed": ({"observe": True}, {"the mean gradient": NUMBERS}),
 }
 
