@@ -12,7 +12,7 @@ from ..measuring.timing import Samples, interleave
 from ..training.arms import CONSECUTIVE, Training
 from ..training.models import cases
 from .agreement import Batch, compare
-from .arms import AMORTISED, EVERY, arms
+from .arms import AMORTISED, EVERY, FSDP2, arms
 from .clocks import clock, slowest
 from .layers import measured_layers
 from .link import measured_link
@@ -49,13 +49,14 @@ def measure(member: Member, name: str, samples: int, quick: bool) -> Result:
 
 
 def _prices(member: Member, trainings: Mapping[str, Training]) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a step of each arm, and the bytes that it hands to collectives from Python."""
+    """Milliseconds of a step of each arm, and the bytes that it hands to collectives from Python, if it calls them."""
     prices, traffic = {}, {}
     for arm, training in trainings.items():
         steps = EVERY if arm == AMORTISED else 1
         with counted() as found:
             prices[arm] = slowest(member, clock(member, training, steps, settles=False))()
-        traffic[arm] = sum(found.values()) / steps
+        if not arm.endswith(FSDP2):  # whose collectives are not called from Python
+            traffic[arm] = sum(found.values()) / steps
     return prices, traffic
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..measuring.report import Section
 from ..measuring.timing import Samples, ratio_text
+from .arms import base_of
 from .order import in_order, wrongly_predicted
 
 HEADER = (
@@ -34,7 +35,7 @@ class Result:
         samples: of each process.
         gradient_bytes: of one gradient.
         milliseconds: of the slowest process.
-        bytes: that a process hands to collectives in a step, see `traffic`.
+        bytes: that a process hands to collectives in a step, see `traffic`; not with FSDP2.
         gradients: the same as a multiple of those of one gradient.
         error: relative difference from the direction of one process.
         link: latency in seconds, bandwidth in bytes per second; None for one process.
@@ -67,12 +68,18 @@ class Result:
 
 
 def section(result: Result) -> Section:
-    """Rows of a table. Times are compared with those of SGD."""
+    """Rows of a table. Times are compared with those of SGD, with FSDP2 if the arm has it."""
     rows, model = [], result.model.partition(", B = ")[0]
     for name, times in result.milliseconds.items():
         about = ("", "") if rows else (f"{model}, {result.samples} samples each", str(result.processes))
-        time = f"{statistics.median(times):.1f}", f"{min(times):.1f}", ratio_text(result.milliseconds, name, "SGD")
-        sent = f"{result.bytes[name] / 1e6:.2f}", f"{result.gradients[name]:.3f}"
+        time = (
+            f"{statistics.median(times):.1f}",
+            f"{min(times):.1f}",
+            ratio_text(result.milliseconds, name, base_of(name)),
+        )
+        sent = ("", "")
+        if name in result.bytes:
+            sent = f"{result.bytes[name] / 1e6:.2f}", f"{result.gradients[name]:.3f}"
         predicted, error = result.predicted.get(name), result.error.get(name)
         others = "" if predicted is None else f"{predicted:.1f}", "" if error is None else f"{error:.0e}"
         rows.append([*about, name, *time, *sent, *others])
