@@ -7,7 +7,8 @@ import time
 
 import torch
 from capturing import loss_of
-from distributing import Outcome, model_of, outcome_of, parts_of
+from distributed_cases import model_of, parts_of
+from distributing import Outcome, outcome_of
 from sharding import children, local, mesh_of
 from torch import distributed, nn
 

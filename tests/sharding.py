@@ -7,7 +7,8 @@ from unittest import mock
 
 import torch
 from capturing import loss_of
-from distributing import Outcome, capture_of, model_of, parts_of, steps_of
+from distributed_cases import model_of, parts_of
+from distributing import Outcome, capture_of, steps_of
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 from capturing import loss_of
-from distributing import model_of, parts_of
+from distributed_cases import model_of, parts_of
 from sharding import children, mesh_of, root, sharded_model, without_root
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from distributed_cases import UNEVEN
 from distributing import (
-    UNEVEN,
     captures_of_bad_groups,
     in_each_wrapped,
     in_one,

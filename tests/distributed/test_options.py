@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from distributed_cases import UNEVEN
 from distributing import (
-    UNEVEN,
     buffers_in_one,
     buffers_of,
     directions_of_each,

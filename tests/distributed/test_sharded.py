@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from distributing import UNEVEN, directions_of_each, in_one, items_in_one
+from distributed_cases import UNEVEN
+from distributing import directions_of_each, in_one, items_in_one
 from oracle import assert_close, flat, relative_error
 from same_as_one import OPTIONS, assert_same_as_one
 from sharding import in_each, in_each_on_mesh, items_of, micro_batches, with_scaler, with_whole_parameters

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distributing import UNEVEN, after_training_in_one, in_one
+from distributed_cases import UNEVEN
+from distributing import after_training_in_one, in_one
 from oracle import assert_close, flat
 from sharding import after_training, habits_of_trainers, messages_of
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from distributed_cases import UNEVEN
 from distributing import (
-    UNEVEN,
     after_training,
     after_training_in_one,
     after_uneven_epochs,

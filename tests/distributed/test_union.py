@@ -1,7 +1,8 @@
 """Several processes write the direction of one process that has all their samples, with the same bits in each."""
 
 import pytest
-from distributing import CASES, EVEN, UNEVEN, in_each, in_one
+from distributed_cases import CASES, EVEN, UNEVEN
+from distributing import in_each, in_one
 from same_as_one import OPTIONS, assert_same_as_one
 
 EMPTY = {2: (0, 5), 4: (3, 0, 2, 0)}
