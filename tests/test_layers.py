@@ -19,7 +19,7 @@ LAYERS = [
     ["planning"],
     ["layers"],
     ["capture"],
-    ["optim", "monitor", "weights", "diffusion", "geometry", "gauss_newton"],
+    ["optim", "monitor", "weights", "diffusion", "geometry", "gauss_newton", "integrations"],
     ["rgd_ext"],
     ["commands"],
     ["__main__"],

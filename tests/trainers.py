@@ -1,0 +1,93 @@
+"""What the tests of trainers have in common: data, models, how two processes run, and a step of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
+
+import rgd_ext
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+RATE, CLIP, BATCH = 0.5, 0.05, 4
+
+
+def data(size, seed):
+    """Samples of a regression."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, torch.sin(3 * x[:, :2]))
+
+
+# 11 samples for each of two processes, in batches of 4, 4 and 3.
+DATA, VALIDATION = data(22, 0), data(8, 1)
+
+
+def mlp(seed):
+    """A model in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def policy():
+    """A policy that remembers its eigenvalue, which a training that is resumed needs."""
+    return rgd_ext.Spectral(0.5, every=3)
+
+
+def union_step(model, optimizer, batches, of, loss=mse_loss):
+    """A step of one process along the direction of the union of batches.
+
+    Args:
+        of: what the sum of their losses is divided by.
+    """
+    optimizer.zero_grad()
+    dtype = next(model.parameters()).dtype
+    with rgd_ext.handle_of(model).accumulate():
+        for x, y in batches:
+            (loss(model(x.to(dtype) if x.is_floating_point() else x), y) / of).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+
+
+def run_two(folder, program, launcher=()):
+    """What a program leaves in its two processes."""
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, ROOT / "tests/integrations" / program, folder]
+    result = subprocess.run(
+        command, env=os.environ | variables, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def texts():
+    """Sequences of tokens of different lengths, whose padding has no loss."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for length in torch.randint(4, 9, (22,), generator=generator).tolist():
+        tokens = torch.randint(16, (8,), generator=generator)
+        labels = torch.where(torch.arange(8) < length, tokens, -100)
+        found.append({"input_ids": tokens, "labels": labels})
+    return found
+
+
+def language_model(seed):
+    """A model of transformers in float64."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=16, max_position_embeddings=8, use_cache=False, **sizes)
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def assert_same_as(outcomes, name, expected, **tolerance):
+    """The parameters of both processes have the same bits, and are those of one process to rounding."""
+    first, second = (outcome[name]["parameters"] for outcome in outcomes)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, expected, **tolerance)
