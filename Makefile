@@ -1,4 +1,5 @@
-# `make demo` and `make test` set up what they need; RGD_EXT_BUILD=none|cpu|cuda|auto chooses the build.
+# `make demo` and `make test` set up what they need; RGD_EXT_BUILD=none|cpu|cuda|auto chooses the build, and PYTEST has
+# options of pytest.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 PYTHON ?= python3
@@ -14,7 +15,7 @@ demo: $(BUILT)
 # The two workers share the processors, so threads that wait must not spin.
 test: export OMP_WAIT_POLICY = passive
 test: $(BUILT)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
 
 # .pre-commit-config.yaml runs the same ones.
 lint: lint-python lint-format lint-types lint-cpp

@@ -1,5 +1,6 @@
 """What the tests of sharded models have in common: functions that run in each process."""
 
+import importlib
 import tempfile
 import weakref
 from collections import Counter
@@ -58,6 +59,7 @@ POLICIES = {
     "float32": {},
     "kept": {"reshard_after_forward": False},
     "resharded": {"reshard_after_forward": True},
+    "resharded to two": {"reshard_after_forward": 2},
     "last dim": {"shard_placement_fn": last_dim},
     "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
 }
@@ -119,6 +121,52 @@ def in_each_on_mesh(group, rank, name, way, shape, sizes, options):
     with rgd_ext.precondition(model, process_group=group, verify=False, **options) as handle:
         loss_of(model(x)).backward()
         return outcome_of(model, handle)
+
+
+def replicated(group, rank, sizes):
+    """The outcome of a model whose parameters are replicated, as DTensors."""
+    module = importlib.import_module("torch.distributed._composable.replicate_with_fsdp")
+    model, x = model_of("MLP", seed=rank), parts_of("MLP", sizes)[rank]
+    module.replicate(model, mesh=mesh_of(group))
+    with rgd_ext.precondition(model, process_group=group, verify=False, epsilon=rgd_ext.Rayleigh(0.5)) as handle:
+        loss_of(model(x)).backward()
+        return outcome_of(model, handle)
+
+
+def with_norm_of_its_own(group, rank, sizes):
+    """The outcome of a model whose layers with buffers are passed to `fully_shard` themselves."""
+    mesh = mesh_of(group)
+    model, x = model_of("batch norm", seed=0), parts_of("batch norm", sizes)[rank]
+    children(model, mesh=mesh)
+    options = {"process_group": group, "verify": False, "batch_norm": "contribution"}
+    with rgd_ext.precondition(model, **options) as handle:
+        loss_of(model(x)).backward()
+        return outcome_of(model, handle)
+
+
+def with_drifting_replica(group, rank):
+    """The error of a backward after the second replica has changed a parameter."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    model, x = sharded_model("MLP", "children", mesh), parts_of("MLP", (3,) * 4)[rank]
+
+    def steps():
+        for _ in range(len([*model.parameters()])):
+            loss_of(model(x)).backward()
+
+    with rgd_ext.precondition(model, process_group=group, verify=False):
+        with torch.no_grad():
+            local(model.get_parameter("2.bias")).add_(1e-12 * (rank >= 2))
+        return error_of(RuntimeError, steps)
+
+
+def with_differing_vectors(group, rank):
+    """The error of a backward with vectors of which one process alone has shards."""
+    model, x = sharded_model("MLP", "children", mesh_of(group)), parts_of("MLP", (3, 3))[rank]
+    with rgd_ext.precondition(model, process_group=group, verify=False) as handle:
+        vectors = [p.detach() for p in model.parameters()]
+        wholes = [v.full_tensor() for v in vectors]
+        handle.align(wholes if rank else vectors)
+        return error_of(RuntimeError, lambda: loss_of(model(x)).backward())
 
 
 def with_whole_parameters(group, rank, sizes):

@@ -140,6 +140,8 @@ class WatchedParameters:
     def _admit(self, module: nn.Module, key: str, newcomer: Tensor) -> None:
         if not isinstance(newcomer, nn.Parameter) or newcomer.numel() == 0:  # the others are of functional_call
             return
+        if self._parameters.is_passing(newcomer):
+            return
         if (module, key) not in self._places:
             raise ValueError(
                 f"parameter '{self.name_of(newcomer)}' came into the model after its capture, so backward would write"

@@ -57,8 +57,8 @@ def _check_equal(group: Group, items: Mapping[str, object]) -> int:
         other = first_other([each.get(name) for each in found])
         if other is not None:
             raise ValueError(
-                f"{name} of rank {other} and of rank 0 differ; rank {group.rank} has {shown[name][:500]}: capture"
-                " the same model with the same options in all processes of the group"
+                f"{name} of rank {other[0]} and of rank {other[1]} differ; rank {group.rank} has {shown[name][:500]}:"
+                " capture the same model with the same options in all processes of the group"
             )
     return tokens[0]
 
@@ -75,12 +75,22 @@ def _share_state(group: Group, model: nn.Module) -> None:
     for place, name in enumerate(named):
         other = first_other([each[place] for each in found])
         if other is not None:
-            raise RuntimeError(f"'{name}' of rank {other} differs from that of rank 0 after a broadcast")
+            raise RuntimeError(f"'{name}' of rank {other[0]} differs from that of rank {other[1]} after a broadcast")
 
 
-def first_other(values: Sequence[object]) -> int | None:
-    """The first rank whose value is not that of rank 0; None if all are equal."""
-    return next((rank for rank, value in enumerate(values) if value != values[0]), None)
+def first_other(values: Sequence[object], kinds: Sequence[int] = ()) -> tuple[int, int] | None:
+    """The first rank whose value differs from that of an earlier one, and that one; None if all are equal.
+
+    Args:
+        values: of the ranks.
+        kinds: numbers of the ranks; only those with equal numbers have to have equal values.
+    """
+    first: dict[int, int] = {}
+    for rank, kind in enumerate(kinds or [0] * len(values)):
+        other = first.setdefault(kind, rank)
+        if values[rank] != values[other]:
+            return rank, other
+    return None
 
 
 def checksum(tensor: Tensor) -> int:

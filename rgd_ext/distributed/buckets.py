@@ -73,7 +73,7 @@ class Layout:
     def digest(self) -> int:
         """A number of 63 bits that tells layouts apart."""
         described = [(n, tuple(p.shape), str(p.dtype)) for n, p in zip(self.names, self.parameters, strict=True)]
-        return _digest(described)
+        return number_of(described)
 
     def empty(self) -> FlatVector:
         """A vector of undefined numbers."""
@@ -197,7 +197,7 @@ def digest_of(layouts: Sequence[Layout]) -> int:
     """A number of 63 bits that tells lists of layouts apart."""
     if len(layouts) == 1:
         return layouts[0].digest
-    return _digest([layout.digest for layout in layouts])
+    return number_of([layout.digest for layout in layouts])
 
 
 def dot(vector: Mapping[nn.Parameter, Tensor], other: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -210,7 +210,8 @@ def is_large(parameter: nn.Parameter) -> bool:
     return parameter.numel() >= LARGE
 
 
-def _digest(described: object) -> int:
+def number_of(described: object) -> int:
+    """A number of 63 bits that tells representations apart."""
     return int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:8], "big") >> 1
 
 

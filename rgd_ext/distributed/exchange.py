@@ -18,11 +18,12 @@ from ..metric import Stats
 from .across_ranks import AcrossRanks
 from .agreement import checksum, first_other
 from .blocks import Block, UsedParameters
-from .buckets import Layout, digest_of
+from .buckets import Layout, digest_of, number_of
 from .group import Group, PendingAllGather
 from .mean import MeanExchange
 from .own_samples import OwnSamples
-from .parameters import ModelParameters
+from .parameters import Compared, ModelParameters
+from .sharding import local_part
 from .shared_buffers import SharedBuffers
 
 # Of which samples D is the covariance: those of all processes, or those of each process for a direction of its own.
@@ -31,9 +32,9 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # Per-sample gradients -> the direction, in the order of their parameters, and the statistics that it comes from.
 Solve: TypeAlias = Callable[["AcrossRanks | OwnSamples"], tuple[list[Tensor], Stats]]
 _DIFFERENT = (
-    "{what} of rank {rank} differs from that of rank 0, so that the processes train different models: let all of them"
-    " run the same backwards and optimizer steps, with optimizers of the same state, and load state dicts in all of"
-    " them. Nothing was written to .grad; start all processes again from a checkpoint"
+    "{what} of rank {rank} differs from that of rank {other}, so that the processes train different models: let all of"
+    " them run the same backwards and optimizer steps, with optimizers of the same state, and load state dicts in all"
+    " of them. Nothing was written to .grad; start all processes again from a checkpoint"
 )
 # On a GPU, whose host would wait for it, parameters are compared in every so many backwards.
 _EVERY_ON_GPU = 100
@@ -89,7 +90,7 @@ class Exchange:
         self._layouts: list[Layout] = []
         self._header: PendingAllGather
         self._sizes: list[int] = []
-        self._compared = ""
+        self._compared = Compared("", None)
         self._mean_exchange: MeanExchange | None = None
         # How many uses each large parameter had in the last backward, by its id.
         self._use_counts: Counter[int] = Counter()
@@ -99,12 +100,12 @@ class Exchange:
         """Whether parts of the mean gradient leave in the midst of the backward."""
         return self.is_exact and not self._parameters.is_sharded
 
-    def begin(self, batch_size: int, kind: int) -> None:
+    def begin(self, batch_size: int, what: object) -> None:
         """Begin a backward.
 
         Args:
             batch_size: the number of samples in this process.
-            kind: a number for what is computed of it, which has to be equal in all processes.
+            what: describes what is computed of it, which has to be the same in all processes.
 
         Raises:
             RuntimeError: if the backward goes through another captured model with the same group.
@@ -118,8 +119,9 @@ class Exchange:
         if self.sends_early:
             (layout,) = layouts
             self._mean_exchange = MeanExchange(layout, self.group, self._use_counts, self._await_header)
-        self._compared, value = self._compared_parameter()
-        numbers = [self._token, self._number, kind, digest_of(layouts), value, batch_size]
+        self._compared = self._compared_parameter()
+        value = 0 if self._compared.tensor is None else checksum(local_part(self._compared.tensor))
+        numbers = [self._token, self._number, number_of(what), digest_of(layouts), value, batch_size]
         self._header = self.group.start_all_gather("the sizes of batches", numbers)
 
     def _check_alone(self) -> None:
@@ -132,11 +134,11 @@ class Exchange:
             raise RuntimeError(_CHAINED)
         _tasks[self.group.process_group] = task
 
-    def _compared_parameter(self) -> tuple[str, int]:
-        """The name of the parameter that is compared in this backward, and its checksum; frozen ones take turns too."""
-        named = self._parameters.compared()
-        place = compared_place(self._number, len(named), all(p.is_cpu for _, p in named))
-        return ("", 0) if place is None else (named[place][0], checksum(named[place][1]))
+    def _compared_parameter(self) -> Compared:
+        """The parameter that is compared in this backward; frozen ones take turns, too."""
+        found = self._parameters.compared()
+        place = compared_place(self._number, len(found), all(p.is_cpu for p in self._parameters.model.parameters()))
+        return Compared("", None) if place is None else found[place]
 
     def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
         """Take the contributions of one use of a large parameter, whose mean may leave now."""
@@ -155,13 +157,13 @@ class Exchange:
         for values, what in (
             (tokens, "the captured model whose backward runs"),
             (numbers, "the number of backwards so far"),
-            (kinds, "what is computed (the statistics that a rule needs, products by handle.align)"),
+            (kinds, "what is computed (the statistics that a rule needs, the vectors of handle.align)"),
             (digests, "the list of trainable parameters"),
-            (checksums, f"the value of parameter '{self._compared}'"),
+            (checksums, f"the value of parameter '{self._compared.name}'"),
         ):
-            other = first_other(values)
-            if other is not None:
-                raise RuntimeError(_DIFFERENT.format(what=what, rank=other))
+            differing = first_other(values, self._compared.kinds if values is checksums else ())
+            if differing is not None:
+                raise RuntimeError(_DIFFERENT.format(what=what, rank=differing[0], other=differing[1]))
         self._sizes = [*sizes]
 
     def finish(self, local: Contributions, solve: Solve) -> Direction | None:

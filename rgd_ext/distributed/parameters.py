@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..contributions.ledger import Contributions
 from .buckets import Layout
+
+
+class Compared(NamedTuple):
+    """A parameter, or a shard of one, that has to be equal in several processes.
+
+    Attributes:
+        name: of the parameter.
+        tensor: in this process; None if there is nothing to compare.
+        kinds: a number for each rank, if only ranks with the same number have to have equal ones.
+    """
+
+    name: str
+    tensor: Tensor | None
+    kinds: tuple[int, ...] = ()
 
 
 class ModelParameters:
@@ -42,6 +57,10 @@ class ModelParameters:
         """Those that optimizers step in the place of some that layers use."""
         return [*used]
 
+    def is_passing(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the model is there until the backward only, and neither used nor stepped."""
+        return False
+
     def aliases(self) -> dict[str, str]:
         """For each name of a parameter the first one, which differs where it is tied."""
         first = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -68,9 +87,9 @@ class ModelParameters:
     def _blocks(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[Layout]:
         return [Layout(named)]
 
-    def compared(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that have to be equal in all processes."""
-        return self.used()
+    def compared(self) -> list[Compared]:
+        """What has to be equal in several processes."""
+        return [Compared(name, parameter) for name, parameter in self.used()]
 
     def split(self, contributions: Contributions, layouts: Sequence[Layout]) -> list[Contributions]:
         """The contributions to each of the blocks; if there are several, `contributions` has none afterwards."""

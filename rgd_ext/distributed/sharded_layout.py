@@ -52,7 +52,7 @@ class ShardedLayout(Layout):
             widths = [self._cuts[p].width for p in of_bucket]
             pieces.update(zip(of_bucket, row.split(widths), strict=True))
             squares.append(squared_norm([row]).double())
-        replicas = 1 if self._mesh_dim is None else self._mesh.size() // self._mesh.size(self._mesh_dim)
+        replicas = self._mesh.size() // len(buffers[0])
         return Sum(self._as_shards(pieces), torch.stack(squares).sum() / replicas)
 
     def written(self, vector: FlatVector) -> dict[nn.Parameter, Tensor]:

@@ -10,16 +10,21 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..contributions.ledger import Contributions
-from .agreement import checksum
+from .agreement import checksum, first_other
 from .buckets import Layout
 from .group import Group
-from .parameters import ModelParameters
+from .parameters import Compared, ModelParameters
 from .sharded_layout import ShardedLayout, shard_dim
 
 _TENSOR_PARALLEL = (
     "parameter '{}' is distributed in a way that a captured model cannot follow ({}): shards have to be those of"
     " torch.distributed.fsdp.fully_shard, without tensor, sequence, context or expert parallelism. Build the model"
     " without these, and call fully_shard alone"
+)
+_ELSEWHERE = (
+    "parameter '{}' is distributed (placements {}), and not by fully_shard of a module that is captured: capture the"
+    " model that was passed to fully_shard, or pass the part that is captured to it, too. Tensor, sequence, context and"
+    " expert parallelism are not supported"
 )
 _OTHER_MESH = (
     "parameter '{}' is on a mesh of the processes {}, and process_group has the processes {}: pass a group of all"
@@ -75,8 +80,10 @@ class ShardedParameters(ModelParameters):
         self._aliases = super().aliases()
         # As it was when it was last seen, since modules that run have whole ones in its place.
         self._stepped = {name: place.parameter for name, place in self._places.items()}
+        self._shardings = {_sharding(p) for p in self._stepped.values()}
         for name, place in self._places.items():
             _check_placed(name, place, group)
+        self._kinds = {name: _rows_of_ranks(p, group) for name, p in self._stepped.items() if _has_replicas(p)}
         self._share_replicas(group)
         self._whole = self._find_whole()
         self._names = {p: name for name, p in self._whole.items()}
@@ -90,7 +97,7 @@ class ShardedParameters(ModelParameters):
 
     def stepped(self) -> list[tuple[str, nn.Parameter]]:
         for name, place in self._places.items():
-            if isinstance(place.parameter, DTensor) == isinstance(self._stepped[name], DTensor):
+            if _sharding(place.parameter) == _sharding(self._stepped[name]):
                 self._stepped[name] = place.parameter
         return [*self._stepped.items()]
 
@@ -98,18 +105,27 @@ class ShardedParameters(ModelParameters):
         stepped = dict(self.stepped())
         return [stepped[self._names[p]] if p in self._names else p for p in used]
 
+    def is_passing(self, parameter: nn.Parameter) -> bool:
+        # With `reshard_after_forward` a number, a module has shards of other sizes between forward and backward.
+        return isinstance(parameter, DTensor) and _sharding(parameter) not in self._shardings
+
     def aliases(self) -> dict[str, str]:
         return self._aliases
 
-    def compared(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, place.parameter) for name, place in self._places.items() if name not in self._whole]
+    def compared(self) -> list[Compared]:
+        # Of a parameter without replicas, no process has what another one has.
+        return [
+            Compared(name, parameter, self._kinds.get(name, ()))
+            for name, parameter in self.stepped()
+            if name in self._kinds or not isinstance(parameter, DTensor)
+        ]
 
     def settle(self) -> None:
         self._reshard()
         for name, place in self._places.items():
-            is_sharded = isinstance(place.parameter, DTensor)
-            if is_sharded != isinstance(self._stepped[name], DTensor):
-                raise RuntimeError(_SHARDED_ANEW.format(name, "sharded" if is_sharded else "whole"))
+            sharding = _sharding(place.parameter)
+            if sharding != _sharding(self._stepped[name]):
+                raise RuntimeError(_SHARDED_ANEW.format(name, "whole" if sharding is None else "sharded"))
 
     def split(self, contributions: Contributions, layouts: Sequence[Layout]) -> list[Contributions]:
         return contributions.split([layout.parameters for layout in layouts])
@@ -147,17 +163,38 @@ class ShardedParameters(ModelParameters):
 
     def _share_replicas(self, group: Group) -> None:
         """Give all replicas of a shard the values of the first one."""
-        sums: dict[str, tuple[int, int]] = {}
-        for name, shard in self._stepped.items():
-            if not isinstance(shard, DTensor) or not any(isinstance(p, Replicate) for p in shard.placements):
-                continue
-            dim = next(dim for dim, placement in enumerate(shard.placements) if isinstance(placement, Replicate))
-            replicas, local = shard.device_mesh.get_group(dim), shard.to_local().detach()
+        sums: dict[str, int] = {}
+        for name in self._kinds:
+            shard = cast("DTensor", self._stepped[name])
+            replicas = shard.device_mesh.get_group(shard.placements.index(Replicate()))
+            local = shard.to_local().detach()
             with group.named("the parameters of the first replica"):
                 distributed.broadcast(local, distributed.get_global_rank(replicas, 0), group=replicas)
-            sums[name] = distributed.get_global_rank(replicas, 0), checksum(local)
-        if sums:
-            _check_replicas(group.all_gather_objects("checksums of the replicas", sums))
+            sums[name] = checksum(local)
+        found = group.all_gather_objects("checksums of the replicas", sums) if sums else []
+        for name, kinds in self._kinds.items():
+            other = first_other([each[name] for each in found], kinds)
+            if other is not None:
+                raise RuntimeError(f"'{name}' differs between ranks {other[0]} and {other[1]} after a broadcast")
+
+
+def _has_replicas(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and Replicate() in parameter.placements
+
+
+def _sharding(parameter: nn.Parameter) -> object:
+    """The mesh and the placements of a parameter; None for one that is whole."""
+    return (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+
+
+def _rows_of_ranks(parameter: nn.Parameter, group: Group) -> tuple[int, ...]:
+    """The number of the shard that each rank of the group has."""
+    shard = cast("DTensor", parameter)
+    mesh_dim = shard_dim(shard.placements)
+    ranks = distributed.get_process_group_ranks(group.process_group)
+    if mesh_dim is None:
+        return (0,) * len(ranks)
+    return tuple(int((shard.device_mesh.mesh == rank).nonzero()[0, mesh_dim]) for rank in ranks)
 
 
 def _places(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[tuple[str, _Place]]:
@@ -183,7 +220,9 @@ def _check_placed(name: str, place: _Place, group: Group) -> None:
     if not isinstance(shard, DTensor):
         return
     kinds = [type(placement) for placement in shard.placements]
-    if place.block == -1 or kinds not in ([Shard], [Replicate], [Replicate, Shard]):
+    if place.block == -1:
+        raise ValueError(_ELSEWHERE.format(name, tuple(shard.placements)))
+    if kinds not in ([Shard], [Replicate], [Replicate, Shard]):
         raise ValueError(_TENSOR_PARALLEL.format(name, f"placements {tuple(shard.placements)}"))
     meshed = sorted(shard.device_mesh.mesh.flatten().tolist())
     own = sorted(distributed.get_process_group_ranks(group.process_group))
@@ -198,10 +237,3 @@ def _check_whole(name: str, whole: nn.Parameter, shard: nn.Parameter) -> None:
     device = cast("DTensor", shard).to_local().device
     if whole.device != device:
         raise ValueError(_OFFLOADED.format(name, device, whole.device))
-
-
-def _check_replicas(gathered: Sequence[dict[str, tuple[int, int]]]) -> None:
-    """Raise RuntimeError if replicas differ, given the first rank and the checksum of each replica by name."""
-    for name in gathered[0]:
-        if len(dict.fromkeys(each[name] for each in gathered)) > len({each[name][0] for each in gathered}):
-            raise RuntimeError(f"replicas of '{name}' differ after a broadcast")

@@ -79,7 +79,7 @@ def test_a_frozen_parameter_that_has_changed_in_one_process_is_found(processes):
 
 def test_products_that_one_process_alone_wants_are_refused(processes):
     for message in processes.run(2, with_vector_in_one):
-        assert "products by handle.align) of rank 1 differs" in message
+        assert "the vectors of handle.align) of rank 1 differs" in message
 
 
 def test_a_process_without_contributions_has_no_samples(processes):

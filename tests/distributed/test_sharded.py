@@ -7,7 +7,16 @@ from distributed_cases import UNEVEN
 from distributing import directions_of_each, in_one, items_in_one
 from oracle import assert_close, flat, relative_error
 from same_as_one import OPTIONS, assert_same_as_one
-from sharding import in_each, in_each_on_mesh, items_of, micro_batches, with_scaler, with_whole_parameters
+from sharding import (
+    in_each,
+    in_each_on_mesh,
+    items_of,
+    micro_batches,
+    replicated,
+    with_norm_of_its_own,
+    with_scaler,
+    with_whole_parameters,
+)
 
 import rgd_ext
 
@@ -29,6 +38,23 @@ def test_ways_to_shard(way, policy, processes):
 def test_hybrid_sharding(shape, processes):
     found = processes.run(4, in_each_on_mesh, "MLP", "children", shape, UNEVEN[4], {})
     assert_same_as_one(found, in_one("MLP", UNEVEN[4], {}))
+
+
+@pytest.mark.parametrize("policy", ["resharded to two", "kept"])
+def test_four_processes(policy, processes):
+    found = processes.run(4, in_each, "MLP", "children", policy, UNEVEN[4], {})
+    assert_same_as_one(found, in_one("MLP", UNEVEN[4], {}))
+
+
+def test_replicated_parameters(processes):
+    pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+    found = processes.run(2, replicated, UNEVEN[2])
+    assert_same_as_one(found, in_one("MLP", UNEVEN[2], {"epsilon": rgd_ext.Rayleigh(0.5)}))
+
+
+def test_layers_with_buffers_that_are_sharded_themselves(processes):
+    found = processes.run(2, with_norm_of_its_own, UNEVEN[2])
+    assert_same_as_one(found, in_one("batch norm", UNEVEN[2], {"batch_norm": "contribution"}))
 
 
 MODELS = {"GPT": "blocks", "ViT": "blocks", "ResNet": "root", "LSTM classifier": "root"}

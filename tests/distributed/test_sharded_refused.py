@@ -1,6 +1,7 @@
 """What cannot be right with a sharded model is an error, in all processes, which says what to do."""
 
 import pytest
+from sharding import with_differing_vectors, with_drifting_replica
 from sharding_refused import captures_of_other_meshes, captures_of_parallel_models, refusals_of
 
 PARALLEL = {"alone": r"placements \(Shard\(dim=0\),\)", "under fully_shard": "StridedShard"}
@@ -31,12 +32,22 @@ def assert_refused(found, expected):
 
 
 def test_tensor_parallelism(processes):
-    patterns = {name: f"^ValueError: parameter '0.weight' .*{kind}.*alone$" for name, kind in PARALLEL.items()}
+    patterns = {name: f"^ValueError: parameter '0.weight' .*{kind}.*parallelism" for name, kind in PARALLEL.items()}
     assert_refused(processes.run(4, captures_of_parallel_models), patterns)
 
 
 def test_meshes_of_other_processes(processes):
     assert_refused(processes.run(4, captures_of_other_meshes), MESHES)
+
+
+def test_replicas_that_drift_apart(processes):
+    for error in processes.run(4, with_drifting_replica):
+        assert "the value of parameter '2.bias' of rank 2 differs from that of rank 0" in error
+
+
+def test_vectors_that_are_sharded_in_one_process_only(processes):
+    for error in processes.run(2, with_differing_vectors):
+        assert "(the statistics that a rule needs, the vectors of handle.align) of rank 1 differs" in error
 
 
 def test_what_a_sharded_model_cannot_do(processes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from functools import partial
 from typing import Any
@@ -182,7 +181,8 @@ class LayerRecorder(Recorder):
         """The rule, with the module as it is in this forward: its buffers and mode may change before the backward."""
         if not self.module._buffers:
             return self._bound_rule
-        module = copy.copy(self.module)
+        module: Any = object.__new__(type(self.module))  # copy.copy would call __init__ where fully_shard was applied
+        vars(module).update(vars(self.module))
         module._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         return partial(self._layer_type.rule, module)
 
