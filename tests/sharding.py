@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+import time
 import weakref
 from collections import Counter
 from unittest import mock
@@ -157,6 +158,21 @@ def with_drifting_replica(group, rank):
         with torch.no_grad():
             local(model.get_parameter("2.bias")).add_(1e-12 * (rank >= 2))
         return error_of(RuntimeError, steps)
+
+
+def with_step_left_out(group, rank):
+    """The error of a training in which the second process leaves out a step of the optimizer."""
+    model, x = sharded_model("MLP", "children", mesh_of(group)), parts_of("MLP", (3, 3))[rank]
+    optimizer = rgd_ext.RGD(model, lr=0.1, process_group=group, verify=False)
+
+    def steps():
+        for step in range(1 + len([*model.parameters()])):
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            if step or not rank:
+                optimizer.step()
+
+    return error_of(RuntimeError, steps)
 
 
 def with_differing_vectors(group, rank):
@@ -342,7 +358,12 @@ def messages_of(group, rank, options):
 
     def note_memory(buffers):
         nonlocal most
-        alive[:] = [each for each in alive if each() is not None] + [*map(weakref.ref, buffers)]
+        for _ in range(40):
+            alive[:] = [each for each in alive if each() is not None]
+            if not alive:
+                break
+            time.sleep(0.05)  # a thread of gloo may not have let go yet
+        alive.extend(map(weakref.ref, buffers))
         most = max(most, sum(each().numel() for each in alive))
 
     def note_empty(self):

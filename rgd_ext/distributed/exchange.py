@@ -16,14 +16,13 @@ from ..contributions.factor import Factor
 from ..contributions.ledger import Contributions
 from ..metric import Stats
 from .across_ranks import AcrossRanks
-from .agreement import checksum, first_other
+from .agreement import first_other
 from .blocks import Block, UsedParameters
 from .buckets import Layout, digest_of, number_of
 from .group import Group, PendingAllGather
 from .mean import MeanExchange
 from .own_samples import OwnSamples
 from .parameters import Compared, ModelParameters
-from .sharding import local_part
 from .shared_buffers import SharedBuffers
 
 # Of which samples D is the covariance: those of all processes, or those of each process for a direction of its own.
@@ -36,6 +35,7 @@ _DIFFERENT = (
     " them run the same backwards and optimizer steps, with optimizers of the same state, and load state dicts in all"
     " of them. Nothing was written to .grad; start all processes again from a checkpoint"
 )
+_NOTHING = Compared("nothing", lambda: 0)
 # On a GPU, whose host would wait for it, parameters are compared in every so many backwards.
 _EVERY_ON_GPU = 100
 _BITS = 62  # of a word of the mask of parameters
@@ -90,7 +90,7 @@ class Exchange:
         self._layouts: list[Layout] = []
         self._header: PendingAllGather
         self._sizes: list[int] = []
-        self._compared = Compared("", None)
+        self._compared = _NOTHING
         self._mean_exchange: MeanExchange | None = None
         # How many uses each large parameter had in the last backward, by its id.
         self._use_counts: Counter[int] = Counter()
@@ -120,7 +120,7 @@ class Exchange:
             (layout,) = layouts
             self._mean_exchange = MeanExchange(layout, self.group, self._use_counts, self._await_header)
         self._compared = self._compared_parameter()
-        value = 0 if self._compared.tensor is None else checksum(local_part(self._compared.tensor))
+        value = self._compared.number()
         numbers = [self._token, self._number, number_of(what), digest_of(layouts), value, batch_size]
         self._header = self.group.start_all_gather("the sizes of batches", numbers)
 
@@ -136,9 +136,9 @@ class Exchange:
 
     def _compared_parameter(self) -> Compared:
         """The parameter that is compared in this backward; frozen ones take turns, too."""
-        found = self._parameters.compared()
-        place = compared_place(self._number, len(found), all(p.is_cpu for p in self._parameters.model.parameters()))
-        return Compared("", None) if place is None else found[place]
+        named = self._parameters.stepped()
+        place = compared_place(self._number, len(named), all(p.is_cpu for _, p in named))
+        return _NOTHING if place is None else self._parameters.compared(*named[place])
 
     def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
         """Take the contributions of one use of a large parameter, whose mean may leave now."""
@@ -159,7 +159,7 @@ class Exchange:
             (numbers, "the number of backwards so far"),
             (kinds, "what is computed (the statistics that a rule needs, the vectors of handle.align)"),
             (digests, "the list of trainable parameters"),
-            (checksums, f"the value of parameter '{self._compared.name}'"),
+            (checksums, self._compared.what),
         ):
             differing = first_other(values, self._compared.kinds if values is checksums else ())
             if differing is not None:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..contributions.ledger import Contributions
+from .agreement import checksum
 from .buckets import Layout
 
 
 class Compared(NamedTuple):
-    """A parameter, or a shard of one, that has to be equal in several processes.
+    """What is compared of a parameter, or of a shard of one.
 
     Attributes:
-        name: of the parameter.
-        tensor: in this process; None if there is nothing to compare.
-        kinds: a number for each rank, if only ranks with the same number have to have equal ones.
+        what: is compared.
+        number: gives a number that has to be equal in several processes.
+        kinds: a number for each rank, if only ranks with the same one have to have equal ones.
     """
 
-    name: str
-    tensor: Tensor | None
+    what: str
+    number: Callable[[], int]
     kinds: tuple[int, ...] = ()
 
 
@@ -87,9 +89,9 @@ class ModelParameters:
     def _blocks(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[Layout]:
         return [Layout(named)]
 
-    def compared(self) -> list[Compared]:
-        """What has to be equal in several processes."""
-        return [Compared(name, parameter) for name, parameter in self.used()]
+    def compared(self, name: str, parameter: nn.Parameter) -> Compared:
+        """What has to be equal in several processes of a parameter, given as `stepped` does."""
+        return Compared(f"the value of parameter '{name}'", partial(checksum, parameter))
 
     def split(self, contributions: Contributions, layouts: Sequence[Layout]) -> list[Contributions]:
         """The contributions to each of the blocks; if there are several, `contributions` has none afterwards."""

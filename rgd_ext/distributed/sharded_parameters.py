@@ -85,6 +85,7 @@ class ShardedParameters(ModelParameters):
             _check_placed(name, place, group)
         self._kinds = {name: _rows_of_ranks(p, group) for name, p in self._stepped.items() if _has_replicas(p)}
         self._share_replicas(group)
+        self._versions = {name: _version(p) for name, p in self._stepped.items()}
         self._whole = self._find_whole()
         self._names = {p: name for name, p in self._whole.items()}
 
@@ -97,8 +98,9 @@ class ShardedParameters(ModelParameters):
 
     def stepped(self) -> list[tuple[str, nn.Parameter]]:
         for name, place in self._places.items():
-            if _sharding(place.parameter) == _sharding(self._stepped[name]):
-                self._stepped[name] = place.parameter
+            found = place.parameter
+            if found is not self._stepped[name] and _sharding(found) == _sharding(self._stepped[name]):
+                self._stepped[name], self._versions[name] = found, _version(found)
         return [*self._stepped.items()]
 
     def stepped_of(self, used: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -112,13 +114,15 @@ class ShardedParameters(ModelParameters):
     def aliases(self) -> dict[str, str]:
         return self._aliases
 
-    def compared(self) -> list[Compared]:
-        # Of a parameter without replicas, no process has what another one has.
-        return [
-            Compared(name, parameter, self._kinds.get(name, ()))
-            for name, parameter in self.stepped()
-            if name in self._kinds or not isinstance(parameter, DTensor)
-        ]
+    def compared(self, name: str, parameter: nn.Parameter) -> Compared:
+        if not isinstance(parameter, DTensor):
+            return super().compared(name, parameter)
+        if name in self._kinds:
+            value = f"the value of parameter '{name}'"
+            return Compared(value, lambda: checksum(parameter.to_local()), self._kinds[name])
+        # No process has what another one has of it.
+        changes = f"the number of changes (steps of optimizers, loaded values) of parameter '{name}' since the capture"
+        return Compared(changes, lambda: _version(parameter) - self._versions[name])
 
     def settle(self) -> None:
         self._reshard()
@@ -180,6 +184,12 @@ class ShardedParameters(ModelParameters):
 
 def _has_replicas(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and Replicate() in parameter.placements
+
+
+def _version(parameter: nn.Parameter) -> int:
+    """How often a parameter, or this process's shard of it, was changed in place."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter._version + local._version  # operations of DTensors count those of the DTensor
 
 
 def _sharding(parameter: nn.Parameter) -> object:

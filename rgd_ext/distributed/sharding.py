@@ -21,11 +21,6 @@ def whole(tensor: Tensor) -> Tensor:
     return cast("Any", tensor).full_tensor() if is_distributed(tensor) else tensor
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """A tensor itself, or this process's part of a DTensor."""
-    return cast("Any", tensor).to_local() if is_distributed(tensor) else tensor
-
-
 def is_sharding(module: nn.Module) -> bool:
     """Whether a module was passed to `fully_shard`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

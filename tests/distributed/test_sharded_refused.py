@@ -1,7 +1,7 @@
 """What cannot be right with a sharded model is an error, in all processes, which says what to do."""
 
 import pytest
-from sharding import with_differing_vectors, with_drifting_replica
+from sharding import with_differing_vectors, with_drifting_replica, with_step_left_out
 from sharding_refused import captures_of_other_meshes, captures_of_parallel_models, refusals_of
 
 PARALLEL = {"alone": r"placements \(Shard\(dim=0\),\)", "under fully_shard": "StridedShard"}
@@ -43,6 +43,12 @@ def test_meshes_of_other_processes(processes):
 def test_replicas_that_drift_apart(processes):
     for error in processes.run(4, with_drifting_replica):
         assert "the value of parameter '2.bias' of rank 2 differs from that of rank 0" in error
+
+
+def test_a_step_that_one_process_leaves_out(processes):
+    for error in processes.run(2, with_step_left_out):
+        assert "the number of changes (steps of optimizers, loaded values) of parameter" in error
+        assert "of rank 1 differs from that of rank 0" in error
 
 
 def test_vectors_that_are_sharded_in_one_process_only(processes):
