@@ -337,7 +337,7 @@ def habits_of_trainers(group, rank, sizes):
 
 
 def messages_of(group, rank, options):
-    """The numbers that are sent in a backward, by what is sent, and the most that are whole in memory at a time."""
+    """How many numbers a backward sends, by what is sent, and the most that its buffers have in memory at a time."""
     model, x = sharded_model("MLP", "children", mesh_of(group)), parts_of("MLP", (3, 3))[rank]
     capture, options = capture_of(options)
     sent, alive, most = Counter(), [], 0

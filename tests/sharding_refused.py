@@ -34,7 +34,7 @@ PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 
 
 def captures_of_parallel_models(group, rank):
-    """The errors of captures with tensor parallelism, alone, under `fully_shard` and under its replication."""
+    """The errors of captures with tensor parallelism, alone and under `fully_shard`."""
     found = {"alone": capture_error(parallelize_module(model_of("MLP", 0), mesh_of(group), PARALLEL), group)}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(model_of("MLP", 0), mesh["tensor"], PARALLEL)
@@ -44,7 +44,7 @@ def captures_of_parallel_models(group, rank):
 
 
 def captures_of_other_meshes(group, rank):
-    """The error of a capture with a group of more processes than the mesh of the model has."""
+    """The errors of captures with a group of more processes than the mesh has, and with a mesh of two dimensions."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     return {
         "part": capture_error(sharded_model("MLP", "children", mesh["b"]), group),

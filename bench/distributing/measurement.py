@@ -49,13 +49,13 @@ def measure(member: Member, name: str, samples: int, quick: bool) -> Result:
 
 
 def _prices(member: Member, trainings: Mapping[str, Training]) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a step of each arm, and the bytes that it hands to collectives from Python, if it calls them."""
+    """Milliseconds of a step of each arm, and the bytes that it hands to collectives; not with FSDP2."""
     prices, traffic = {}, {}
     for arm, training in trainings.items():
         steps = EVERY if arm == AMORTISED else 1
         with counted() as found:
             prices[arm] = slowest(member, clock(member, training, steps, settles=False))()
-        if not arm.endswith(FSDP2):  # whose collectives are not called from Python
+        if not arm.endswith(FSDP2):  # whose collectives are others than those that are counted
             traffic[arm] = sum(found.values()) / steps
     return prices, traffic
 

@@ -14,8 +14,8 @@ from .links import Cost, Network
 from .workload import BYTES, Layer
 
 CAPACITY = 25 * 2**20  # bytes of a bucket, as in DDP
-HEADER = 4 * 8  # bytes of a rank: four integers
-WORD = 8  # bytes of a rank: which parameters were used, or that the step has ended
+HEADER = 6 * 8  # bytes of a rank: the integers at the start of an exchange
+WORD = 8  # bytes of a rank: a mask of parameters, a norm, or that the step has ended
 NUMBERS = 2 * 8  # bytes of a sample
 
 

@@ -21,7 +21,7 @@ from ..distributed import (
     ProcessGroupLike,
     agree,
     as_process_group,
-    is_sharded,
+    has_dtensors,
 )
 from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
@@ -121,7 +121,8 @@ def precondition(
             way takes; with these two up to 16 MiB are kept from step to step, on the CPU.
         verify: prove on the model's own batches, before the first direction of each kind of call, that every sample
             gets its own gradient; see `rgd_ext.verify`. The forward raises ValueError if not. False for a model whose
-            forward has effects outside of the model, since it is called several times.
+            forward has effects outside of the model, since it is called several times. Sharded models are not verified,
+            with a warning.
         batch_dim: the dimension of the samples in the first tensor of the model's arguments: 1 for models that take
             time first, (T, B, ...). Other tensors, and those inside of the model, have them there or along dimension 0.
             None takes every call for one sample, whatever its arguments are: slow, exact, and the last remedy where
@@ -131,7 +132,9 @@ def precondition(
             start from the parameters of rank 0. `.grad` is then the same in all of them after each backward: the
             direction of all their samples, for the mean of their losses. Statistics are those of all samples, rank by
             rank. Two gradients are exchanged in each backward; with `Spectral`, the default, up to some thirty, unless
-            you pass `Spectral(every=20)` or `Spectral(across_ranks="bound")`. None for one process; for a
+            you pass `Spectral(every=20)` or `Spectral(across_ranks="bound")`. The model may be sharded over them by
+            `fully_shard`: shards keep their values, and `.grad` of each sharded parameter is a `DTensor`. None for one
+            process; for a
             `DistributedDataParallel`, in whose place its module is captured, its own.
         mode: "exact" as above; "local" lets each process take its own samples for all, and gives `.grad` the mean of
             their directions, which is another direction at half of the traffic.
@@ -145,7 +148,7 @@ def precondition(
             with `epsilon` or `inverse`, `verify` not a bool, or `batch_dim` no int.
         ValueError: for arguments out of range, a model without trainable parameters or with uninitialised ones, a
             second capture, or batch normalisation in training mode; if the processes capture different models, or with
-            different options.
+            different options; for parameters that are distributed otherwise than by `fully_shard`.
         RuntimeError: if another process of the group does not call this function, or fails.
 
     Example:
@@ -290,13 +293,14 @@ def _capture(
     check_model(model, options.batch_norm)
     _check_flag("verify", verify)
     exchange, parameters = None, ModelParameters(model)
-    if group is None or not is_sharded(model):
+    is_split = group is not None and has_dtensors(model)
+    if not is_split:
         check_not_sharded(model)
     if group is not None:
         check_model_of_group(model)
         same = {"the rule": (rule, rule.needs), "batch_norm": options.batch_norm, "batch_dim": options.batch_dim}
         token = agree(group, model, same | {"verify": verify, "mode": mode, "per_parameter": per_parameter})
-        if is_sharded(model):
+        if is_split:
             parameters, verify = _sharded(model, group, verify), False
         exchange = Exchange(group, mode, parameters, token, wrapper is None or wrapper.shares_buffers)
     if earlier is not None:

@@ -175,14 +175,14 @@ class CaptureContext:
         if earlier is not None:
             self._unfinished.add(earlier.task)
         # Rules that wait for the end would find shards in the place of parameters.
-        may_wait = 0 if self.parameters.is_sharded else self.options.kept
-        backward = Backward(task, call.batch_size, self.sink, may_wait)
+        kept = 0 if self.parameters.is_sharded else self.options.kept
+        backward = Backward(task, call.batch_size, self.sink, kept)
         self._backward = weakref.ref(backward)
         self.native.begin_backward(backward.collector)
         self.sink.begin(call.batch_size)
         queue = torch.autograd.Variable._execution_engine.queue_callback
         end = partial(self._end, backward)
-        # That of FSDP, which shards the parameters again, may be queued later than this one.
+        # Queued once more to run last: FSDP's callback, which reshards the parameters, may be queued after this one.
         queue(partial(queue, end) if self.parameters.is_sharded else end)
         return backward
 

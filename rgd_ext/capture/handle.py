@@ -252,7 +252,7 @@ class Preconditioner:
         """
         if self._union is not None:
             raise RuntimeError(DEFERRED if self._union.is_deferred else NESTED_BLOCKS)
-        self._union = union = BatchUnion(False, self.context.parameters.stepped_of)
+        self._union = union = BatchUnion(is_deferred=False, stepped_of=self.context.parameters.stepped_of)
         try:
             with self.context.directed_to(self._collection(union)):
                 yield
@@ -280,7 +280,7 @@ class Preconditioner:
         if self._union and not on:
             raise RuntimeError(LOST)
         if on != (self._union is not None):
-            self._union = BatchUnion(True, self.context.parameters.stepped_of) if on else None
+            self._union = BatchUnion(is_deferred=True, stepped_of=self.context.parameters.stepped_of) if on else None
             self.context.switch(self._direction if self._union is None else self._collection(self._union))
 
     def write(self) -> None:

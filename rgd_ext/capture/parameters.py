@@ -19,7 +19,7 @@ from .wrappers import check_not_sharded, check_not_wrapped
 
 T = TypeVar("T")
 UNKNOWN = "?"
-_SHARDED_ANEW = (
+_NEWCOMER = (
     "a parameter of shape {} came into the sharded model after its capture: shard the model first. Call .remove() on"
     " the handle, and capture the model again"
 )
@@ -75,7 +75,7 @@ class WatchedParameters:
                 check_not_sharded(self._parameters.model)
             self._names = self._named()
             if self.is_sharded and parameter not in self._names:
-                raise ValueError(_SHARDED_ANEW.format(tuple(parameter.shape)))
+                raise ValueError(_NEWCOMER.format(tuple(parameter.shape)))
             for replaced in self._guards.keys() - set(map(id, self._names)):
                 self._forget(*self._guards.pop(replaced))
         # Weak: the garbage collector does not see into a guard that was compiled.
@@ -140,7 +140,7 @@ class WatchedParameters:
     def _admit(self, module: nn.Module, key: str, newcomer: Tensor) -> None:
         if not isinstance(newcomer, nn.Parameter) or newcomer.numel() == 0:  # the others are of functional_call
             return
-        if self._parameters.is_passing(newcomer):
+        if self._parameters.is_temporary(newcomer):
             return
         if (module, key) not in self._places:
             raise ValueError(

@@ -17,7 +17,7 @@ from ..contributions.itemised import Item, ItemisedContributions
 from ..contributions.ledger import Contributions
 from ..contributions.merge import added_up, is_added_up, sum_uses
 from ..contributions.outline import Outline
-from ..distributed import AcrossRanks, Exchange, OwnSamples, is_distributed, is_large
+from ..distributed import AcrossRanks, Exchange, OwnSamples, is_dtensor, is_large
 from ..gradients import squared_norm
 from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
@@ -131,7 +131,7 @@ class WriteDirection(Sink):
         self._needs_gram = self.solver.needs_gram
         self._workspace.restart()
         if self.exchange is not None:
-            vector = sorted((name, is_distributed(part)) for name, part in (self._vector or {}).items())
+            vector = sorted((name, is_dtensor(part)) for name, part in (self._vector or {}).items())
             self.exchange.begin(batch_size, (self._needs_gram, self._vector is None, vector))
 
     @property

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..distributed import ProcessGroupLike, is_sharded, is_sharding
+from ..distributed import ProcessGroupLike, has_dtensors, is_fsdp_module
 from ..nests import modules_in
 
 _WRAPPERS = DistributedDataParallel, nn.DataParallel
@@ -23,8 +23,8 @@ _FLATTENED = (
     " without it, and shard it with torch.distributed.fsdp.fully_shard in its place, before the capture"
 )
 _SHARDED = (
-    "the parameters of the model ({}) are sharded (fully_shard or another DTensor), and this capture needs whole ones:"
-    " call fully_shard before the capture, and pass the group of its processes,"
+    "the parameters of the model ({}) are sharded (fully_shard, FullyShardedDataParallel around it or another DTensor),"
+    " and this capture needs whole ones: call fully_shard before the capture, and pass the group of its processes,"
     " `rgd_ext.precondition(model, process_group=torch.distributed.group.WORLD)`, which RGD and observe take as well;"
     " anything else of rgd_ext takes a model that is not sharded"
 )
@@ -138,14 +138,15 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 def check_not_sharded(model: nn.Module) -> None:
     """Raise ValueError if `model` has been given to torch.distributed.fsdp, or its parameters are distributed."""
-    if is_sharded(model) or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
+    # The second holds inside of FSDP, even where no parameter of this part is a DTensor.
+    if has_dtensors(model) or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
         raise ValueError(_SHARDED.format(type(model).__name__))
 
 
 def check_whole(module: nn.Module, name: str) -> None:
     """Raise ValueError if parts of `module`, which is captured as one layer, are passed to `fully_shard` alone."""
     for key, child in module.named_modules():
-        if key and is_sharding(child):
+        if key and is_fsdp_module(child):
             raise ValueError(
                 f"module '{key}' of '{name}' ({type(module).__name__}) was passed to fully_shard, and '{name}' is"
                 f" captured as one layer, whose parameters have to be whole together: call fully_shard on '{name}'"

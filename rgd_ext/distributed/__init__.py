@@ -9,7 +9,7 @@ from .exchange import MODES, Exchange, Mode
 from .group import Group, ProcessGroupLike, as_process_group
 from .own_samples import OwnSamples
 from .parameters import ModelParameters
-from .sharding import is_distributed, is_sharded, is_sharding
+from .sharding import has_dtensors, is_dtensor, is_fsdp_module
 
 __all__ = [
     "MODES",
@@ -22,8 +22,8 @@ __all__ = [
     "ProcessGroupLike",
     "agree",
     "as_process_group",
-    "is_distributed",
+    "has_dtensors",
+    "is_dtensor",
+    "is_fsdp_module",
     "is_large",
-    "is_sharded",
-    "is_sharding",
 ]

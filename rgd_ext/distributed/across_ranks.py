@@ -42,8 +42,8 @@ class AcrossRanks(PerSampleGradients):
         used: which parameters the processes use.
         group: the processes.
         sizes: B_r of each of them.
-        means: for each block the exchange of its part of g, all of which has left.
-        is_late: of their `reduced_buckets`.
+        means: for each block the exchange of its part of g, all of which has left when it is given out.
+        is_late: whether a part of g came late in any process, as for `MeanExchange.reduced_buckets`.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .group import Group
-from .sharding import is_distributed
+from .sharding import is_dtensor
 
 # The address in the representation of a function, which no two processes share.
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -68,7 +68,7 @@ def _share_state(group: Group, model: nn.Module) -> None:
     named = {
         name: tensor
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if not is_distributed(tensor)  # a shard differs from those of others
+        if not is_dtensor(tensor)  # a shard differs from those of others
     }
     group.broadcast("the parameters of rank 0", [*named.values()])
     found = group.all_gather_objects("checksums of the parameters", [checksum(tensor) for tensor in named.values()])
@@ -78,16 +78,16 @@ def _share_state(group: Group, model: nn.Module) -> None:
             raise RuntimeError(f"'{name}' of rank {other[0]} differs from that of rank {other[1]} after a broadcast")
 
 
-def first_other(values: Sequence[object], kinds: Sequence[int] = ()) -> tuple[int, int] | None:
+def first_other(values: Sequence[object], groups: Sequence[int] = ()) -> tuple[int, int] | None:
     """The first rank whose value differs from that of an earlier one, and that one; None if all are equal.
 
     Args:
         values: of the ranks.
-        kinds: numbers of the ranks; only those with equal numbers have to have equal values.
+        groups: a number for each rank; only ranks with the same one have to have equal values. By default all.
     """
     first: dict[int, int] = {}
-    for rank, kind in enumerate(kinds or [0] * len(values)):
-        other = first.setdefault(kind, rank)
+    for rank, group in enumerate(groups or [0] * len(values)):
+        other = first.setdefault(group, rank)
         if values[rank] != values[other]:
             return rank, other
     return None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..contributions.ledger import Contributions
 from .buckets import Layout
-from .sharding import whole
+from .sharding import gathered
 
 _PARTLY = (
     "per_parameter=True, and only some of the processes use parameter '{}', so that its noise scale would mix samples"
@@ -64,7 +64,7 @@ def aligned_parts(blocks: Sequence[Block], vectors: Mapping[nn.Parameter, Tensor
     """
     found = []
     for block in blocks:
-        parts = {p: whole(vectors[p]) for p in block.layout.parameters if p in vectors}
+        parts = {p: gathered(vectors[p]) for p in block.layout.parameters if p in vectors}
         if block.local:
             found.append(block.local.align_by_parameter(parts))
     return found

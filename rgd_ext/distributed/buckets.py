@@ -28,7 +28,7 @@ class Sum(NamedTuple):
 
     Attributes:
         parts: the part of each parameter.
-        square: its squared norm, as the sum of those of all processes if they have different parts.
+        square: its squared norm. With a sharded layout a share of it; those of all processes add up to it.
     """
 
     parts: dict[nn.Parameter, Tensor]
@@ -88,7 +88,7 @@ class Layout:
         return {p: part.to(p.dtype) for p, part in vector.parts.items()}
 
     def keeping(self, vector: FlatVector) -> Callable[[], dict[nn.Parameter, Tensor]]:
-        """Gives `written` later; where the vector is sharded, it does not stay in memory until then."""
+        """A function that gives `written(vector)`. A sharded vector is cut at once, and need not stay in memory."""
         return partial(self.written, vector)
 
     def summed(self, group: Group, what: str, parts: Iterable[tuple[nn.Parameter, Tensor]]) -> Sum:

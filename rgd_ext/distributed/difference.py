@@ -72,8 +72,8 @@ def difference_of(
 
     Args:
         blocks: the blocks, with the contributions of this process.
-        means: for each block the exchange of its part of g, all of which has left.
-        is_late: of their `reduced_buckets`.
+        means: for each block the exchange of its part of g, all of which has left when it is given out.
+        is_late: whether a part of g came late in any process, as for `MeanExchange.reduced_buckets`.
         part: the part of the batch in this process.
         zeros: (B_r,), in float64.
     """

@@ -22,7 +22,7 @@ from .buckets import Layout, digest_of, number_of
 from .group import Group, PendingAllGather
 from .mean import MeanExchange
 from .own_samples import OwnSamples
-from .parameters import Compared, ModelParameters
+from .parameters import Comparison, ModelParameters
 from .shared_buffers import SharedBuffers
 
 # Of which samples D is the covariance: those of all processes, or those of each process for a direction of its own.
@@ -35,7 +35,7 @@ _DIFFERENT = (
     " them run the same backwards and optimizer steps, with optimizers of the same state, and load state dicts in all"
     " of them. Nothing was written to .grad; start all processes again from a checkpoint"
 )
-_NOTHING = Compared("nothing", lambda: 0)
+_NOTHING = Comparison("nothing", lambda: 0)
 # On a GPU, whose host would wait for it, parameters are compared in every so many backwards.
 _EVERY_ON_GPU = 100
 _BITS = 62  # of a word of the mask of parameters
@@ -134,7 +134,7 @@ class Exchange:
             raise RuntimeError(_CHAINED)
         _tasks[self.group.process_group] = task
 
-    def _compared_parameter(self) -> Compared:
+    def _compared_parameter(self) -> Comparison:
         """The parameter that is compared in this backward; frozen ones take turns, too."""
         named = self._parameters.stepped()
         place = compared_place(self._number, len(named), all(p.is_cpu for _, p in named))
@@ -153,15 +153,15 @@ class Exchange:
         """
         if self._sizes:
             return
-        tokens, numbers, kinds, digests, checksums, sizes = zip(*self._header.numbers(), strict=True)
-        for values, what in (
+        tokens, numbers, whats, digests, compared, sizes = zip(*self._header.numbers(), strict=True)
+        for values, what, *groups in (
             (tokens, "the captured model whose backward runs"),
             (numbers, "the number of backwards so far"),
-            (kinds, "what is computed (the statistics that a rule needs, the vectors of handle.align)"),
+            (whats, "what is computed (the statistics that a rule needs, the vectors of handle.align)"),
             (digests, "the list of trainable parameters"),
-            (checksums, self._compared.what),
+            (compared, self._compared.what, self._compared.replica_groups),
         ):
-            differing = first_other(values, self._compared.kinds if values is checksums else ())
+            differing = first_other(values, *groups)
             if differing is not None:
                 raise RuntimeError(_DIFFERENT.format(what=what, rank=differing[0], other=differing[1]))
         self._sizes = [*sizes]
@@ -174,14 +174,15 @@ class Exchange:
             solve: gives the direction and the statistics of per-sample gradients.
 
         Raises:
-            RuntimeError: if a process has failed, or diverges. Then none has a direction.
+            RuntimeError: if a process has failed, or diverges, or the model was sharded otherwise since the capture.
+                Then none has a direction.
             ValueError: in all processes, if the Gramian that is needed is too large to be sent.
         """
         self._await_header()
         mean_exchange, self._mean_exchange = self._mean_exchange, None  # memory of two gradients
         if not any(self._sizes) or not any(layout.parameters for layout in self._layouts):
             return None
-        self._parameters.settle()
+        self._parameters.restore_stepped()
         flags = self._gather_flags(local, mean_exchange is not None and mean_exchange.send_rest(local))
         found = self._direction(local, mean_exchange, flags, solve)
         self._buffers.share(self.group, flags.buffers)

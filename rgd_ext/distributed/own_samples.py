@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import Moments, PerSampleGradients, squared_norm, sum_of_moments, total
+from ..linalg import accumulate_dtype
 from ..metric.stats import statistics
 from .blocks import Block, UsedParameters, aligned_parts
 from .group import Group
@@ -61,7 +62,9 @@ class OwnSamples(PerSampleGradients):
 
     def mean(self) -> list[Tensor]:
         """The mean over the processes of g = mean_i g_i."""
-        return self.combine(torch.full((self.batch_size,), 1 / self.batch_size))
+        like = self._blocks[0].layout.parameters[0]
+        dtype = accumulate_dtype(like.dtype)
+        return self.combine(torch.full((self.batch_size,), 1 / self.batch_size, dtype=dtype, device=like.device))
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """The mean over the processes of w^T G = sum_i w_i g_i; uses the contributions up."""

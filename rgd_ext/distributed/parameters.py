@@ -13,18 +13,18 @@ from .agreement import checksum
 from .buckets import Layout
 
 
-class Compared(NamedTuple):
-    """What is compared of a parameter, or of a shard of one.
+class Comparison(NamedTuple):
+    """What of a parameter has to be equal in several processes.
 
     Attributes:
-        what: is compared.
-        number: gives a number that has to be equal in several processes.
-        kinds: a number for each rank, if only ranks with the same one have to have equal ones.
+        what: its name in an error.
+        number: computes the number that stands for it.
+        replica_groups: a number for each rank, if only ranks with the same one have to agree.
     """
 
     what: str
     number: Callable[[], int]
-    kinds: tuple[int, ...] = ()
+    replica_groups: tuple[int, ...] = ()
 
 
 class ModelParameters:
@@ -59,7 +59,7 @@ class ModelParameters:
         """Those that optimizers step in the place of some that layers use."""
         return [*used]
 
-    def is_passing(self, parameter: nn.Parameter) -> bool:
+    def is_temporary(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter of the model is there until the backward only, and neither used nor stepped."""
         return False
 
@@ -68,7 +68,7 @@ class ModelParameters:
         first = {parameter: name for name, parameter in self.model.named_parameters()}
         return {name: first[p] for name, p in self.model.named_parameters(remove_duplicate=False)}
 
-    def settle(self) -> None:
+    def restore_stepped(self) -> None:
         """Put what optimizers step into the model, before its `.grad` is written.
 
         Raises:
@@ -89,10 +89,10 @@ class ModelParameters:
     def _blocks(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[Layout]:
         return [Layout(named)]
 
-    def compared(self, name: str, parameter: nn.Parameter) -> Compared:
+    def compared(self, name: str, parameter: nn.Parameter) -> Comparison:
         """What has to be equal in several processes of a parameter, given as `stepped` does."""
-        return Compared(f"the value of parameter '{name}'", partial(checksum, parameter))
+        return Comparison(f"the value of parameter '{name}'", partial(checksum, parameter))
 
     def split(self, contributions: Contributions, layouts: Sequence[Layout]) -> list[Contributions]:
-        """The contributions to each of the blocks; if there are several, `contributions` has none afterwards."""
+        """The contributions to each of the blocks; `contributions` may be empty afterwards."""
         return [contributions]

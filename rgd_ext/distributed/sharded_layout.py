@@ -17,7 +17,7 @@ from .group import Group
 
 
 class ShardedLayout(Layout):
-    """Of parameters that are sharded over the same mesh along one of its dimensions, or replicated in it.
+    """The layout of parameters that are sharded over the same mesh along one of its dimensions, or replicated in it.
 
     A bucket of a sum has a row for each shard, with the part of that shard of each parameter, so that a reduce-scatter
     leaves each process the row that it needs.
@@ -108,7 +108,7 @@ class _PendingRow(NamedTuple):
     def wait(self) -> Tensor:
         """The row, flat."""
         with self.group.named(self.what):
-            # Only what is no view waits.
+            # Views of what a collective gives do not wait for it; a copy does.
             return self.found.to_local().clone().view(-1)
 
 
@@ -140,7 +140,7 @@ class _Cut(NamedTuple):
 
     @property
     def width(self) -> int:
-        """The numbers in a row."""
+        """How many elements a row has."""
         return torch.Size(self._with_size(self.size)).numel()
 
     def rows_of(self, part: Tensor) -> Tensor:
@@ -154,6 +154,7 @@ class _Cut(NamedTuple):
     def unpadded(self, row: Tensor, like: Tensor) -> Tensor:
         """The shard in a row, in the shape of `like`."""
         padded = row.view(self._with_size(self.size))
+        # Shards without elements or without dimensions have no size along `dim`.
         size = like.shape[self.dim] if like.numel() and like.ndim else min(like.numel(), self.size)
         return padded.narrow(self.dim, 0, size).reshape(like.shape)
 

@@ -13,7 +13,7 @@ from ..contributions.ledger import Contributions
 from .agreement import checksum, first_other
 from .buckets import Layout
 from .group import Group
-from .parameters import Compared, ModelParameters
+from .parameters import Comparison, ModelParameters
 from .sharded_layout import ShardedLayout, shard_dim
 
 _TENSOR_PARALLEL = (
@@ -70,6 +70,7 @@ class ShardedParameters(ModelParameters):
 
     Raises:
         ValueError: for parameters that are distributed otherwise.
+        RuntimeError: if replicas differ after the broadcast, or a process does not take part.
     """
 
     def __init__(self, model: nn.Module, group: Group) -> None:
@@ -83,7 +84,9 @@ class ShardedParameters(ModelParameters):
         self._shardings = {_sharding(p) for p in self._stepped.values()}
         for name, place in self._places.items():
             _check_placed(name, place, group)
-        self._kinds = {name: _rows_of_ranks(p, group) for name, p in self._stepped.items() if _has_replicas(p)}
+        self._replica_groups = {
+            name: _groups_of_replicas(p, group) for name, p in self._stepped.items() if _has_replicas(p)
+        }
         self._share_replicas(group)
         self._versions = {name: _version(p) for name, p in self._stepped.items()}
         self._whole = self._find_whole()
@@ -107,24 +110,24 @@ class ShardedParameters(ModelParameters):
         stepped = dict(self.stepped())
         return [stepped[self._names[p]] if p in self._names else p for p in used]
 
-    def is_passing(self, parameter: nn.Parameter) -> bool:
+    def is_temporary(self, parameter: nn.Parameter) -> bool:
         # With `reshard_after_forward` a number, a module has shards of other sizes between forward and backward.
         return isinstance(parameter, DTensor) and _sharding(parameter) not in self._shardings
 
     def aliases(self) -> dict[str, str]:
         return self._aliases
 
-    def compared(self, name: str, parameter: nn.Parameter) -> Compared:
+    def compared(self, name: str, parameter: nn.Parameter) -> Comparison:
         if not isinstance(parameter, DTensor):
             return super().compared(name, parameter)
-        if name in self._kinds:
+        if name in self._replica_groups:
             value = f"the value of parameter '{name}'"
-            return Compared(value, lambda: checksum(parameter.to_local()), self._kinds[name])
+            return Comparison(value, lambda: checksum(parameter.to_local()), self._replica_groups[name])
         # No process has what another one has of it.
         changes = f"the number of changes (steps of optimizers, loaded values) of parameter '{name}' since the capture"
-        return Compared(changes, lambda: _version(parameter) - self._versions[name])
+        return Comparison(changes, lambda: _version(parameter) - self._versions[name])
 
-    def settle(self) -> None:
+    def restore_stepped(self) -> None:
         self._reshard()
         for name, place in self._places.items():
             sharding = _sharding(place.parameter)
@@ -158,17 +161,19 @@ class ShardedParameters(ModelParameters):
         found: dict[str, nn.Parameter] = {}
         for block, module in enumerate(self._modules):
             module.unshard()
-            for name, place in self._places.items():
-                if place.block == block and isinstance(self._stepped[name], DTensor):
-                    _check_whole(name, place.parameter, self._stepped[name])
-                    found[name] = place.parameter
-            module.reshard()
+            try:
+                for name, place in self._places.items():
+                    if place.block == block and isinstance(self._stepped[name], DTensor):
+                        _check_whole(name, place.parameter, self._stepped[name])
+                        found[name] = place.parameter
+            finally:
+                module.reshard()
         return found
 
     def _share_replicas(self, group: Group) -> None:
         """Give all replicas of a shard the values of the first one."""
         sums: dict[str, int] = {}
-        for name in self._kinds:
+        for name in self._replica_groups:
             shard = cast("DTensor", self._stepped[name])
             replicas = shard.device_mesh.get_group(shard.placements.index(Replicate()))
             local = shard.to_local().detach()
@@ -176,7 +181,7 @@ class ShardedParameters(ModelParameters):
                 distributed.broadcast(local, distributed.get_global_rank(replicas, 0), group=replicas)
             sums[name] = checksum(local)
         found = group.all_gather_objects("checksums of the replicas", sums) if sums else []
-        for name, kinds in self._kinds.items():
+        for name, kinds in self._replica_groups.items():
             other = first_other([each[name] for each in found], kinds)
             if other is not None:
                 raise RuntimeError(f"'{name}' differs between ranks {other[0]} and {other[1]} after a broadcast")
@@ -197,7 +202,7 @@ def _sharding(parameter: nn.Parameter) -> object:
     return (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
 
 
-def _rows_of_ranks(parameter: nn.Parameter, group: Group) -> tuple[int, ...]:
+def _groups_of_replicas(parameter: nn.Parameter, group: Group) -> tuple[int, ...]:
     """The number of the shard that each rank of the group has."""
     shard = cast("DTensor", parameter)
     mesh_dim = shard_dim(shard.placements)

@@ -1,4 +1,4 @@
-"""Which models have been sharded over processes; torch's packages for it are imported by those that use them only."""
+"""Tests for what torch has distributed, which import torch's packages only where they are in use already."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from ..nests import modules_in
 
 
-def is_distributed(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor itself, or all of a DTensor, for which all processes exchange their parts."""
-    return cast("Any", tensor).full_tensor() if is_distributed(tensor) else tensor
+    return cast("Any", tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
-def is_sharding(module: nn.Module) -> bool:
+def is_fsdp_module(module: nn.Module) -> bool:
     """Whether a module was passed to `fully_shard`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-def is_sharded(model: nn.Module) -> bool:
+def has_dtensors(model: nn.Module) -> bool:
     """Whether `fully_shard` has sharded parts of a model, or parameters of it are distributed otherwise."""
-    return any(map(is_distributed, model.parameters())) or any(map(is_sharding, modules_in(model)))
+    return any(map(is_dtensor, model.parameters())) or any(map(is_fsdp_module, modules_in(model)))

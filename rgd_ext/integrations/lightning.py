@@ -68,7 +68,7 @@ class RGDStrategy(DDPStrategy):
             ValueError: if an optimizer has trainable parameters that are not captured.
         """
         module, world = trainer.lightning_module, cast("ProcessGroup", distributed.group.WORLD)
-        # A capture does so for what it captures, and the wrapper for all parts of the module.
+        # DistributedDataParallel would broadcast the whole module; a capture broadcasts what it captures.
         Group(world).broadcast("the module of rank 0", [*module.parameters(), *module.buffers()])
         super().setup_optimizers(trainer)
         self._check_captured(module)

@@ -99,7 +99,7 @@ def test_step_is_no_slower_with_a_better_network(method):
 
 
 # Bytes of a rank: headers, masks of parameters and ends; and numbers of samples.
-CONTROL, FEW = (8 - 1) * (4 * 8 + 2 * 8), (8 - 1) * (4 * 8 + 2 * 8 + 2 * 8 * SAMPLES)
+CONTROL, FEW = (8 - 1) * (6 * 8 + 2 * 8), (8 - 1) * (6 * 8 + 2 * 8 + 2 * 8 * SAMPLES)
 
 
 def sent(method):

@@ -18,14 +18,14 @@ def test_a_training_is_that_of_one_process(options, restarts, processes):
     assert_close(flat(first), flat(after_training_in_one(2, options, 0.9)))
 
 
-def test_habits_of_trainers(processes):
+def test_evaluations_second_backwards_and_assigned_states_keep_the_direction(processes):
     expected = in_one("MLP", UNEVEN[2], {})
     for found in processes.run(2, habits_of_trainers, UNEVEN[2]):
         for outcome in found.values():
             assert_close(flat(outcome.grads), flat(expected.grads))
 
 
-# Of the MLP, with those that fill up rows of an odd number of outputs.
+# Elements of a gradient of the MLP; with the padding of its shards; and of its largest group.
 NUMBERS, WITH_PADDING, LARGEST_GROUP = 155, 164, 72
 MESSAGES = {
     "exact": ({"epsilon": rgd_ext.Rayleigh(0.5)}, {"the mean gradient": NUMBERS, "the direction": WITH_PADDING}),
@@ -35,7 +35,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_a_step_exchanges_two_gradients_group_by_group(name, processes):
+def test_vectors_are_exchanged_group_by_group(name, processes):
     options, expected = MESSAGES[name]
     for sent, most in processes.run(2, messages_of, options):
         assert sent == expected
