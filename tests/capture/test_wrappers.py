@@ -1,6 +1,7 @@
 """Wrappers of torch.distributed around or inside of a captured model: exact or refused, and never wrong in silence."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -193,23 +194,27 @@ def shard_one(model):
     return model
 
 
+def flattened(model, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+DTENSORS, FLATTENED = r"are sharded.*before the capture.*process_group", r"is a FullyShardedDataParallel.*fully_shard"
 SHARDED = {
-    "fully_shard": fully_shard,
-    "fully_shard of a part": shard_one,
-    "FSDP": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
-    "FSDP, original": lambda model: FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=True
-    ),
+    "fully_shard": (fully_shard, DTENSORS),
+    "fully_shard of a part": (shard_one, DTENSORS),
+    "FSDP": (flattened, FLATTENED),
+    "FSDP, original": (partial(flattened, use_orig_params=True), FLATTENED),
 }
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_models_are_refused(name):
-    with pytest.raises(ValueError, match=r"are sharded.*process_group|is a FullyShardedDataParallel.*fully_shard"):
-        rgd_ext.precondition(SHARDED[name](mlp()))
+    shard, message = SHARDED[name]
+    with pytest.raises(ValueError, match=message):
+        rgd_ext.precondition(shard(mlp()))
     model = mlp()
     rgd_ext.precondition(model)
-    model = SHARDED[name](model)
+    model = shard(model)
     with pytest.raises(ValueError, match="are sharded"):
         model(torch.randn(5, 6))
 

@@ -56,7 +56,7 @@ def trainer_of(seed, folder, dtype=torch.float64, **options):
 
 def outcome(trainer):
     parameters = [p.detach().clone() for p in trainer.model.parameters()]
-    return {"parameters": parameters, "batches": trainer.batches, "losses": trainer.state.log_history}
+    return {"parameters": parameters, "batches": trainer.batches}
 
 
 def outcomes(rank, folder):
