@@ -2,9 +2,11 @@
 
 import doctest
 import importlib.util
+import os
 import pkgutil
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -48,8 +50,9 @@ def test_examples_in_the_readme_run(code):
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_blocks_of_a_guide_run_one_after_the_other(page):
     namespace = {}
-    for code in blocks(page, "python"):
-        exec(compile(code, page, "exec"), namespace)
+    with mock.patch.dict(os.environ):  # which later tests would see
+        for code in blocks(page, "python"):
+            exec(compile(code, page, "exec"), namespace)
 
 
 def test_readme_begins_with_the_two_commands():
