@@ -12,7 +12,7 @@ from ..measuring.timing import Samples, interleave
 from ..training.arms import CONSECUTIVE, Training
 from ..training.models import cases
 from .agreement import Batch, compare
-from .arms import AMORTISED, EVERY, FSDP2, arms
+from .arms import AMORTISED, EVERY, FSDP2, arms, base_of
 from .clocks import clock, slowest
 from .layers import measured_layers
 from .link import measured_link
@@ -71,4 +71,7 @@ def _times(member: Member, trainings: Mapping[str, Training], prices: Mapping[st
         steps = EVERY if arm == AMORTISED else 1 if is_long else CONSECUTIVE
         clocks[arm] = slowest(member, clock(member, training, steps, settles=not is_long))
         counts[arm] = max(LEAST, min(int(ARM_TIME / steps / prices[arm]), MOST))
+    for arm in counts:
+        if (base := base_of(arm)) != "SGD":  # which are compared round by round
+            counts[arm] = counts[base] = min(counts[arm], counts[base])
     return interleave(clocks, QUICK if quick else counts["SGD"], warm_up=0, counts=counts)
