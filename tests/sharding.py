@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 import rgd_ext
 from rgd_ext.distributed import Group
 from rgd_ext.distributed.buckets import Layout
+from rgd_ext.distributed.mean import MeanExchange
 from rgd_ext.distributed.sharded_layout import ShardedLayout
 
 
@@ -340,7 +341,7 @@ def messages_of(group, rank, options):
     """How many numbers a backward sends, by what is sent, and the most that its buffers have in memory at a time."""
     model, x = sharded_model("MLP", "children", mesh_of(group)), parts_of("MLP", (3, 3))[rank]
     capture, options = capture_of(options)
-    sent, alive, most = Counter(), [], 0
+    sent, alive, most, mean_of = Counter(), [], 0, MeanExchange.of
     start_all_reduce, start_sum, empty, rows_of = (
         Group.start_all_reduce,
         ShardedLayout._start_sum,
@@ -371,6 +372,11 @@ def messages_of(group, rank, options):
         note_memory(found.buffers)
         return found
 
+    def note_of(*args):
+        found = mean_of(*args)
+        assert not found.own  # as large as the mean
+        return found
+
     def note_rows(self):
         found = rows_of(self)
         note_memory(found[0])
@@ -381,6 +387,7 @@ def messages_of(group, rank, options):
         mock.patch.object(Group, "start_all_reduce", note_all_reduce),
         mock.patch.object(ShardedLayout, "_start_sum", note_sum),
         mock.patch.object(Layout, "empty", note_empty),
+        mock.patch.object(MeanExchange, "of", note_of),
         mock.patch.object(ShardedLayout, "_rows", note_rows),
     ):
         loss_of(model(x)).backward()

@@ -92,12 +92,15 @@ def difference_of(
 
 
 def _in_block(block: Block, exchange: MeanExchange, is_late: bool, part: Part, zeros: Tensor) -> Difference:
-    products, difference, zero = zeros.clone(), {}, zeros.sum()
+    products, zero = zeros.clone(), zeros.sum()
+    alignments: list[Tensor] = []
+    squares: list[Tensor] = []
     norms: dict[nn.Parameter, ParameterNorms] = {}
     factors, is_itemised = dict(block.local.factors()), isinstance(block.local, ItemisedContributions)
     for bucket in exchange.reduced_buckets(is_late):  # the next one is on its way
-        for parameter, mean in exchange.mean.parts_of(bucket).items():
-            own = exchange.own.pop(parameter, None)  # mean_i G_i / R
+        means, difference = exchange.mean.parts_of(bucket), {}
+        for parameter, mean in means.items():
+            own = exchange.take_own(parameter, factors.get(parameter))  # mean_i G_i / R
             own_square = part.ranks**2 * _square(own) if is_itemised and own is not None else zero
             c = mean if own is None else torch.add(mean, own, alpha=-part.scale * part.ranks, out=own)
             difference[parameter] = c
@@ -105,10 +108,12 @@ def _in_block(block: Block, exchange: MeanExchange, is_late: bool, part: Part, z
                 norms[parameter] = ParameterNorms(_square(c), _square(mean), own_square)
             if parameter in factors:
                 products += (part.scale * part.size) * factors[parameter].align(c)
+        alignments.append(dot(difference, means).double())
+        squares.append(squared_norm([*difference.values()]).double())
     return Difference(
         products,
-        dot(difference, exchange.mean.parts).double(),
-        squared_norm([*difference.values()]).double(),
+        total(alignments),
+        total(squares),
         exchange.mean.squared_norm().double(),
         norms,
         [block.layout.keeping(exchange.mean)],

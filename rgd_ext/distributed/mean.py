@@ -44,23 +44,23 @@ class MeanExchange:
 
     @classmethod
     def of(cls, layout: Layout, group: Group, local: Contributions) -> MeanExchange:
-        """The exchange at the end of a backward, nothing of which has left before; the others are as above.
+        """The exchange at the end of a backward, nothing of which has left before, and which keeps nothing in `own`.
 
         Args:
             layout, group: as above.
             local: all contributions of this process.
         """
         found = cls(layout, group, {}, _nothing)
-        found.send_rest(local)
+        for parameter, part in found._shares(local):
+            found._reducer.fill(parameter, part)
+        found._reducer.fill_zeros()
         return found
 
     def offer(self, parameter: nn.Parameter, factor: Factor) -> None:
         """Take the contributions of one use of a large parameter, and send what is complete."""
         if parameter not in self.mean.parts:
             return
-        dtype, key = accumulate_dtype(parameter.dtype), id(parameter)
-        weights = torch.full((factor.batch_size,), 1 / self._group.size, dtype=dtype, device=parameter.device)
-        part = factor.combine(weights).to(dtype)
+        key, part = id(parameter), self._share(parameter, factor)
         if self._reducer.is_filled(parameter):
             self._late[parameter] = self._late[parameter] + part if parameter in self._late else part
         self.own[parameter] = self.own[parameter] + part if self.use_counts[key] else part
@@ -69,6 +69,29 @@ class MeanExchange:
             self._check()
             self._reducer.fill(parameter, self.own[parameter])
 
+    def _share(self, parameter: nn.Parameter, factor: Factor) -> Tensor:
+        dtype = accumulate_dtype(parameter.dtype)
+        weights = torch.full((factor.batch_size,), 1 / self._group.size, dtype=dtype, device=parameter.device)
+        return factor.combine(weights).to(dtype)
+
+    def _shares(self, contributions: Contributions) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        if contributions:
+            first, share = contributions.parameters()[0], 1 / (contributions.batch_size * self._group.size)
+            dtype = accumulate_dtype(first.dtype)
+            weights = torch.full((contributions.batch_size,), share, dtype=dtype, device=first.device)
+            for parameter, part in contributions.combine_by_parameter(weights):
+                yield parameter, part.to(accumulate_dtype(parameter.dtype))
+
+    def take_own(self, parameter: nn.Parameter, factor: Factor | None) -> Tensor | None:
+        """The part of `own`, which is not kept any longer; None without contributions.
+
+        Args:
+            parameter: the parameter.
+            factor: its contributions in this process, from which it is computed if it was not kept.
+        """
+        own = self.own.pop(parameter, None)
+        return self._share(parameter, factor) if own is None and factor is not None else own
+
     def send_rest(self, local: Contributions) -> bool:
         """Send what has not left, at the end of the backward; whether something came late here.
 
@@ -76,12 +99,7 @@ class MeanExchange:
             local: all contributions of this process, of which some were offered.
         """
         rest = local.without(self.use_counts.keys()) if self.use_counts else local
-        if rest:
-            first, share = rest.parameters()[0], 1 / (rest.batch_size * self._group.size)
-            dtype = accumulate_dtype(first.dtype)
-            weights = torch.full((rest.batch_size,), share, dtype=dtype, device=first.device)
-            for parameter, part in rest.combine_by_parameter(weights):
-                self.own[parameter] = part.to(accumulate_dtype(parameter.dtype))
+        self.own.update(self._shares(rest))
         for parameter, part in self.own.items():
             if not self._reducer.is_filled(parameter):
                 self._reducer.fill(parameter, part)
