@@ -158,7 +158,7 @@ def with_drifting_replica(group, rank):
     with rgd_ext.precondition(model, process_group=group, verify=False):
         with torch.no_grad():
             local(model.get_parameter("2.bias")).add_(1e-12 * (rank >= 2))
-        return error_of(RuntimeError, steps)
+        return error_of(steps)
 
 
 def with_step_left_out(group, rank):
@@ -173,7 +173,7 @@ def with_step_left_out(group, rank):
             if step or not rank:
                 optimizer.step()
 
-    return error_of(RuntimeError, steps)
+    return error_of(steps)
 
 
 def with_differing_vectors(group, rank):
@@ -183,7 +183,7 @@ def with_differing_vectors(group, rank):
         vectors = [p.detach() for p in model.parameters()]
         wholes = [v.full_tensor() for v in vectors]
         handle.align(wholes if rank else vectors)
-        return error_of(RuntimeError, lambda: loss_of(model(x)).backward())
+        return error_of(lambda: loss_of(model(x)).backward())
 
 
 def with_whole_parameters(group, rank, sizes):
@@ -216,7 +216,7 @@ def micro_batches(group, rank, collect, sizes):
         else:
             handle.defer()
             run()
-            refused = error_of(RuntimeError, optimizer.step)
+            refused = error_of(optimizer.step)
             assert "handle.write() before the step" in refused, refused
             handle.write()
         return outcome_of(model, handle)
@@ -238,12 +238,12 @@ def with_scaler(group, rank, bad_rank):
     return moved
 
 
-def error_of(kind, call, *args):
-    """The text of the error that a call raises; None without one."""
+def error_of(call, *args, **options):
+    """The text of the error that a call raises, with its type in front; None without one."""
     try:
-        call(*args)
-    except kind as error:
-        return str(error)
+        call(*args, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 

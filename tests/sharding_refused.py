@@ -5,22 +5,13 @@ import warnings
 import torch
 from capturing import loss_of
 from distributed_cases import model_of, parts_of
-from sharding import children, mesh_of, root, sharded_model, without_root
+from sharding import children, error_of, mesh_of, root, sharded_model, without_root
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import rgd_ext
-
-
-def error_of(call, *args, **options):
-    """The text of the error that a call raises, with its type in front; None without one."""
-    try:
-        call(*args, **options)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def capture_error(model, group, **options):

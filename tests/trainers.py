@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -63,6 +64,18 @@ def run_two(folder, program, launcher=()):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def save_outcomes(outcomes):
+    """Save what the trainings of a program leave in this process of torchrun, for `run_two`.
+
+    Args:
+        outcomes: (rank, folder) -> what they leave, by name.
+    """
+    warnings.simplefilter("ignore")
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.save(outcomes(rank, folder), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def texts():

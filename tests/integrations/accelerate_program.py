@@ -3,17 +3,12 @@
 Each process saves what its trainings leave, by their names, in a file of FOLDER.
 """
 
-import os
-import sys
-import warnings
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
-from trainers import BATCH, CLIP, DATA, RATE, mlp, policy
+from trainers import BATCH, CLIP, DATA, RATE, mlp, policy, save_outcomes
 
 import rgd_ext
 
@@ -63,12 +58,5 @@ def outcomes(rank, folder):
     return {"whole": whole.outcome(), "resumed": resumed.outcome(), "bfloat16": half.outcome()}
 
 
-def main():
-    warnings.simplefilter("ignore")
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    torch.save(outcomes(rank, folder), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    save_outcomes(outcomes)

@@ -3,14 +3,9 @@
 Each process saves what its trainings leave, by their names, in a file of FOLDER.
 """
 
-import os
-import sys
-import warnings
-from pathlib import Path
-
 import torch
 import transformers
-from trainers import BATCH, CLIP, RATE, language_model, policy, texts
+from trainers import BATCH, CLIP, RATE, language_model, policy, save_outcomes, texts
 
 import rgd_ext
 
@@ -81,12 +76,5 @@ def outcomes(rank, folder):
     }
 
 
-def main():
-    warnings.simplefilter("ignore")
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    torch.save(outcomes(rank, folder), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    save_outcomes(outcomes)
