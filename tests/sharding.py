@@ -238,6 +238,16 @@ def with_scaler(group, rank, bad_rank):
     return moved
 
 
+def with_tiny_second_gradient(group, rank):
+    """The gradient and its norm where the parts of the processes have a sum that bfloat16 would round to the first."""
+    model = nn.Linear(8, 8, bias=False)
+    fully_shard(model, mesh=mesh_of(group), **POLICIES["bfloat16"])
+    x = torch.full((1, 8), 2.0**-9 if rank else 1.0)
+    with rgd_ext.precondition(model, process_group=group, verify=False, epsilon=0.0) as handle:
+        model(x).sum().backward()
+        return whole(model.weight.grad), handle.stats.grad_norm
+
+
 def error_of(call, *args, **options):
     """The text of the error that a call raises, with its type in front; None without one."""
     try:

@@ -32,7 +32,8 @@ def sgd(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]:
 def exact(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]:
     """After the backward, group by group: the mean gradient for the alignments; then the weighted sum, to shards.
 
-    No more than the gradient of one group is in memory, so that one waits for the other.
+    No more than the gradient of one group is in memory, so that one waits for the other. Alignments are with the
+    difference from a rank's own mean, which is not kept but computed again.
     """
     plan = Plan()
     done = _forward(plan, layers, network)
@@ -44,7 +45,7 @@ def exact(layers: Sequence[Layer], network: Network, samples: int) -> list[Task]
     for part in (root, *blocks):
         means = reduced(plan, "mean", "gradient", part, network.all_reduce, ready)
         ready = [
-            plan.compute("alignments", total(bucket, "gradient"), [mean])
+            plan.compute("own mean, alignments", 2 * total(bucket, "gradient"), [mean])
             for bucket, mean in zip(buckets(part), means, strict=True)
         ]
     ready = numbers(plan, network, samples, 0, ready)

@@ -146,8 +146,8 @@ BY_HAND = [Layer(0, BLOCK, 0, 0, 0), Layer(1, BLOCK, 1, 2, 1), Layer(2, BLOCK, 1
         # first until 11; scatters until 10.5, 12.5 and 14.
         (sharded.sgd, 14),
         # Backward without gradients until 8 and 9.5; all-reduces of means from 9.5 to 12.5, from 13.5 to 16.5 and from
-        # 18.5 to 21.5, alignments until 22.5; scatters until 24, after sums from 25 to 26.5 and from 27.5 to 29.
-        (sharded.exact, 29),
+        # 19.5 to 22.5, alignments until 24.5; scatters until 26, after sums from 27 to 28.5 and from 29.5 to 31.
+        (sharded.exact, 31),
     ],
 )
 def test_steps_by_hand(method, expected):

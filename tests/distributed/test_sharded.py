@@ -15,6 +15,7 @@ from sharding import (
     replicated,
     with_norm_of_its_own,
     with_scaler,
+    with_tiny_second_gradient,
     with_whole_parameters,
 )
 
@@ -107,3 +108,9 @@ def test_mixed_precision(processes):
     assert all(map(torch.equal, first.grads, second.grads))
     assert {g.dtype for g in first.grads} == {torch.float32}
     assert relative_error(flat(first.grads), flat(in_one("large", UNEVEN[2], options).grads)) < 2e-2
+
+
+def test_sums_over_processes_are_in_float32_where_modules_are_in_bfloat16(processes):
+    for grad, norm in processes.run(2, with_tiny_second_gradient):
+        assert torch.equal(grad, torch.full((8, 8), (1 + 2.0**-9) / 2))
+        assert norm == pytest.approx((1 + 2.0**-9) / 2 * 8, rel=1e-6)
