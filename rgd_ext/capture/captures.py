@@ -30,8 +30,8 @@ from .model_checks import check_model, check_model_of_group
 from .wrappers import Wrapper, check_not_sharded, warn_of_processes
 
 _UNVERIFIED = (
-    "the capture of a sharded model is not verified: call rgd_ext.verify(model, x) before fully_shard, and pass"
-    " verify=False to precondition, RGD or observe"
+    "the capture of a sharded model is not verified: call rgd_ext.verify(model, x) before fully_shard, or with"
+    " a smaller model from the same code, and pass verify=False to precondition, RGD or observe"
 )
 _handles: weakref.WeakSet[Preconditioner] = weakref.WeakSet()
 
