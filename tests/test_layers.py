@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the lowest to the highest; those of one row know nothing of each other.
 LAYERS = [
-    ["nests", "progress", "batch_norm", "linalg"],
+    ["nests", "bits", "progress", "batch_norm", "linalg"],
     ["convolutions"],
     ["ops"],
     ["_binary"],

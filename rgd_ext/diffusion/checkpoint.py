@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..bits import flat_bits
+
 
 def fingerprint(tree: object) -> str:
     """A hash of the tensors, numbers and text in a nest; objects of other types do not contribute to it."""
@@ -20,7 +22,7 @@ def fingerprint(tree: object) -> str:
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(flat_bits(leaf.cpu(), torch.uint8).numpy().data)
         elif isinstance(leaf, Mapping):
             digest.update(fingerprint(dict(leaf)).encode())
         elif isinstance(leaf, (str, bytes, int, float, complex, type(None))):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, distributed
 
+from ..bits import flat_bits
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -99,14 +101,14 @@ class Group:
 
     @torch.no_grad()
     def _broadcast(self, what: str, tensors: list[Tensor], source: int) -> None:
-        joined = torch.cat([_bytes(tensor) for tensor in tensors])
+        joined = torch.cat([flat_bits(tensor, torch.uint8) for tensor in tensors])
         root = self._root if source == 0 else distributed.get_global_rank(self.process_group, source)
         with self.named(what):
             distributed.broadcast(joined, root, group=self.process_group)
         if self.rank != source:
             for tensor, part in zip(tensors, joined.split([tensor.nbytes for tensor in tensors]), strict=True):
                 # Autograd refuses a backward whose forward has saved what is written to. On a GPU the host would wait.
-                if not (tensor.is_cpu and torch.equal(_bytes(tensor), part)):
+                if not (tensor.is_cpu and torch.equal(flat_bits(tensor, torch.uint8), part)):
                     # A copy, since a view of another dtype has to be aligned.
                     tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
@@ -209,7 +211,3 @@ def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         piece.append(tensor)
     if piece:
         yield piece
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)

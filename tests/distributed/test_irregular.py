@@ -101,6 +101,7 @@ def test_checksums_tell_tensors_apart(dtype):
     others = [x.flip(0), x.roll(1), changed, *([-x] if dtype.is_floating_point else [])]
     assert checksum(x) == checksum(x.clone()) == checksum(x.expand(2, -1)[0])
     assert all(checksum(x) != checksum(other) for other in others)
+    assert checksum(x[::5000]) == checksum(x[:1])  # of one element, with a stride
 
 
 @pytest.mark.parametrize(

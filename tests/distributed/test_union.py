@@ -6,9 +6,10 @@ from distributing import in_each, in_one
 from same_as_one import OPTIONS, assert_same_as_one
 
 EMPTY = {2: (0, 5), 4: (3, 0, 2, 0)}
+SINGLE = {2: (1, 0), 4: (0, 0, 1, 0)}
 
 
-@pytest.mark.parametrize("sizes", [EVEN, UNEVEN, EMPTY], ids=["even", "uneven", "empty"])
+@pytest.mark.parametrize("sizes", [EVEN, UNEVEN, EMPTY, SINGLE], ids=["even", "uneven", "empty", "single"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_policies_inverses_and_rules(name, size, sizes, processes):
