@@ -123,6 +123,7 @@ CAPTURES = {
     "the parameters, one more": lambda rank: (nn.Sequential(*(nn.Linear(6, 6) for _ in range(1 + rank))), {}),
     "the rule": lambda rank: (nn.Linear(6, 3), {"epsilon": (0.1, rgd_ext.Trace(0.5))[rank]}),
     "the rule, its fraction": lambda rank: (nn.Linear(6, 3), {"epsilon": rgd_ext.Trace((0.5, 0.4)[rank])}),
+    "the modules": lambda rank: (nn.Sequential(nn.Linear(6, 3), (nn.Tanh(), nn.ReLU())[rank]), {}),
     "mode": lambda rank: (nn.Linear(6, 3), {"mode": ("exact", "local")[rank]}),
     "batch_dim": lambda rank: (nn.Linear(6, 3), {"batch_dim": rank}),
     "the buffers": lambda rank: (nn.Sequential(nn.Linear(6, 3), *[nn.BatchNorm1d(3, affine=False).eval()] * rank), {}),

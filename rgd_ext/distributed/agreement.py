@@ -7,10 +7,12 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
+from ..bits import flat_bits
 from .group import Group
 from .sharding import is_dtensor
 
@@ -42,25 +44,35 @@ def agree(group: Group, model: nn.Module, options: Mapping[str, object]) -> int:
         for name, p in model.named_parameters()
     ]
     buffers = [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers()]
-    token = _check_equal(group, {"the parameters": parameters, "the buffers": buffers, **options})
+    modules = [(name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in model.named_modules()]
+    token = _check_equal(
+        group, {"the parameters": parameters, "the buffers": buffers, "the modules": modules, **options}
+    )
     _share_state(group, model)
     return token
 
 
 def _check_equal(group: Group, items: Mapping[str, object]) -> int:
     """Raise ValueError if an item differs between the processes. Returns a random number of rank 0."""
-    shown = {name: _ADDRESS.sub("", repr(value)) for name, value in items.items()}
-    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in shown.items()}
+    shown = {name: _shown(value if isinstance(value, list) else [value]) for name, value in items.items()}
+    digests = {name: hashlib.sha256("\n".join(lines).encode()).hexdigest() for name, lines in shown.items()}
     gathered = group.all_gather_objects("the options of the capture", (digests, secrets.randbits(62)))
     found, tokens = zip(*gathered, strict=True)
     for name in items:
         other = first_other([each.get(name) for each in found])
         if other is not None:
+            lines = group.all_gather_objects(f"what differs in {name}", shown[name])
+            pairs = zip_longest(*(lines[rank] for rank in other), fillvalue="nothing more")
+            one, another = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
-                f"{name} of rank {other[0]} and of rank {other[1]} differ; rank {group.rank} has {shown[name][:500]}:"
-                " capture the same model with the same options in all processes of the group"
+                f"{name} of rank {other[0]} and of rank {other[1]} differ ({one[:300]} and {another[:300]}): capture"
+                " the same model with the same options in all processes of the group"
             )
     return tokens[0]
+
+
+def _shown(values: Sequence[object]) -> list[str]:
+    return [_ADDRESS.sub("", repr(value)) for value in values]
 
 
 def _share_state(group: Group, model: nn.Module) -> None:
@@ -95,10 +107,9 @@ def first_other(values: Sequence[object], groups: Sequence[int] = ()) -> tuple[i
 
 def checksum(tensor: Tensor) -> int:
     """A number of the bits of a tensor, which differs if some differ; not by the order of a summation."""
-    tensor = tensor.detach()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    numbers = tensor.contiguous().view(-1).view(_WIDTHS[tensor.itemsize])
+        tensor = torch.view_as_real(tensor.detach())
+    numbers = flat_bits(tensor, _WIDTHS[tensor.itemsize])
     # The places of a row have factors of their own, so that changes of several elements hardly cancel.
     factors = _factors(tensor.device)
     rows = len(numbers) // len(factors)
