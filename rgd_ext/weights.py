@@ -3,9 +3,10 @@
 A weighting rule is any callable from the `Statistics` of a batch to w, shape (B,); the direction is sum_i w_i g_i, and
 1/B for each sample gives the mean gradient. Its attribute `needs` says what it reads: "gram", the default, for the
 Gramian and the eigenvalues, "norms" or "alignments" for what needs no Gramian (today these two cost the same). It is
-read before every backward, so that a rule may ask for the Gramian now and then. `stats.align(vectors)` gives the inner
-products with a vector of the parameter space. The rule is called once for each direction, without autograd. It may read
-numbers, for which the host then waits.
+read before every backward, so that a rule may ask for the Gramian now and then. If `stats.sample_norms` are all that it
+reads of the Gramian, its attribute `only_sample_norms = True` spares several processes from sending that.
+`stats.align(vectors)` gives the inner products with a vector of the parameter space. The rule is called once for each
+direction, without autograd. It may read numbers, for which the host then waits.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Clip:
     """
 
     needs: ClassVar[Need] = "gram"  # norms from moments would have an error of some ulps of |g|
+    only_sample_norms: ClassVar[bool] = True
     max_norm: float
     loss_scale: LossScale = 1.0
 
@@ -109,6 +111,7 @@ class Normalise:
     """
 
     needs: ClassVar[Need] = "gram"  # as for `Clip`
+    only_sample_norms: ClassVar[bool] = True
     loss_scale: LossScale = 1.0
 
     def __post_init__(self) -> None:

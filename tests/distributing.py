@@ -14,6 +14,9 @@ import rgd_ext
 from rgd_ext.distributed import Group, buckets
 from rgd_ext.distributed import group as group_module
 
+# The parts of a batch of two processes whose Gramian is too large.
+MANY = (2500, 2500)
+
 
 class Outcome(NamedTuple):
     """What a backward leaves: the gradients, the statistics, and the buffers."""
@@ -233,10 +236,10 @@ def records_of(group, rank, path):
         return handle.own_samples, handle.stats.to_dict()
 
 
-def items_of(group, rank, name, sizes):
+def items_of(group, rank, name, sizes, gram=False):
     """The statistics of each parameter."""
     model, x = model_of(name, seed=rank), parts_of(name, sizes)[rank]
-    with rgd_ext.observe(model, process_group=group, per_parameter=True) as handle:
+    with rgd_ext.observe(model, process_group=group, per_parameter=True, gram=gram) as handle:
         loss_of(model(x)).backward()
         return handle.stats.per_parameter.to_dict()
 
@@ -307,14 +310,22 @@ def with_group_of_hosts(group, rank, name, sizes):
 
 
 def with_many_samples(group, rank, options):
-    """The error of a backward whose Gramian is too large, and what it leaves."""
-    model, x = nn.Linear(2, 1), torch.randn(2500, 2)
+    """The error of a backward with more samples than a Gramian may have, None without one, and what it leaves."""
+    model, x = model_of("MLP", seed=0), parts_of("MLP", MANY)[rank]
     with rgd_ext.precondition(model, process_group=group, **options) as handle:
         try:
             loss_of(model(x)).backward()
         except ValueError as error:
             return str(error), outcome_of(model, handle)
-    return None
+        return None, outcome_of(model, handle)
+
+
+def with_agreeing_samples(group, rank, parts):
+    """The gradient along D where the gradients of samples, which are given, differ by a thousandth."""
+    model = nn.Linear(len(parts[0][0]), 1, bias=False)
+    with rgd_ext.precondition(model, process_group=group, verify=False):
+        model(parts[rank]).mean().backward()
+    return model.weight.grad[0]
 
 
 def on_mesh(group, rank, name, sizes):

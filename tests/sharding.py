@@ -257,10 +257,10 @@ def error_of(call, *args, **options):
     return None
 
 
-def items_of(group, rank, name, way, sizes):
+def items_of(group, rank, name, way, sizes, gram):
     """The statistics of each parameter, and products with a vector of which each process has shards."""
     model, x = sharded_model(name, way, mesh_of(group)), parts_of(name, sizes)[rank]
-    with rgd_ext.observe(model, process_group=group, per_parameter=True, verify=False) as handle:
+    with rgd_ext.observe(model, process_group=group, per_parameter=True, gram=gram, verify=False) as handle:
         loss_of(model(x)).backward()
         vectors = [p.grad for p in model.parameters()]
         handle.align({name: p.grad for name, p in model.named_parameters()} if rank else vectors)

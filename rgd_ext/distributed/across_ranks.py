@@ -140,7 +140,11 @@ class AcrossRanks(PerSampleGradients):
         local = self._centred_moments()  # while the mean is on its way
         rows = torch.stack(self._own_moments(local), 1)
         squared_grad_norm = self._difference.squared_grad_norm.to(self._dtype)
-        return Moments(squared_grad_norm, *self._all_gather("alignments", rows).unbind(1))
+        alignments, squared_norms = self._group.all_gather_rows("alignments", rows, self._sizes).unbind(1)
+        # What c has lost where the g_i nearly agree is the same for all samples of a process. As weights are 1/B less
+        # multiples of the alignments, they would not sum to one.
+        alignments = alignments - alignments.mean()
+        return Moments(squared_grad_norm, alignments.to(self._dtype), squared_norms.to(self._dtype))
 
     def _own_moments(self, local: Moments) -> tuple[Tensor, Tensor]:
         """<g_i - g, g> and |g_i - g|^2 of this process's samples, in float64.
@@ -213,6 +217,13 @@ class AcrossRanks(PerSampleGradients):
         bounds = self._of_each("bounds of eigenvalues", own.view(1))[:, 0]
         return (bounds @ bounds.new_tensor(self._sizes) / self.batch_size).to(self._dtype)
 
+    def sample_norms(self) -> Tensor:
+        """|g_i|, (B,), from the Gramians of the processes."""
+        norms, grams = self._zeros(), [block.local.gram() for block in self._blocks if block.local]
+        if grams:
+            norms = self._scale * total(grams).diagonal().clamp(min=0).sqrt()
+        return self._all_gather("norms of samples", norms[:, None])[:, 0]
+
     def gram(self) -> Tensor:
         """K = G G^T, shape (B, B), not centred: the rows of each process are sent to all others.
 
@@ -245,10 +256,11 @@ class AcrossRanks(PerSampleGradients):
         numbers = sum(p.numel() for p in self._parameters) * self.batch_size
         if self.batch_size > _MOST_SAMPLES or numbers * self._dtype.itemsize > _MOST_BYTES:
             raise ValueError(
-                f"the Gramian of the {self.batch_size} samples of {self._group.size} processes takes"
-                f" {numbers * self._dtype.itemsize / 2**30:.1f} GiB of per-sample gradients to be sent to all of them;"
-                f" the most are {_MOST_SAMPLES} samples and {_MOST_BYTES >> 30} GiB. Use a policy without it"
-                " (inverse='weak-field' with Spectral, Trace or Rayleigh), mode='local', or observe without gram=True"
+                f"the Gramian of the {self.batch_size} samples of {self._group.size} processes is too large:"
+                f" {numbers * self._dtype.itemsize / 2**30:.3g} GiB of per-sample gradients would be sent to all of"
+                f" them, and the most are {_MOST_BYTES >> 30} GiB and {_MOST_SAMPLES} samples. Use a policy without it"
+                " (inverse='weak-field' with Spectral, Trace or Rayleigh), a rule without it (Clip, Normalise, or one"
+                " with needs='norms'), mode='local', or observe without gram=True"
             )
 
     def release(self) -> AcrossRanks:
@@ -266,6 +278,9 @@ class AcrossRanks(PerSampleGradients):
         return self._in_order([each.parts for each in sums]), self._squared_norm(sums)
 
     def _combination(self, weights: Tensor) -> list[Sum]:
+        if self._is_last and any(isinstance(block.local, ItemisedContributions) for block in self._blocks):
+            # `items` needs it, and it the contributions, which are used up now.
+            _ = self._difference
         found = []
         for block in self._blocks:
             own = self._weighted(block, weights, self._is_last)

@@ -27,10 +27,13 @@ class Rule(ABC):
             and the statistics.
         eigenvalue_method: if lambda_max is all that it reads of the Gramian, how several processes find that of all
             their samples.
+        only_sample_norms: whether `sample_norms` are all that it reads of the Gramian, so that several processes send
+            these alone.
     """
 
     is_mean = False
     eigenvalue_method: EigenvalueMethod | None = None
+    only_sample_norms = False
 
     @property
     @abstractmethod
@@ -108,6 +111,7 @@ class UserRule(Rule):
                 f"weights is {function!r}, which takes a Gramian: wrap it, rgd_ext.weights.FromGramian(...)"
             )
         self._function = function
+        self.only_sample_norms = bool(getattr(function, "only_sample_norms", False))
         checked_need(function)
 
     def __repr__(self) -> str:

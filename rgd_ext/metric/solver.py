@@ -16,7 +16,7 @@ from .inverses import Inverse
 from .policies import Epsilon, Policy, Spectral
 from .relativistic import Relativistic
 from .rules import Rule, State, UserRule, Weights
-from .stats import ParameterVector, Stats, statistics, statistics_of
+from .stats import UNKNOWN, Known, ParameterVector, Stats, statistics, statistics_of
 
 
 def checked_rule(epsilon: Epsilon | None, inverse: Inverse | None, weights: Weights | None) -> Rule:
@@ -75,9 +75,8 @@ class Solver:
             moments, mean = at_once
             found = statistics_of(moments, aligned)
             return mean, Stats(found, *self.rule.choose(found), moments.squared_grad_norm)
-        method = self.rule.eigenvalue_method if with_gram else None
-        eigenvalue = None if method is None else grads.largest_eigenvalue(method)
-        found = statistics(grads, with_gram and eigenvalue is None, aligned, eigenvalue)
+        known = self._known_of(grads) if with_gram else UNKNOWN
+        found = statistics(grads, with_gram and all(each is None for each in known), aligned, known)
         with found.aligning(align or grads.align):  # type: ignore[arg-type]  # a source of the user's defines what it takes
             weights, epsilon = self.rule.choose(found)
         weights, epsilon = grads.agreed(weights, epsilon)
@@ -88,6 +87,12 @@ class Solver:
             return grads.combine(weights), Stats(found, weights, epsilon)
         direction, squared_norm = grads.combine_with_norm(weights)
         return direction, Stats(found, weights, epsilon, squared_norm)
+
+    def _known_of(self, grads: PerSampleGradients) -> Known:
+        """What the rule reads of the Gramian, where that is found without it."""
+        method = self.rule.eigenvalue_method
+        eigenvalue = None if method is None else grads.largest_eigenvalue(method)
+        return Known(eigenvalue, grads.sample_norms() if self.rule.only_sample_norms else None)
 
     def rehearsal(self) -> Solver:
         """A solver that does the work of the next batch, for timings; it calls no policy and no rule of the user's."""

@@ -42,6 +42,21 @@ class Grams(NamedTuple):
     centred: Tensor
 
 
+class Known(NamedTuple):
+    """What is known of the Gramians of a batch without them.
+
+    Attributes:
+        largest_eigenvalue: lambda_max(D), where it is estimated from earlier batches or comes from several processes.
+        sample_norms: |g_i|, shape (B,), where they come from several processes.
+    """
+
+    largest_eigenvalue: Tensor | None = None
+    sample_norms: Tensor | None = None
+
+
+UNKNOWN = Known()
+
+
 @dataclass(eq=False, repr=False)
 class Statistics:
     """The statistics of a batch before the weights are chosen: what rules and policies are called with.
@@ -58,8 +73,7 @@ class Statistics:
         ulp: the part of D that may be rounding error where all gradients agree, relative to the largest |g_i|^2; see
             `rounding`.
         aligned: <g_i, v> for the vector v of `Preconditioner.align`, shape (B,), or None without one.
-        known_eigenvalue: lambda_max(D), where it is estimated from earlier batches or comes from several processes;
-            None where it is to be computed from the Gramian.
+        known: what is known of the Gramians without them.
     """
 
     batch_size: int
@@ -67,7 +81,7 @@ class Statistics:
     grams: Grams | None
     ulp: float
     aligned: Tensor | None = None
-    known_eigenvalue: Tensor | None = None
+    known: Known = UNKNOWN
     # While the gradients are there.
     _align: Callable[[ParameterVector], Tensor] | None = field(default=None, init=False)
 
@@ -111,9 +125,12 @@ class Statistics:
     def sample_norms(self) -> Tensor:
         """|g_i|, shape (B,); not the roots of `squared_norms`, which are those of g_i - g.
 
-        From the Gramian, if it is there. Else from the moments, by |g_i|^2 = |g|^2 + 2 a_i + |g_i - g|^2, which has an
-        error of a few ulps of |g|^2: norms that are much smaller than |g| then have few correct digits.
+        From the Gramian, if it is there, or from those of several processes where a rule reads no more of these. Else
+        from the moments, by |g_i|^2 = |g|^2 + 2 a_i + |g_i - g|^2, which has an error of a few ulps of |g|^2: norms
+        that are much smaller than |g| then have few correct digits.
         """
+        if self.known.sample_norms is not None:
+            return self.known.sample_norms.to(self.alignments)
         if self.grams is not None:
             return self.grams.gram.diagonal().to(self.alignments).clamp(min=0).sqrt()
         return (self.squared_grad_norm + 2 * self.alignments + self.squared_norms).clamp(min=0).sqrt()
@@ -170,8 +187,8 @@ class Statistics:
         With `Spectral(across_ranks="bound")`, over several processes, it is the bound. None without the Gramian and
         all these.
         """
-        if self.known_eigenvalue is not None:
-            return self.known_eigenvalue.to(self.trace)
+        if self.known.largest_eigenvalue is not None:
+            return self.known.largest_eigenvalue.to(self.trace)
         if self.centred_gram is None:
             return None
         return torch.ops.rgd_ext.largest_eigenvalue(self.centred_gram, self.ulp) / float(self.batch_size)
@@ -186,7 +203,7 @@ class Statistics:
 
     def estimate_largest_eigenvalue(self, share: Tensor) -> None:
         """From now on `largest_eigenvalue` is `share` times tr D."""
-        self.known_eigenvalue = share.to(self.trace) * self.trace
+        self.known = self.known._replace(largest_eigenvalue=share.to(self.trace) * self.trace)
 
     def align(self, vectors: ParameterVector) -> Tensor:
         """<g_i, v>, shape (B,), not centred, in the scale of the loss; only while a rule or a policy chooses.
@@ -330,30 +347,28 @@ def statistics(
     grads: PerSampleGradients,
     with_gram: bool,
     aligned: Tensor | None = None,
-    known_eigenvalue: Tensor | None = None,
+    known: Known = UNKNOWN,
 ) -> Statistics:
     """The statistics of a batch, from K = G G^T if `with_gram`, or if the source has no moments without it.
 
     Args:
         grads: the per-sample gradients.
         with_gram: whether the Gramian is needed.
-        aligned, known_eigenvalue: of `Statistics`.
+        aligned, known: of `Statistics`.
     """
     moments = None if with_gram else grads.moments()
     if moments is not None:
-        return statistics_of(moments, aligned, known_eigenvalue)
+        return statistics_of(moments, aligned, known)
     gram = grads.gram()
     *found, centred = torch.ops.rgd_ext.gram_moments(gram)
     ulp = rounding(gram.dtype, gram.device)
-    return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned, known_eigenvalue)
+    return Statistics(grads.batch_size, Moments(*found), Grams(gram, centred), ulp, aligned, known)
 
 
-def statistics_of(
-    moments: Moments, aligned: Tensor | None = None, known_eigenvalue: Tensor | None = None
-) -> Statistics:
+def statistics_of(moments: Moments, aligned: Tensor | None = None, known: Known = UNKNOWN) -> Statistics:
     """The statistics of a batch without a Gramian."""
     like = moments.alignments
-    return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned, known_eigenvalue)
+    return Statistics(len(like), moments, None, rounding(like.dtype, like.device), aligned, known)
 
 
 @cache

@@ -1,9 +1,11 @@
 """Groups of all kinds: wrappers with a group of their own, meshes, groups for GPUs only, and what is no group."""
 
+import numpy as np
 import pytest
 import torch
 from distributed_cases import UNEVEN
 from distributing import (
+    MANY,
     captures_of_bad_groups,
     in_each_wrapped,
     in_one,
@@ -36,8 +38,17 @@ def test_a_gramian_that_is_too_large_is_refused(options, processes):
     if "weights" in options:
         options = {"weights": rgd_ext.weights.FromGramian(torch.diagonal)}
     for message, outcome in processes.run(2, with_many_samples, options):
-        assert message.startswith("the Gramian of the 5000 samples of 2 processes")
+        assert message.startswith("the Gramian of the 5000 samples of 2 processes is too large")
         assert leaves_nothing(outcome)
+
+
+@pytest.mark.parametrize("rule", [rgd_ext.weights.Clip(0.5), rgd_ext.weights.Normalise()])
+def test_rules_that_read_norms_of_samples_do_without_the_gramian(rule, processes):
+    expected = in_one("MLP", MANY, {"weights": rule})
+    for message, outcome in processes.run(2, with_many_samples, {"weights": rule}):
+        assert message is None
+        assert_close(flat(outcome.grads), flat(expected.grads))
+        np.testing.assert_allclose(outcome.stats["sample_norms"], expected.stats["sample_norms"], rtol=1e-9)
 
 
 def test_what_is_no_group_of_this_process_is_refused(processes):

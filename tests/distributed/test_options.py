@@ -16,9 +16,10 @@ from distributing import (
     of_random_rule,
     one_process_alone,
     records_of,
+    with_agreeing_samples,
     with_scaler,
 )
-from oracle import assert_close, flat, relative_error
+from oracle import assert_close, diffusion_matrix, flat, relative_error
 
 import rgd_ext
 
@@ -58,6 +59,14 @@ def test_precisions(name, processes):
     assert relative_error(flat(first.grads), flat(expected.grads)) < tolerance
 
 
+def test_the_weights_of_samples_that_nearly_agree_sum_to_one(processes):
+    rows = 0.01 * torch.randn(100, 1) * torch.randn(60) + 30 * torch.randn(60) / 60**0.5
+    mean, matrix = rows.double().mean(0), diffusion_matrix(rows.double())
+    expected = mean - 0.5 / torch.linalg.eigvalsh(matrix)[-1] * matrix @ mean
+    for grad in processes.run(2, with_agreeing_samples, rows.chunk(2)):
+        assert relative_error(grad, expected) < 1e-5
+
+
 @pytest.mark.parametrize("bad_rank", [0, 1])
 def test_an_infinite_gradient_in_one_process_has_all_skip_the_step(bad_rank, processes):
     assert processes.run(2, with_scaler, bad_rank) == [[False, True]] * 2
@@ -80,10 +89,13 @@ def test_each_process_records_its_own_samples(processes, tmp_path):
         np.testing.assert_allclose(rows[name], stats[name], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("MLP", EMPTY), ("MLP", UNEVEN[2]), ("GPT", UNEVEN[2]), ("large", EMPTY)])
-def test_statistics_of_each_parameter(name, sizes, processes):
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("MLP", EMPTY), ("MLP", UNEVEN[2]), ("GPT", UNEVEN[2]), ("ResNet", UNEVEN[2]), ("large", EMPTY)]
+)
+def test_statistics_of_each_parameter(name, sizes, gram, processes):
     expected = items_in_one(name, sizes)
-    for found in processes.run(2, items_of, name, sizes):
+    for found in processes.run(2, items_of, name, sizes, gram):
         assert list(found["name"]) == list(expected["name"])
         for key in ("grad_norm", "trace", "noise_scale"):
             np.testing.assert_allclose(found[key], expected[key], rtol=1e-8, atol=1e-14, err_msg=key)

@@ -80,10 +80,11 @@ def test_micro_batches(collect, processes):
     assert_close(flat(found[0].grads), flat(in_one("MLP", UNEVEN[2], {}).grads))
 
 
+@pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("way", ["root", "children"])
-def test_statistics_of_each_parameter_and_products_with_sharded_vectors(way, processes):
+def test_statistics_of_each_parameter_and_products_with_sharded_vectors(way, gram, processes):
     expected = items_in_one("MLP", UNEVEN[2])
-    for found, aligned, vectors in processes.run(2, items_of, "MLP", way, UNEVEN[2]):
+    for found, aligned, vectors in processes.run(2, items_of, "MLP", way, UNEVEN[2], gram):
         for key in ("grad_norm", "trace", "noise_scale"):
             np.testing.assert_allclose(found[key], expected[key], rtol=1e-8, atol=1e-14, err_msg=key)
         # The mean of <g_i, v> with v = g is |g|^2.
