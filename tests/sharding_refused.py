@@ -58,6 +58,8 @@ def refusals_of(group, rank):
     found["not verified"] = next(str(each.message) for each in caught if "verified" in str(each.message))
     with handle:
         found["plan"] = error_of(handle.plan, x)
+        found["verify"] = error_of(rgd_ext.verify, model, x)
+        found["diffusion"] = error_of(rgd_ext.DiffusionMatrix.from_batch, model, nn.MSELoss(), x, x[:, :3])
         found["vector"] = error_of(handle.align, [torch.ones(2)])
         model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
         found["hook"] = error_of(lambda: loss_of(model(x)).backward())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -66,7 +67,10 @@ def whole_direction(training: Training) -> list[Tensor]:
 def in_one_process(model: nn.Module, epsilon: rgd_ext.Policy, parts: Sequence[Batch]) -> list[Tensor]:
     """The direction of the union of the batches, which one process takes one after another."""
     model = copy.deepcopy(model)
-    with rgd(model, epsilon=epsilon).preconditioner as handle, handle.accumulate():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are other processes
+        handle = rgd(model, epsilon=epsilon).preconditioner
+    with handle, handle.accumulate():
         for x, y in parts:
             (loss(model(x), y) / len(parts)).backward()
     return [p.grad for p in model.parameters()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..contributions.ledger import Contributions
 from ..planning.trial import unchanged_buffers
 from .captures import capture_alone, live_handle
+from .wrappers import check_not_sharded
 
 
 @contextmanager
@@ -29,10 +30,12 @@ def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tens
 
     Raises:
         ValueError: if the model cannot be captured, if parts of it are captured already, or if the model is captured
-            with another `batch_dim` than 0.
+            with another `batch_dim` than 0, or sharded.
         RuntimeError: if its capture is paused, or inside a torch.func transform.
     """
     existing = live_handle(model)
+    if existing is not None:
+        check_not_sharded(model)
     if existing is not None and existing.batch_dim != 0:
         raise ValueError(
             f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension 0:"

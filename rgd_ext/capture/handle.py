@@ -104,6 +104,11 @@ class Preconditioner:
         return self.context.options.batch_dim
 
     @property
+    def has_group(self) -> bool:
+        """Whether its directions are those of the processes of a group."""
+        return self._direction.exchange is not None
+
+    @property
     def own_samples(self) -> slice:
         """The places of this process's samples in the arrays of `stats`.
 

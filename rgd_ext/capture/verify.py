@@ -13,6 +13,7 @@ from .findings import BackwardFailed, ForwardFailed, Unprovable, Verification
 from .handle import Preconditioner
 from .model_call import ModelCall
 from .recorders.recorder import Recorder
+from .wrappers import check_not_sharded
 
 
 def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: Any) -> Verification:
@@ -34,7 +35,7 @@ def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: An
 
     Raises:
         ValueError: if the capture would give wrong gradients, naming the parameter, the module, the error and a remedy;
-            or if the model cannot be captured.
+            or if the model cannot be captured, or is sharded.
         RuntimeError: if nothing can be proven, saying why, or while nothing is recorded.
         TypeError: if `model` is not a module.
         Exception: of the model's own forward or backward.
@@ -47,6 +48,7 @@ def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: An
     """
     existing = handle_of(model) if isinstance(model, nn.Module) else None
     if existing is not None:
+        check_not_sharded(model)
         if batch_dim not in (0, existing.batch_dim):
             raise ValueError(
                 f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing.batch_dim}: leave it"

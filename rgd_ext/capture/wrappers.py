@@ -24,9 +24,10 @@ _FLATTENED = (
 )
 _SHARDED = (
     "the parameters of the model ({}) are sharded (fully_shard, FullyShardedDataParallel around it or another DTensor),"
-    " and this capture needs whole ones: call fully_shard before the capture, and pass the group of its processes,"
+    " and this capture needs whole ones: call .remove() on the handle if there is one, call fully_shard before the"
+    " capture, and pass the group of its processes,"
     " `rgd_ext.precondition(model, process_group=torch.distributed.group.WORLD)`, which RGD and observe take as well;"
-    " anything else of rgd_ext takes a model that is not sharded"
+    " anything else of rgd_ext, such as verify and DiffusionMatrix, takes a model that is not sharded"
 )
 _WRAPPED_LATER = (
     "the captured model ({}) is called through a DistributedDataParallel that does not find its gradients: they would"

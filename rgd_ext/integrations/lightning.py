@@ -25,6 +25,10 @@ _NOT_CAPTURED = (
     " LightningModule in configure_optimizers, `rgd_ext.RGD(self, process_group=torch.distributed.group.WORLD)`, or"
     " rgd_ext.precondition, which takes the same argument"
 )
+_WITHOUT_GROUP = (
+    "a capture without process_group in {} processes, each of which would train a model of its own: pass"
+    " process_group=torch.distributed.group.WORLD to rgd_ext.RGD or rgd_ext.precondition in configure_optimizers"
+)
 
 
 class RGDStrategy(DDPStrategy):
@@ -43,7 +47,8 @@ class RGDStrategy(DDPStrategy):
 
     Raises:
         TypeError: for options of the wrapper.
-        ValueError: from `Trainer.fit`, if an optimizer has trainable parameters that are not captured.
+        ValueError: from `Trainer.fit`, if an optimizer has trainable parameters that are not captured, or a capture has
+            no group.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -65,7 +70,7 @@ class RGDStrategy(DDPStrategy):
         """Give all processes the module of rank 0, call `configure_optimizers`, and find what it has captured.
 
         Raises:
-            ValueError: if an optimizer has trainable parameters that are not captured.
+            ValueError: if an optimizer has trainable parameters that are not captured, or a capture has no group.
         """
         module, world = trainer.lightning_module, cast("ProcessGroup", distributed.group.WORLD)
         # DistributedDataParallel would broadcast the whole module; a capture broadcasts what it captures.
@@ -73,6 +78,8 @@ class RGDStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         self._check_captured(module)
         self._handles = list({handle: None for handle in map(handle_of, module.modules()) if handle is not None})
+        if self.world_size > 1 and not all(handle.has_group for handle in self._handles):
+            raise ValueError(_WITHOUT_GROUP.format(self.world_size))
         self._is_collecting = self._is_deferring = False
 
     def _check_captured(self, module: nn.Module) -> None:

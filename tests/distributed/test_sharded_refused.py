@@ -14,12 +14,14 @@ REFUSED = {
     "without a group": r"^ValueError: .* are sharded .*process_group=torch.distributed.group.WORLD",
     "not verified": r"rgd_ext.verify\(model, x\) before fully_shard, or .*pass verify=False",
     "plan": r"^RuntimeError: .*call plan\(\) without arguments",
+    "verify": r"^ValueError: .* are sharded .*verify and DiffusionMatrix, takes a model that is not sharded",
+    "diffusion": r"^ValueError: .* are sharded .*verify and DiffusionMatrix, takes a model that is not sharded",
     "empty batch": r"^ValueError: .*at least one sample in each process",
     "hook": r"^ValueError: parameter '0.weight' has gradient hooks",
     "penalty": r"^RuntimeError: parameter '0.weight' .* outside the forward",
     "vector": r"^ValueError: vectors has 1 tensors",
     "sharded later": r"^RuntimeError: parameter '4.weight' is sharded, unlike at the capture",
-    "sharded later, whole": r"^ValueError: .* are sharded .*call fully_shard before the capture",
+    "sharded later, whole": r"^ValueError: .* are sharded .*call .remove\(\) on .*call fully_shard before the",
 }
 
 

@@ -63,6 +63,13 @@ class InParts(Model):
         return torch.optim.SGD(self.net.parameters(), RATE)
 
 
+class WithoutGroup(Model):
+    """Each process would train a model of its own."""
+
+    def configure_optimizers(self):
+        return rgd_ext.RGD(self, lr=RATE)
+
+
 class NotCaptured(InParts):
     """One layer has no capture."""
 
@@ -132,11 +139,18 @@ def outcomes(rank, folder):
     fitted(model, 1)
     found["stopped"] = fitted(model, 1)
     found["bfloat16"] = fitted(Model(seed=rank, momentum=0).float(), 1, precision="bf16-mixed")
-    try:
-        fitted(NotCaptured(seed=rank), 1)
-    except ValueError as error:
-        found["not captured"] = str(error)
+    found["not captured"] = refusal_of(NotCaptured(seed=rank))
+    found["without a group"] = refusal_of(WithoutGroup(seed=rank))
     return found
+
+
+def refusal_of(model):
+    """The error of a training; None without one."""
+    try:
+        fitted(model, 1)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def main():

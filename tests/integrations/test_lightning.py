@@ -83,6 +83,10 @@ def test_a_parameter_that_is_trained_and_not_captured_is_an_error(outcomes):
     assert all("'net.2.weight' is trained and not captured" in outcome["not captured"] for outcome in outcomes)
 
 
+def test_a_capture_without_a_group_is_an_error(outcomes):
+    assert all("pass process_group=torch.distributed.group.WORLD" in each["without a group"] for each in outcomes)
+
+
 def test_options_of_the_wrapper_are_refused():
     with pytest.raises(TypeError, match="find_unused_parameters"):
         RGDStrategy(find_unused_parameters=True)
