@@ -73,12 +73,15 @@ class PerSampleGradients(ABC):
     def largest_eigenvalue(self, method: Literal["lanczos", "bound"]) -> Tensor | None:
         """lambda_max(D), or a bound of it; None, the default, where it is best computed from the Gramian.
 
-        For sources whose samples are in several processes, which do without the Gramian; so are the next two.
+        For sources whose samples are in several processes, which do without the Gramian; so is `agreed`.
         """
         return None
 
     def sample_norms(self) -> Tensor | None:
-        """|g_i|, (B,), without a loss of digits where they are small; None, the default, as above."""
+        """|g_i|, (B,), as exact as from the Gramian; None, the default, where they are best read from it.
+
+        For sources whose samples are in several processes.
+        """
         return None
 
     def agreed(self, weights: Tensor, epsilon: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ import rgd_ext
 from rgd_ext.distributed import Group, buckets
 from rgd_ext.distributed import group as group_module
 
-# The parts of a batch of two processes whose Gramian is too large.
+# The sizes of the parts of a batch of two processes, whose Gramian is too large.
 MANY = (2500, 2500)
 
 
@@ -321,7 +321,7 @@ def with_many_samples(group, rank, options):
 
 
 def with_agreeing_samples(group, rank, parts):
-    """The gradient along D where the gradients of samples, which are given, differ by a thousandth."""
+    """The direction of given per-sample gradients: the inputs of a linear model."""
     model = nn.Linear(len(parts[0][0]), 1, bias=False)
     with rgd_ext.precondition(model, process_group=group, verify=False):
         model(parts[rank]).mean().backward()

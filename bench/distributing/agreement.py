@@ -68,7 +68,8 @@ def in_one_process(model: nn.Module, epsilon: rgd_ext.Policy, parts: Sequence[Ba
     """The direction of the union of the batches, which one process takes one after another."""
     model = copy.deepcopy(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are other processes
+        # This capture is meant to have no group, although there are other processes.
+        warnings.filterwarnings("ignore", "torch.distributed has")
         handle = rgd(model, epsilon=epsilon).preconditioner
     with handle, handle.accumulate():
         for x, y in parts:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contributions.ledger import Contributions
 from ..planning.trial import unchanged_buffers
 from .captures import capture_alone, live_handle
-from .wrappers import check_not_sharded
+from .wrappers import NEEDS_WHOLE, check_not_sharded
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tens
     """
     existing = live_handle(model)
     if existing is not None:
-        check_not_sharded(model)
+        check_not_sharded(model, NEEDS_WHOLE)
     if existing is not None and existing.batch_dim != 0:
         raise ValueError(
             f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension 0:"

@@ -27,7 +27,7 @@ from ..metric import Epsilon, Inverse, Observation, Rule, Weights, checked_rule
 from .context import Options
 from .handle import Preconditioner
 from .model_checks import check_model, check_model_of_group
-from .wrappers import Wrapper, check_not_sharded, warn_of_processes
+from .wrappers import NEEDS_WHOLE, Wrapper, check_not_sharded, warn_of_processes
 
 _UNVERIFIED = (
     "the capture of a sharded model is not verified: call rgd_ext.verify(model, x) before fully_shard, or with"
@@ -220,6 +220,8 @@ def capture_alone(model: nn.Module, *, verify: bool, batch_dim: int | None = 0) 
     Raises:
         TypeError, ValueError: as `precondition`.
     """
+    if isinstance(model, nn.Module):
+        check_not_sharded(model, NEEDS_WHOLE)
     return _capture(model, checked_rule(None, None, None), _options("error", None, batch_dim), verify)
 
 
@@ -298,7 +300,11 @@ def _capture(
         check_not_sharded(model)
     if group is not None:
         check_model_of_group(model)
-        same = {"the rule": (rule, rule.needs), "batch_norm": options.batch_norm, "batch_dim": options.batch_dim}
+        same = {
+            "the rule": (rule, rule.needs, rule.only_sample_norms),
+            "batch_norm": options.batch_norm,
+            "batch_dim": options.batch_dim,
+        }
         token = agree(group, model, same | {"verify": verify, "mode": mode, "per_parameter": per_parameter})
         if is_split:
             parameters, verify = _sharded(model, group, verify), False

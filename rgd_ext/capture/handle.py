@@ -105,7 +105,7 @@ class Preconditioner:
 
     @property
     def has_group(self) -> bool:
-        """Whether its directions are those of the processes of a group."""
+        """Whether the capture was made with a process group, in which gradients are exchanged."""
         return self._direction.exchange is not None
 
     @property

@@ -13,7 +13,7 @@ from .findings import BackwardFailed, ForwardFailed, Unprovable, Verification
 from .handle import Preconditioner
 from .model_call import ModelCall
 from .recorders.recorder import Recorder
-from .wrappers import check_not_sharded
+from .wrappers import NEEDS_WHOLE, check_not_sharded
 
 
 def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: Any) -> Verification:
@@ -48,7 +48,7 @@ def verify(model: nn.Module, *args: Any, batch_dim: int | None = 0, **kwargs: An
     """
     existing = handle_of(model) if isinstance(model, nn.Module) else None
     if existing is not None:
-        check_not_sharded(model)
+        check_not_sharded(model, NEEDS_WHOLE)
         if batch_dim not in (0, existing.batch_dim):
             raise ValueError(
                 f"batch_dim is {batch_dim}, but the model was captured with batch_dim={existing.batch_dim}: leave it"

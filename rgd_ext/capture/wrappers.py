@@ -27,7 +27,11 @@ _SHARDED = (
     " and this capture needs whole ones: call .remove() on the handle if there is one, call fully_shard before the"
     " capture, and pass the group of its processes,"
     " `rgd_ext.precondition(model, process_group=torch.distributed.group.WORLD)`, which RGD and observe take as well;"
-    " anything else of rgd_ext, such as verify and DiffusionMatrix, takes a model that is not sharded"
+    " anything else of rgd_ext takes a model that is not sharded"
+)
+NEEDS_WHOLE = (
+    "the parameters of the model ({}) are sharded, and verify and DiffusionMatrix need whole ones: call them before"
+    " fully_shard, or with a smaller model that the same code builds"
 )
 _WRAPPED_LATER = (
     "the captured model ({}) is called through a DistributedDataParallel that does not find its gradients: they would"
@@ -137,11 +141,11 @@ def check_not_wrapped(model: nn.Module) -> None:
             raise ValueError(_FLATTENED.format(name or type(module).__name__))
 
 
-def check_not_sharded(model: nn.Module) -> None:
+def check_not_sharded(model: nn.Module, message: str = _SHARDED) -> None:
     """Raise ValueError if `model` has been given to torch.distributed.fsdp, or its parameters are distributed."""
     # The second holds inside of FSDP, even where no parameter of this part is a DTensor.
     if has_dtensors(model) or any("_is_fsdp_managed_module" in vars(module) for module in modules_in(model)):
-        raise ValueError(_SHARDED.format(type(model).__name__))
+        raise ValueError(message.format(type(model).__name__))
 
 
 def check_whole(module: nn.Module, name: str) -> None:

@@ -141,8 +141,8 @@ class AcrossRanks(PerSampleGradients):
         rows = torch.stack(self._own_moments(local), 1)
         squared_grad_norm = self._difference.squared_grad_norm.to(self._dtype)
         alignments, squared_norms = self._group.all_gather_rows("alignments", rows, self._sizes).unbind(1)
-        # What c has lost where the g_i nearly agree is the same for all samples of a process. As weights are 1/B less
-        # multiples of the alignments, they would not sum to one.
+        # Where the g_i nearly agree, the rounding of c (see `_own_moments`) shifts all alignments of a process. They
+        # have to sum to zero: weights are 1/B less multiples of them, and would not sum to one.
         alignments = alignments - alignments.mean()
         return Moments(squared_grad_norm, alignments.to(self._dtype), squared_norms.to(self._dtype))
 
@@ -260,7 +260,7 @@ class AcrossRanks(PerSampleGradients):
                 f" {numbers * self._dtype.itemsize / 2**30:.3g} GiB of per-sample gradients would be sent to all of"
                 f" them, and the most are {_MOST_BYTES >> 30} GiB and {_MOST_SAMPLES} samples. Use a policy without it"
                 " (inverse='weak-field' with Spectral, Trace or Rayleigh), a rule without it (Clip, Normalise, or one"
-                " with needs='norms'), mode='local', or observe without gram=True"
+                " with only_sample_norms=True or needs='norms'), mode='local', or observe without gram=True"
             )
 
     def release(self) -> AcrossRanks:
@@ -279,7 +279,8 @@ class AcrossRanks(PerSampleGradients):
 
     def _combination(self, weights: Tensor) -> list[Sum]:
         if self._is_last and any(isinstance(block.local, ItemisedContributions) for block in self._blocks):
-            # `items` needs it, and it the contributions, which are used up now.
+            # With the Gramian nothing has computed it yet. `items` reads it later, when the contributions that it is
+            # computed from are used up.
             _ = self._difference
         found = []
         for block in self._blocks:

@@ -72,6 +72,7 @@ def _check_equal(group: Group, items: Mapping[str, object]) -> int:
 
 
 def _shown(values: Sequence[object]) -> list[str]:
+    """A line for each value, without addresses."""
     return [_ADDRESS.sub("", repr(value)) for value in values]
 
 

@@ -35,9 +35,9 @@ _OFFLOADED = (
     " fully_shard without an offload_policy"
 )
 _SHARDED_ANEW = (
-    "parameter '{}' is {}, unlike at the capture: shard the model before it is captured, and not after a forward that"
-    " failed, which leaves it whole. Nothing was written to .grad; call .remove() on the handle, and capture the model"
-    " again"
+    "parameter '{}' is {}, unlike at the capture: shard the model before you capture it, and do not capture it right"
+    " after a forward that failed, which leaves parameters whole. Nothing was written to .grad; call .remove() on the"
+    " handle, and capture the model again"
 )
 
 

@@ -26,7 +26,7 @@ _NOT_CAPTURED = (
     " rgd_ext.precondition, which takes the same argument"
 )
 _WITHOUT_GROUP = (
-    "a capture without process_group in {} processes, each of which would train a model of its own: pass"
+    "the model was captured without process_group, so that each of the {} processes would train one of its own: pass"
     " process_group=torch.distributed.group.WORLD to rgd_ext.RGD or rgd_ext.precondition in configure_optimizers"
 )
 

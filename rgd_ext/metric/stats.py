@@ -47,7 +47,7 @@ class Known(NamedTuple):
 
     Attributes:
         largest_eigenvalue: lambda_max(D), where it is estimated from earlier batches or comes from several processes.
-        sample_norms: |g_i|, shape (B,), where they come from several processes.
+        sample_norms: |g_i|, shape (B,), where several processes have sent them in place of the Gramian.
     """
 
     largest_eigenvalue: Tensor | None = None
@@ -125,7 +125,7 @@ class Statistics:
     def sample_norms(self) -> Tensor:
         """|g_i|, shape (B,); not the roots of `squared_norms`, which are those of g_i - g.
 
-        From the Gramian, if it is there, or from those of several processes where a rule reads no more of these. Else
+        As several processes send them for a rule with `only_sample_norms`; else from the Gramian, if it is there. Else
         from the moments, by |g_i|^2 = |g|^2 + 2 a_i + |g_i - g|^2, which has an error of a few ulps of |g|^2: norms
         that are much smaller than |g| then have few correct digits.
         """
@@ -249,7 +249,8 @@ def chosen_by(function: Callable[[Statistics], Choice], stats: Statistics) -> Ch
             raise
         raise RuntimeError(
             f"{function!r} failed: {error}. The statistics are without the Gramian, so that gram, eigenvalues,"
-            " largest_eigenvalue and rank are None: if it reads one of them, set its attribute `needs` to 'gram'"
+            " largest_eigenvalue and rank are None: if it reads one of them, set its attribute `needs` to 'gram', and"
+            " leave `only_sample_norms` out"
         ) from error
 
 

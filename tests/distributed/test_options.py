@@ -59,7 +59,7 @@ def test_precisions(name, processes):
     assert relative_error(flat(first.grads), flat(expected.grads)) < tolerance
 
 
-def test_the_weights_of_samples_that_nearly_agree_sum_to_one(processes):
+def test_the_direction_of_samples_that_nearly_agree(processes):
     rows = 0.01 * torch.randn(100, 1) * torch.randn(60) + 30 * torch.randn(60) / 60**0.5
     mean, matrix = rows.double().mean(0), diffusion_matrix(rows.double())
     expected = mean - 0.5 / torch.linalg.eigvalsh(matrix)[-1] * matrix @ mean

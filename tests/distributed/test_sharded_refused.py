@@ -9,13 +9,14 @@ MESHES = {
     "part": r"^ValueError: .* processes \[(0, 1|2, 3)\], and process_group has the processes \[0, 1, 2, 3\]: pass a",
     "mesh of two dimensions": r"^ValueError: .* for a model that is sharded over all of it, the group of all",
 }
+NEEDS_WHOLE = r"^ValueError: .* are sharded, and verify and DiffusionMatrix need whole ones: call them before"
 REFUSED = {
     "inside of a layer": r"^ValueError: module 'out_proj' of '1.self_attn' .* call fully_shard on '1.self_attn'",
     "without a group": r"^ValueError: .* are sharded .*process_group=torch.distributed.group.WORLD",
     "not verified": r"rgd_ext.verify\(model, x\) before fully_shard, or .*pass verify=False",
     "plan": r"^RuntimeError: .*call plan\(\) without arguments",
-    "verify": r"^ValueError: .* are sharded .*verify and DiffusionMatrix, takes a model that is not sharded",
-    "diffusion": r"^ValueError: .* are sharded .*verify and DiffusionMatrix, takes a model that is not sharded",
+    "verify": NEEDS_WHOLE,
+    "diffusion": NEEDS_WHOLE,
     "empty batch": r"^ValueError: .*at least one sample in each process",
     "hook": r"^ValueError: parameter '0.weight' has gradient hooks",
     "penalty": r"^RuntimeError: parameter '0.weight' .* outside the forward",
