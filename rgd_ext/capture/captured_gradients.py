@@ -36,11 +36,11 @@ def collecting(model: nn.Module, verify: bool = True) -> Iterator[Callable[[Tens
     existing = live_handle(model)
     if existing is not None:
         check_not_sharded(model, NEEDS_WHOLE)
-    if existing is not None and existing.batch_dim != 0:
-        raise ValueError(
-            f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension 0:"
-            " call .remove() on the handle, and give it a forward that takes samples first"
-        )
+        if existing.batch_dim != 0:
+            raise ValueError(
+                f"the model is captured with batch_dim={existing.batch_dim}, and here its samples lie along dimension"
+                " 0: call .remove() on the handle, and give it a forward that takes samples first"
+            )
     handle = existing or capture_alone(model, verify=verify)
     parameters = [p for p in model.parameters() if p.requires_grad]
 

@@ -208,9 +208,8 @@ class AcrossRanks(PerSampleGradients):
         return block.local.align_by_parameter(vector.parts) if block.local else self._zeros()
 
     def _eigenvalue_bound(self) -> Tensor:
-        own, grams = self._difference.square, [block.local.gram() for block in self._blocks if block.local]
-        if grams:
-            gram = total(grams)
+        own, gram = self._difference.square, self._own_gram()
+        if gram is not None:
             centred = torch.ops.rgd_ext.gram_moments(gram)[3]
             largest = torch.ops.rgd_ext.largest_eigenvalue(centred, torch.finfo(gram.dtype).eps)  # B_r lambda_max(D_r)
             own = own + self._scale**2 / self._own_size * largest
@@ -219,9 +218,9 @@ class AcrossRanks(PerSampleGradients):
 
     def sample_norms(self) -> Tensor:
         """|g_i|, (B,), from the Gramians of the processes."""
-        norms, grams = self._zeros(), [block.local.gram() for block in self._blocks if block.local]
-        if grams:
-            norms = self._scale * total(grams).diagonal().clamp(min=0).sqrt()
+        norms, gram = self._zeros(), self._own_gram()
+        if gram is not None:
+            norms = self._scale * gram.diagonal().clamp(min=0).sqrt()
         return self._all_gather("norms of samples", norms[:, None])[:, 0]
 
     def gram(self) -> Tensor:
@@ -242,11 +241,16 @@ class AcrossRanks(PerSampleGradients):
                 if own is not None and rank != self._group.rank:
                     found[:, columns : columns + size] += own @ rows.T
                 columns += size
-        grams = [block.local.gram() for block in self._blocks if block.local]
-        if grams:
-            found[:, self.own] = self._scale**2 * total(grams)
+        of_own = self._own_gram()
+        if of_own is not None:
+            found[:, self.own] = self._scale**2 * of_own
         gram = self._group.all_gather_rows("the Gramian", found, self._sizes)
         return (gram + gram.T) / 2
+
+    def _own_gram(self) -> Tensor | None:
+        """The Gramian of this process's G_i, (B_r, B_r); None without samples."""
+        grams = [block.local.gram() for block in self._blocks if block.local]
+        return total(grams) if grams else None
 
     def _rows(self, contributions: Tensor) -> Tensor:
         rows = contributions.reshape(self._own_size, -1) if self._own_size else contributions.new_zeros(0, 0)
