@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rgd_ext.commands.demo import optimizers
-from rgd_ext.commands.demo.data import TRAIN_SIZE, load
+from rgd_ext.commands.demo.data import TRAIN_SIZE, load, shuffled_batches
 from rgd_ext.commands.demo.models import MODELS
 from rgd_ext.commands.demo.training import train
 
@@ -34,6 +34,14 @@ def test_label_noise_is_a_function_of_the_seed():
     labels = load(0.3, seed=1).train_labels
     assert torch.equal(load(0.3, seed=1).train_labels, labels)
     assert not torch.equal(load(0.3, seed=2).train_labels, labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_wrong_labels_are_spread_over_the_batches(seed):
+    mislabelled = load(0.3, seed).mislabelled
+    shares = [mislabelled[batch].float().mean() for batch in next(shuffled_batches(1, seed))]
+    # Of 64 samples, of which each is mislabelled with a probability of 0.3: four standard deviations.
+    assert all(abs(share - 0.3) < 0.23 for share in shares)
 
 
 def test_split_keeps_all_digits_and_the_classes_in_proportion():

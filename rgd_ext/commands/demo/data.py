@@ -46,7 +46,7 @@ def corrupt(labels: Tensor, noise: float, seed: int) -> tuple[Tensor, Tensor]:
     Returns:
         The labels, and which of them were replaced.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed, stream=0)
     replaced = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
     mislabelled = torch.zeros(len(labels), dtype=torch.bool)
     mislabelled[replaced] = True
@@ -56,6 +56,14 @@ def corrupt(labels: Tensor, noise: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def shuffled_batches(epochs: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
     """For each epoch, its batches: the indices of all training samples in an order that depends on the seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = _generator(seed, stream=1)
     for _ in range(epochs):
         yield torch.randperm(TRAIN_SIZE, generator=generator).split(BATCH_SIZE)
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    """One of two generators for each seed.
+
+    From the same numbers, the samples of the first batches would be those with wrong labels.
+    """
+    return torch.Generator().manual_seed(2 * seed + stream)
