@@ -18,6 +18,7 @@ from . import (
     overhead,
     scaling,
     steps,
+    study,
     table1,
     torchjd,
     verification,
@@ -61,6 +62,7 @@ def main() -> None:
     command.add_argument("--json", metavar="PATH", help="also write the numbers of the tables")
     command.add_argument("--plot", metavar="PATH.png", help="also draw the ratios (needs matplotlib)")
     command.set_defaults(run=cluster.run)
+    study.add(commands)
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
     command.set_defaults(run=table1.run)
     arguments = vars(parser.parse_args())

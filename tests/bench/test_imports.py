@@ -11,7 +11,7 @@ MODULES = {path: ("bench", *path.relative_to(BENCH).with_suffix("").parts) for p
 # From a folder, which folders may be imported, beside the folder itself.
 BELOW = {
     "measuring": set(),
-    **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu", "simulating")},
+    **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu", "simulating", "studying")},
     "distributing": {"measuring", "simulating", "training"},
 }
 

@@ -1,0 +1,1 @@
+"""Paths of SGD beside flows that are said to describe them."""

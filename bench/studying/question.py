@@ -1,0 +1,111 @@
+"""What a question of the study is made of: a plan of runs, the run of one configuration, and the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .data import Sources
+
+# Numbers, strings and booleans by name. They determine what a run computes, to the last bit on one machine.
+Config = dict[str, Any]
+
+
+def key_of(config: Config) -> str:
+    """One text for each configuration, whatever the order of its entries."""
+    return json.dumps(config, sort_keys=True, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A finished run.
+
+    Attributes:
+        config: what was run.
+        outcome: what it gave: numbers, and curves as lists of them; None stands for a number that is not finite.
+        seconds: how long it took, beside whatever else the machine did.
+        machine: hardware, torch and commit.
+    """
+
+    config: Config
+    outcome: dict[str, Any]
+    seconds: float
+    machine: dict[str, Any]
+
+
+class Finished:
+    """The runs that are finished, by their configurations."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, Line] = {}
+
+    def add(self, line: Line) -> None:
+        self._lines[key_of(line.config)] = line
+
+    def __contains__(self, config: Config) -> bool:
+        return key_of(config) in self._lines
+
+    def __getitem__(self, config: Config) -> Line:
+        return self._lines[key_of(config)]
+
+    def __iter__(self) -> Iterator[Line]:
+        return iter(self._lines.values())
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def where(self, **entries: object) -> list[Line]:
+        """Those whose configurations have these entries, in the order of the lines."""
+        wanted = entries.items()
+        return [line for line in self if wanted <= line.config.items()]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is to be run: small sizes if `quick`, and only on the data that are there, by name."""
+
+    quick: bool
+    data: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, for a terminal and for Markdown."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the runs of a question say.
+
+    Attributes:
+        tables: by name.
+        figures: by name, functions that draw on an empty figure of matplotlib of 10 inches by their second entry.
+        numbers: by name, as the text of the page shows them.
+    """
+
+    tables: dict[str, Table]
+    figures: dict[str, tuple[Callable[[Any], None], float]] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of the study.
+
+    Attributes:
+        title: the question in words.
+        plan: the runs that are wanted now, given those that are finished, which it may repeat. It is asked again until
+            all that it names are finished, so that later ones may depend on earlier ones.
+        run: the outcome of one configuration, which is all that it depends on.
+        answer: tables, figures and numbers of the finished runs.
+    """
+
+    title: str
+    plan: Callable[[Finished, Scope], list[Config]]
+    run: Callable[[Config, Sources], dict[str, Any]]
+    answer: Callable[[Finished], Answer]

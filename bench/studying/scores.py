@@ -1,0 +1,37 @@
+"""How well a model classifies."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .data import Samples
+
+CHUNK = 1000  # samples of a forward, so that memory does not grow with the set
+
+
+def scores(model: nn.Module, samples: Samples) -> dict[str, float | None]:
+    """The accuracy, the mean over classes of the accuracy on each, and the mean cross entropy, None if not finite."""
+    outputs = outputs_of(model, samples)
+    correct = (outputs.argmax(1) == samples.labels).double()
+    by_class = [correct[samples.labels == label].mean() for label in samples.labels.unique()]
+    loss = cross_entropy(outputs, samples.labels).item()
+    return {
+        "accuracy": correct.mean().item(),
+        "balanced_accuracy": torch.stack(by_class).mean().item(),
+        "loss": loss if math.isfinite(loss) else None,
+    }
+
+
+def accuracy(model: nn.Module, samples: Samples) -> float:
+    """The share of the samples that are classified as their labels say."""
+    return (outputs_of(model, samples).argmax(1) == samples.labels).double().mean().item()
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, samples: Samples) -> Tensor:
+    """(N, classes)."""
+    return torch.cat([model(chunk) for chunk in samples.inputs.split(CHUNK)])

@@ -1,0 +1,125 @@
+"""Trainings of the study: a pure function of a configuration, with all methods on the same terms.
+
+A configuration has the entries
+
+    data, samples: the name of the data, and how many of them to train on;
+    labels: "clean", or what is wrong with them, such as "symmetric 0.4";
+    model, method: their names;
+    lr, momentum: the first learning rate, which falls to zero along a cosine of the steps, and the momentum;
+    batch_size, steps: each epoch has whole batches only, so the samples that are left over differ from epoch to epoch;
+    seed: of the initial weights, the batches and the wrong labels, each by a generator of its own;
+    evaluate: "validation" or "test".
+
+The validation labels are wrong in the same way as the training labels, because who has wrong labels has no others to
+choose a learning rate by. The test labels are the true ones.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .data import Samples, Sources
+from .formats import CLASSES
+from .methods import METHODS, Method, Step
+from .models import build
+from .question import Config
+from .scores import accuracy, scores
+from .task import Task, seeds_of, task_of
+
+POINTS = 10  # of the curves; fewer if there are fewer steps
+
+
+def train(config: Config, sources: Sources) -> dict[str, Any]:
+    """What a training gives: numbers, and curves with an entry for each of `POINTS` equal parts of the steps.
+
+    None stands for what is not finite.
+
+    Returns:
+        training_losses: the mean cross entropy of the part's batches before their steps, whatever is minimised.
+        accuracies: after each part, on the samples to evaluate.
+        accuracy, balanced_accuracy, loss: of these at the end, with balanced_accuracy the mean over classes of the
+            accuracy on each.
+        training_accuracy, training_loss: at the end, on the labels that were given, and initial_loss the one before.
+        diverged: whether the weights or the loss are not finite any more. The curves end with that part.
+
+    Raises:
+        ValueError: for an unknown name, or a batch larger than the training set.
+    """
+    torch.set_num_threads(1)  # the tensors are too small for a second one
+    task = task_of(config, sources)
+    model = initial_model(config, task)
+    before = scores(model, task.train)
+    with method_of(config).start(model, config["lr"], config["momentum"], task.counts) as step:
+        curves = _curves(config, task, model, step)
+    final, fit = scores(model, task.evaluation), scores(model, task.train)
+    of_training = {
+        "training_accuracy": fit["accuracy"],
+        "training_loss": fit["loss"],
+        "initial_loss": before["loss"],
+        "diverged": None in curves["training_losses"] or final["loss"] is None,
+    }
+    return curves | final | of_training
+
+
+def method_of(config: Config) -> Method:
+    """The method that the configuration names, or ValueError."""
+    if config["method"] not in METHODS:
+        raise ValueError(f"method {config['method']!r}: choose one of {', '.join(METHODS)}")
+    return METHODS[config["method"]]
+
+
+def initial_model(config: Config, task: Task) -> nn.Module:
+    """The model before training; it depends on the seed and not on the method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds_of(config).weights)
+        return build(config["model"], tuple(task.train.inputs.shape[1:]), CLASSES)
+
+
+def batches_of(config: Config, samples: Samples) -> Iterator[Samples]:
+    """The batch of each step, all of the same size; they depend on the seed and not on the method."""
+    return islice(_endless_batches(config, samples), config["steps"])
+
+
+def _endless_batches(config: Config, samples: Samples) -> Iterator[Samples]:
+    """Epoch after epoch, each in another order."""
+    size, count = config["batch_size"], len(samples)
+    if size > count:
+        raise ValueError(f"batch_size {size} for {count} training samples: pass at most {count}")
+    generator = torch.Generator().manual_seed(seeds_of(config).batches)
+    while True:
+        order = torch.randperm(count, generator=generator)[: count // size * size]
+        yield from (samples[index] for index in order.split(size))
+
+
+def _curves(config: Config, task: Task, model: nn.Module, step: Step) -> dict[str, list[float | None]]:
+    """Train; the entries of the outcome that are lists."""
+    losses: list[float | None] = []
+    accuracies: list[float | None] = []
+    batches, steps = batches_of(config, task.train), config["steps"]
+    ends = {round(steps * part / POINTS) for part in range(POINTS + 1)}
+    for start, end in pairwise(sorted(ends)):
+        rates = [config["lr"] * (1 + math.cos(math.pi * number / steps)) / 2 for number in range(start, end)]
+        losses.append(_part(step, zip(rates, batches, strict=False)))
+        accuracies.append(accuracy(model, task.evaluation))
+        if losses[-1] is None:
+            break
+    return {"training_losses": losses, "accuracies": accuracies}
+
+
+def _part(step: Step, rates_and_batches: Iterable[tuple[float, Samples]]) -> float | None:
+    """Make these steps; their mean loss, or None if one diverges."""
+    losses = []
+    for lr, batch in rates_and_batches:
+        step.set_lr(lr)
+        losses.append(cross_entropy(step(batch.inputs, batch.labels), batch.labels).item())
+        if not math.isfinite(losses[-1]):
+            return None
+    return statistics.fmean(losses)

@@ -1,0 +1,203 @@
+"""The frame of the study: lines on disk, runs that several processes share, and the page made from the lines."""
+
+import multiprocessing
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+from matplotlib.image import imread
+from PIL import Image
+
+from bench.study import DOCUMENTATION, RESULTS
+from bench.studying import report
+from bench.studying.data import Sources
+from bench.studying.question import Answer, Line, Question, Scope, Table
+from bench.studying.questions import NAMES, load, load_all
+from bench.studying.runner import work
+from bench.studying.store import Store
+
+MACHINE = {"torch": "2", "commit": "c", "cpu": "a processor"}
+SCOPE = Scope(quick=True, data=("digits",))
+fork = multiprocessing.get_context("fork")
+
+
+def line(seed, **outcome):
+    return Line({"seed": seed}, outcome, 1.0, MACHINE)
+
+
+def squares(count=20, seconds=0.0, run=None):
+    """A question whose runs are the squares of some numbers."""
+
+    def square(config, sources):
+        time.sleep(seconds)
+        return {"square": config["seed"] ** 2, "process": os.getpid()}
+
+    def answer(finished):
+        rows = [[str(each.config["seed"]), str(each.outcome["square"])] for each in finished]
+        return Answer({"table": Table(("n", "square"), rows)}, {"plot": (draw, 2.0)}, {"largest": rows[-1][1]})
+
+    def draw(figure):
+        figure.subplots().plot([0, 1])
+
+    return Question("squares", lambda *_: [{"seed": seed} for seed in range(count)], run or square, answer)
+
+
+def finish(folder, question):
+    work(question, Store(folder, "squares"), SCOPE, Sources())
+
+
+def seeds(folder):
+    """The seeds of all lines in the file, in their order."""
+    store = Store(folder, "squares")
+    lines = store.path.read_text().splitlines()
+    store.refresh()
+    assert len(lines) == len(store.finished)
+    return [each.config["seed"] for each in store.finished]
+
+
+def test_lines_are_read_as_they_were_written(tmp_path):
+    writer, reader = Store(tmp_path, "squares"), Store(tmp_path, "squares")
+    for seed in range(3):
+        writer.append(line(seed, curve=[1.0, 2.5], name="a"))
+        reader.refresh()
+        assert len(reader.finished) == seed + 1
+    assert reader.finished[{"seed": 1}] == line(1, curve=[1.0, 2.5], name="a")
+    assert {"seed": 2} in reader.finished
+    assert {"seed": 3} not in reader.finished
+
+
+def test_order_of_the_entries_of_a_configuration_does_not_matter(tmp_path):
+    store = Store(tmp_path, "squares")
+    store.append(Line({"a": 1, "b": 2}, {}, 1.0, MACHINE))
+    assert {"b": 2, "a": 1} in store.finished
+    assert store.finished.where(b=2) == list(store.finished)
+    assert store.finished.where(b=3) == []
+
+
+def test_line_that_was_cut_off_is_dropped(tmp_path):
+    store = Store(tmp_path, "squares")
+    store.append(line(0))
+    with store.path.open("a") as file:
+        file.write('{"config": {"seed": 1}, "outc')
+    other = Store(tmp_path, "squares")
+    other.refresh()
+    assert {"seed": 1} not in other.finished
+    other.append(line(2))
+    assert seeds(tmp_path) == [0, 2]
+
+
+def test_numbers_keep_six_digits(tmp_path):
+    store = Store(tmp_path, "squares")
+    store.append(line(0, value=[1 / 3, {"large": 123456.789}], count=12345678))
+    assert store.finished[{"seed": 0}].outcome == {"value": [0.333333, {"large": 123457.0}], "count": 12345678}
+
+
+def test_a_run_that_fails_is_named_and_leaves_no_line(tmp_path):
+    def fails(config, sources):
+        return {"value": float("nan") if config["seed"] == 1 else 0.0}
+
+    with pytest.raises(RuntimeError, match=r"the run \{'seed': 1\} failed: Out of range float"):
+        finish(tmp_path, squares(run=fails))
+    assert seeds(tmp_path) == [0]
+
+
+def test_a_run_is_not_repeated(tmp_path):
+    calls = []
+    question = squares(3, run=lambda config, sources: calls.append(config) or {})
+    finish(tmp_path, question)
+    finish(tmp_path, question)
+    assert len(calls) == 3
+
+
+def test_later_runs_may_depend_on_earlier_ones(tmp_path):
+    def plan(finished, scope):
+        best = max((each.outcome["square"] for each in finished if each.config["seed"] < 4), default=None)
+        return [{"seed": seed} for seed in range(4)] + ([] if len(finished) < 4 else [{"seed": best}])
+
+    question = squares()
+    finish(tmp_path, Question(question.title, plan, question.run, question.answer))
+    assert seeds(tmp_path) == [0, 1, 2, 3, 9]
+
+
+def start(folder, question):
+    process = fork.Process(target=partial(finish, folder, question))
+    process.start()
+    return process
+
+
+def test_processes_share_the_runs(tmp_path):
+    processes = [start(tmp_path, squares(20, seconds=0.05)) for _ in range(3)]
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert sorted(seeds(tmp_path)) == list(range(20))
+    store = Store(tmp_path, "squares")
+    store.refresh()
+    assert {each.outcome["process"] for each in store.finished} == {process.pid for process in processes}
+
+
+def test_study_that_is_killed_goes_on_where_it_was(tmp_path):
+    process = start(tmp_path, squares(20, seconds=0.1))
+    while not (tmp_path / "squares.jsonl").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(30)
+    before = seeds(tmp_path)
+    assert 0 < len(before) < 20
+    finish(tmp_path, squares(20))
+    assert seeds(tmp_path)[: len(before)] == before
+    assert sorted(seeds(tmp_path)) == list(range(20))
+
+
+def test_progress_tells_the_time_that_is_left(tmp_path, capsys):
+    finish(tmp_path, squares(2))
+    assert "squares: 1 of 2 runs, 0.0 minutes left" in capsys.readouterr().err
+
+
+def drawn_from(path):
+    """The checksum in a figure."""
+    with Image.open(path) as image:
+        return image.info[report.LINES]
+
+
+def written(folder, template="${squares.runs} runs, the largest ${squares.largest}\n\n${squares.table}\n"):
+    finish(folder, squares(3))
+    return report.page(report.answers({"squares": squares(3)}, folder), template)
+
+
+def test_page_has_the_numbers_and_tables_of_the_runs(tmp_path):
+    table = "| n | square |\n| --- | --- |\n| 0 | 0 |\n| 1 | 1 |\n| 2 | 4 |\n"
+    assert written(tmp_path) == f"3 runs, the largest 4\n\n{table}"
+
+
+def test_page_without_the_lines_of_a_question_fails(tmp_path):
+    with pytest.raises(KeyError, match=r"squares\.smallest"):
+        written(tmp_path, "${squares.smallest}")
+
+
+def test_figures_name_the_lines_that_they_show(tmp_path):
+    finish(tmp_path, squares(3))
+    (answer,) = report.answers({"squares": squares(3)}, tmp_path).values()
+    lines = tmp_path / "squares.jsonl"
+    report.draw(answer, lines, tmp_path)
+    path = tmp_path / "squares-plot.png"
+    assert imread(path).shape[:2] == (240, 1200)
+    before = report.checksum(lines)
+    assert drawn_from(path) == before
+    Store(tmp_path, "squares").append(line(3, square=9))
+    assert report.checksum(lines) != before
+
+
+def test_page_of_the_documentation_agrees_with_the_lines():
+    found = report.answers(load_all(), RESULTS)
+    assert (DOCUMENTATION / report.PAGE).read_text() == report.page(found, report.TEMPLATE.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_of_the_documentation_agree_with_the_lines(name):
+    (answer,) = report.answers({name: load(name)}, RESULTS).values()
+    for figure in answer.figures:
+        path = DOCUMENTATION / report.FIGURES / f"{name}-{figure}.png"
+        assert drawn_from(path) == report.checksum(RESULTS / f"{name}.jsonl")

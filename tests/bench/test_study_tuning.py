@@ -1,0 +1,52 @@
+"""The choice of learning rates."""
+
+import math
+
+import pytest
+
+from bench.studying.question import Finished, Line
+from bench.studying.tuning import LIMIT, grid, search
+
+
+def tuned(optimum, seeds=(100, 101), rates=(0.5, 1.0, 2.0), diverges_from=math.inf):
+    """Search with a score whose best rate is known; the best rate found, and how many runs it took."""
+    finished, asked = Finished(), 0
+
+    def score(outcome):
+        return outcome["score"]
+
+    while True:
+        runs, best = search(finished, {"method": "SGD"}, rates, seeds, score)
+        missing = [run for run in runs if run not in finished]
+        if best is not None:
+            assert not missing
+            return best, asked
+        assert missing
+        for run in missing:
+            asked += 1
+            value = -math.inf if run["lr"] >= diverges_from else -((math.log2(run["lr"] / optimum)) ** 2)
+            # Each seed prefers another rate; only their mean has the optimum.
+            shift = 0.0 if math.isinf(value) else math.log2(run["lr"]) * (run["seed"] - 100.5)
+            finished.add(Line(run, {"score": value + shift}, 0.0, {}))
+
+
+def test_grid_is_geometric():
+    assert grid(0.1, 3) == [0.05, 0.1, 0.2]
+
+
+def test_best_rate_inside_of_the_grid():
+    assert tuned(1.0) == (1.0, 6)
+
+
+@pytest.mark.parametrize(("optimum", "runs"), [(4.0, 10), (16.0, 14), (0.25, 10), (0.5, 8), (2.0, 8)])
+def test_edge_is_never_chosen(optimum, runs):
+    assert tuned(optimum) == (optimum, runs)
+
+
+def test_rates_that_diverge_are_not_chosen():
+    assert tuned(1.0, diverges_from=0.5) == (0.25, 10)
+
+
+def test_search_without_an_end_fails():
+    with pytest.raises(RuntimeError, match=rf"the best of {LIMIT} rates .* is at the edge, for \{{'method': 'SGD'\}}"):
+        tuned(2.0**40)
