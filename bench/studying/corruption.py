@@ -84,6 +84,12 @@ def corrupted(labels: Tensor, kind: str, seed: int) -> tuple[Tensor, Tensor]:
     return corrupt(labels, number, CLASSES, seed)
 
 
+def described(kind: str) -> str:
+    """A corruption in words, such as "40 % of labels wrong (symmetric)"."""
+    name, _, share = kind.partition(" ")
+    return f"{100 * float(share):g} % of labels wrong ({name})" if share else f"{name} labels"
+
+
 def _generator(seed: int) -> np.random.RandomState:
     return np.random.RandomState([seed, STREAM])
 

@@ -34,10 +34,11 @@ def small_mlp(shape: Shape, classes: int) -> nn.Module:
 
 
 def cnn(shape: Shape, classes: int) -> nn.Module:
-    """Two convolutions with group normalisation, and a linear layer."""
+    """Two convolutions with group normalisation, and a linear layer; it halves images larger than 8x8 pixels first."""
     channels, height, width = shape
+    stride = 1 if (height, width) == (8, 8) else 2
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=1),
+        nn.Conv2d(channels, 16, 3, stride, padding=1),
         nn.GroupNorm(4, 16),
         nn.ReLU(),
         nn.MaxPool2d(2),
@@ -46,7 +47,7 @@ def cnn(shape: Shape, classes: int) -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * (height // 4) * (width // 4), classes),
+        nn.Linear(32 * (height // stride // 4) * (width // stride // 4), classes),
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .comparisons import Interval
+
 # Of Okabe and Ito, for all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -15,4 +17,12 @@ def band(axes: Any, x: Sequence[float], values: np.ndarray, colour: str, label: 
     """The mean over seeds of curves (seeds, points), and the band from the smallest to the largest."""
     axes.fill_between(x, values.min(0), values.max(0), facecolor=colour, alpha=0.15, linewidth=0)
     axes.plot(x, values.mean(0), color=colour, linestyle=style, label=label)
+    axes.grid(alpha=0.3)
+
+
+def dots(axes: Any, intervals: Sequence[Interval], places: Sequence[float], colour: str, label: str) -> None:
+    """A dot for each interval, with its ends, at a height of `places`."""
+    middles = [each.mean for each in intervals]
+    ends = [[each.mean - each.low for each in intervals], [each.high - each.mean for each in intervals]]
+    axes.errorbar(middles, places, xerr=ends, color=colour, marker="o", markersize=4, linestyle="none", label=label)
     axes.grid(alpha=0.3)

@@ -93,6 +93,12 @@ class Answer:
     numbers: dict[str, str] = field(default_factory=dict)
 
 
+def slug(*parts: object) -> str:
+    """A name for a number of the page, such as digits.mlp.symmetric_0_4."""
+    words = ("".join(letter if letter.isalnum() else " " for letter in str(part).lower()).split() for part in parts)
+    return ".".join("_".join(each) for each in words)
+
+
 @dataclass(frozen=True)
 class Question:
     """A question of the study.

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from bench.studying.contests.tuning import LIMIT, grid, search
 from bench.studying.question import Finished, Line
-from bench.studying.tuning import LIMIT, grid, search
 
 
 def tuned(optimum, seeds=(100, 101), rates=(0.5, 1.0, 2.0), diverges_from=math.inf):

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..comparisons import Interval
 from .curves import BATCH_SIZES
-from .paths import SHUFFLED, WITH_REPLACEMENT
+from .paths import WITH_REPLACEMENT
 from .shares import Setting
 from .tables import NEGATIVE, POSITIVE
 
+NETWORKS = ("small MLP", "small CNN")
 ALL = BATCH_SIZES[-1]
 
 
 def numbers(settings: Sequence[Setting]) -> dict[str, str]:
-    """Counts and ranges, for noisy SGD of either sampling and for gradient descent, in which a batch has all samples.
+    """Counts and ranges, for networks and for the problems of at most five parameters.
 
-    Settings in which SGD is not farther from the gradient flow than the noise are left out of all but `settings`.
+    Each is for SGD of either sampling, and for gradient descent, in which a batch has all samples. Settings in which
+    SGD is not farther from the gradient flow than the noise are left out of all but `settings`.
     """
     resolved = [each for each in settings if each.resolved]
     found = {"settings": str(len(settings)), "resolved": str(len(resolved))}
-    groups = {
-        "replacement": [each for each in resolved if each.sampling == WITH_REPLACEMENT],
-        "shuffled": [each for each in resolved if each.sampling == SHUFFLED and each.batch_size < ALL],
-        "whole": [each for each in resolved if each.batch_size == ALL],
-    }
+    groups: dict[str, list[Setting]] = {}
+    for each in resolved:
+        kind = "networks" if each.problem in NETWORKS else "few_parameters"
+        sampling = "replacement" if each.sampling == WITH_REPLACEMENT else "shuffled"
+        groups.setdefault(f"{kind}.{sampling if each.batch_size < ALL else 'descent'}", []).append(each)
     for name, group in groups.items():
-        if group:
-            found |= {f"{name}.{number}": text for number, text in of_group(group).items()}
+        found |= {f"{name}.{number}": text for number, text in of_group(group).items()}
     return found
 
 
@@ -49,13 +51,26 @@ def of_group(group: Sequence[Setting]) -> dict[str, str]:
         "constant_positive": [
             each.share_of_fraction(each.best(POSITIVE, "constant c"), "constant c") for each in group
         ],
-        "descent": [each.share("gradient descent") for each in group],
+        "gradient_descent": [each.share("gradient descent") for each in group],
         "modified": [each.share("modified, gradient descent") for each in group],
         "modified_shuffled": [each.share("modified, shuffled SGD") for each in group],
     }
     for name, shares in kinds.items():
-        found |= {f"{name}_share": span(shares), f"{name}_clear": str(sum(share.low > 0 for share in shares))}
-    return found
+        found |= {f"{name}.share": span(shares), f"{name}.clear": str(sum(share.low > 0 for share in shares))}
+    return found | of_seeds(group)
+
+
+def of_seeds(group: Sequence[Setting]) -> dict[str, str]:
+    """In how many single runs a positive c is the best, and the most that it explains there."""
+    runs = [replace(each, lines=[line]) for each in group for line in each.lines]
+    resolved = [each for each in runs if each.resolved]
+    positive = [each for each in resolved if each.best() > 0]
+    most = max((each.share_of_fraction(each.best()).mean for each in positive), default=0.0)
+    return {
+        "runs": str(len(resolved)),
+        "runs.best_positive": str(len(positive)),
+        "runs.largest_positive_share": f"{100 * most:.0f}",
+    }
 
 
 def span(shares: Sequence[Interval]) -> str:

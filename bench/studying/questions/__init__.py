@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..question import Question
 
-NAMES = ("follow", "curvature", "stability")
+NAMES = ("follow", "curvature", "labels", "stability")
 
 
 def load(name: str) -> Question:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+from ..contests.contest import Contest, Entry, grouped
+from ..contests.fits import draw, numbers, table
+from ..contests.tuning import FACTOR, grid
 from ..data import DIGITS, Sources
-from ..fits import Fit, draw, numbers, table
 from ..question import Answer, Config, Finished, Question, Scope
-from ..step_times import step_seconds
+from ..step_times import TIMES, ratios
 from ..training import train
-from ..tuning import FACTOR, grid, search
 
 DATA = (DIGITS, "fashion-mnist")
 BATCH_SIZES = (5, 50, 500)  # from a hundredth of the samples to all of them, the paper's own setting
@@ -35,9 +36,17 @@ METHODS = (
 LONGER = 2  # SGD is also trained with so many times the steps: about the time of the others
 RATES = {0.0: grid(0.4), 0.9: grid(0.05)}
 ADAMW_RATES = grid(0.004)
-SEEDS, TUNING_SEEDS = range(10), (100, 101)
-ROUNDS = 20
-TIMES = "all"  # instead of a method: the run that measures times
+
+
+def final_loss(outcome: dict[str, Any]) -> float:
+    """Over the whole training set, at the end; infinite if the training diverged."""
+    return math.inf if outcome["training_loss"] is None else outcome["training_loss"]
+
+
+CONTEST = Contest(
+    first_rates=lambda base: ADAMW_RATES if base["method"] == "AdamW" else RATES[base["momentum"]],
+    score=lambda outcome: -final_loss(outcome),
+)
 
 
 def settings(scope: Scope) -> Iterator[Config]:
@@ -48,12 +57,13 @@ def settings(scope: Scope) -> Iterator[Config]:
             yield training | {"data": data, "batch_size": size, "momentum": momentum}
 
 
-def methods(setting: Config, quick: bool) -> Iterator[Config]:
-    """All methods in a setting, and longer trainings of SGD."""
-    for method in METHODS[:3] if quick else METHODS:
-        if not (method == "AdamW" and setting["momentum"]):
-            yield setting | {"method": method}
-    yield setting | {"method": "SGD", "steps": LONGER * setting["steps"]}
+def methods(scope: Scope) -> Iterator[Config]:
+    """All methods in all settings, and longer trainings of SGD."""
+    for setting in settings(scope):
+        for method in METHODS[:3] if scope.quick else METHODS:
+            if not (method == "AdamW" and setting["momentum"]):
+                yield setting | {"method": method}
+        yield setting | {"method": "SGD", "steps": LONGER * setting["steps"]}
 
 
 def plan(finished: Finished, scope: Scope) -> list[Config]:
@@ -62,38 +72,24 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
     The times of steps come last, in one run, so that nothing else is running.
     """
     runs: list[Config] = []
-    for setting in settings(scope):
-        for base in methods(setting, scope.quick):
-            searching, lr = tuned(finished, base)
-            runs += searching
-            if lr is not None:
-                runs += at_best_rate(base, lr, scope.quick)
-                runs += limit(finished, base, lr)[0]
+    for base in methods(scope):
+        runs += CONTEST.plan(finished, base, range(2 if scope.quick else 10))
+        lr = CONTEST.search(finished, base)[1]
+        runs += [] if lr is None else limit(finished, base, lr)[0]
     if any(run not in finished for run in runs):
         return runs
     return [*runs, {"method": TIMES, "data": " ".join(scope.data), "quick": scope.quick}]
 
 
-def at_best_rate(base: Config, lr: float, quick: bool) -> list[Config]:
-    """The runs that the answer is about."""
-    return [base | {"lr": lr, "seed": seed} for seed in SEEDS[: 2 if quick else None]]
-
-
-def tuned(finished: Finished, base: Config) -> tuple[list[Config], float | None]:
-    """The runs of the search, and the rate with the smallest training loss once they are finished."""
-    rates = ADAMW_RATES if base["method"] == "AdamW" else RATES[base["momentum"]]
-    return search(finished, base, rates, TUNING_SEEDS, lambda outcome: -final_loss(outcome))
-
-
 def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], float | None]:
     """The runs from the best rate upwards until one does not train, and the largest that does, once they are finished.
 
-    A rate trains if with each tuning seed the loss at the end is below that at the start.
+    A rate trains if with each seed of the search the loss at the end is below that at the start.
     """
     runs: list[Config] = []
     while True:
         larger = FACTOR * lr
-        of_rate = [base | {"lr": larger, "seed": seed} for seed in TUNING_SEEDS]
+        of_rate = [base | {"lr": larger, "seed": seed} for seed in CONTEST.search_seeds]
         runs += of_rate
         if any(run not in finished for run in of_rate):
             return runs, None
@@ -102,60 +98,23 @@ def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], fl
         lr = larger
 
 
-def final_loss(outcome: dict[str, Any]) -> float:
-    """Over the whole training set, at the end; infinite if the training diverged."""
-    return math.inf if outcome["training_loss"] is None else outcome["training_loss"]
-
-
 def run(config: Config, sources: Sources) -> dict[str, Any]:
-    """A training; or, by data, batch size and method, the time of a step in units of that of SGD."""
-    if config["method"] != TIMES:
-        return train(config, sources)
-    scope = Scope(config["quick"], config["data"].split())
-    found: dict[str, Any] = {}
-    for setting in settings(scope):
-        if not setting["momentum"]:
-            times = {
-                base["method"]: step_seconds(base | {"seed": 0}, sources, ROUNDS)["ratio"]
-                for base in methods(setting, scope.quick)
-                if base["steps"] == setting["steps"]
-            }
-            found.setdefault(setting["data"], {})[str(setting["batch_size"])] = times
-    return found
-
-
-def fits(finished: Finished) -> list[Fit]:
-    """What was finished, by setting and method."""
-    quick = all(line.config.get("samples") == QUICK["samples"] for line in finished if "samples" in line.config)
-    (times,) = [line.outcome for line in finished.where(method=TIMES)] or [{}]
-    found = []
-    for setting in settings(Scope(quick, list(times))):
-        for base in methods(setting, quick):
-            _, lr = tuned(finished, base)
-            outcomes = [finished[run].outcome for run in at_best_rate(base, lr, quick)]
-            longer = base["steps"] > setting["steps"]
-            found.append(
-                Fit(
-                    setting["data"],
-                    setting["batch_size"],
-                    setting["momentum"],
-                    f"SGD, {LONGER} x the steps" if longer else base["method"],
-                    lr,
-                    limit(finished, base, lr)[1],
-                    [outcome["training_loss"] for outcome in outcomes],
-                    [100 * outcome["accuracy"] for outcome in outcomes],
-                    times[setting["data"]][str(setting["batch_size"])][base["method"]] * (LONGER if longer else 1),
-                )
-            )
-    return found
+    """A training, or the times of steps."""
+    if config["method"] == TIMES:
+        return ratios(methods(Scope(config["quick"], config["data"].split())), sources)
+    return train(config, sources)
 
 
 def answer(finished: Finished) -> Answer:
     """Losses, rates and times by setting and method."""
-    found = fits(finished)
-    data = dict.fromkeys(fit.data for fit in found)
-    tables = {f"table.{name}": table([fit for fit in found if fit.data == name]) for name in data}
-    return Answer(tables, {"losses": (lambda figure: draw(figure, found), 7.0)}, numbers(found))
+    entries = CONTEST.entries(finished)
+
+    def largest_rate(entry: Entry) -> float | None:
+        base = {name: value for name, value in entry.config.items() if name != "lr"}
+        return limit(finished, base, entry.config["lr"])[1]
+
+    tables = {f"table.{name}": table(group, largest_rate) for (name,), group in grouped(entries, "data").items()}
+    return Answer(tables, {"losses": (lambda figure: draw(figure, entries), 7.0)}, numbers(entries))
 
 
 QUESTION = Question("Does a positive epsilon fit faster, or with larger learning rates?", plan, run, answer)

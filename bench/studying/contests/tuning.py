@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .question import Config, Finished
+from ..question import Config, Finished
 
 FACTOR = 2.0  # from one rate of a grid to the next
 LIMIT = 24  # rates

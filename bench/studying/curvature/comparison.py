@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 
 import rgd_ext
 
-from .data import Samples
+from ..data import Samples
 
+POINTS = (0, 20, 60, 200, 600)  # steps of a training after which D and H are compared
 LARGEST = 10  # eigenvalues of each
 SHARED = 9  # leading eigenvectors whose spans are compared: one less than there are classes
 Product = Callable[[Tensor], Tensor]

@@ -1,0 +1,1 @@
+"""Methods beside each other, each at the learning rate that suits it best."""

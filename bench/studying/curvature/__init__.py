@@ -1,0 +1,1 @@
+"""How D and the Hessian compare along trainings."""
