@@ -11,8 +11,8 @@ import torch
 
 from ..measuring.timing import Clock, host_clock, interleave, ratio
 from .data import Sources
+from .data.task import task_of
 from .question import Config
-from .task import task_of
 from .training import batches_of, initial_model, method_of
 
 CALLS = 5  # steps by one reading of the clock

@@ -27,12 +27,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .data import Samples, Sources
-from .formats import CLASSES
+from .data.formats import CLASSES
+from .data.task import Task, seeds_of, task_of
 from .methods import METHODS, Method, Step
 from .models import build
 from .question import Config
 from .scores import accuracy, scores
-from .task import Task, seeds_of, task_of
 
 POINTS = 10  # of the curves; fewer if there are fewer steps
 

@@ -14,7 +14,7 @@ from bench.study import DOCUMENTATION, RESULTS
 from bench.studying import report
 from bench.studying.data import Sources
 from bench.studying.question import Answer, Line, Question, Scope, Table
-from bench.studying.questions import NAMES, load, load_all
+from bench.studying.questions import load_all
 from bench.studying.runner import work
 from bench.studying.store import Store
 
@@ -195,9 +195,10 @@ def test_page_of_the_documentation_agrees_with_the_lines():
     assert (DOCUMENTATION / report.PAGE).read_text() == report.page(found, report.TEMPLATE.read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_of_the_documentation_agree_with_the_lines(name):
-    (answer,) = report.answers({name: load(name)}, RESULTS).values()
-    for figure in answer.figures:
-        path = DOCUMENTATION / report.FIGURES / f"{name}-{figure}.png"
-        assert drawn_from(path) == report.checksum(RESULTS / f"{name}.jsonl")
+def test_figures_of_the_documentation_agree_with_the_lines():
+    found = report.answers(load_all(), RESULTS)
+    assert found
+    for name, answer in found.items():
+        for figure in answer.figures:
+            path = DOCUMENTATION / report.FIGURES / f"{name}-{figure}.png"
+            assert drawn_from(path) == report.checksum(RESULTS / f"{name}.jsonl")

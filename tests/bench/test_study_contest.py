@@ -37,6 +37,13 @@ def test_runs_that_count_follow_the_search_at_its_best_rate():
     assert entry.relative_time(steps=5) == 3.0
 
 
+def test_method_whose_seeds_are_not_all_finished_is_left_out():
+    finished = Finished()
+    finish(finished, [BASE | {"lr": 1.0, "seed": seed} for seed in range(3)], lambda _: {"score": 1})
+    finish(finished, [BASE | {"lr": 1.0, "method": "AdamW", "seed": seed} for seed in range(2)], lambda _: {"score": 1})
+    assert [entry.config["method"] for entry in CONTEST.entries(finished)] == ["SGD"]
+
+
 def entry(losses=(0.5, 0.5), accuracies=(0.5, 0.5), **changes):
     outcomes = [{"training_loss": a, "accuracy": b} for a, b in zip(losses, accuracies, strict=True)]
     return Entry(BASE | {"lr": 0.1, "labels": "clean"} | changes, outcomes, 2.0)
@@ -54,6 +61,10 @@ def test_baseline_comes_first_and_others_are_named_by_what_differs():
     (group,) = grouped(ENTRIES, "data").values()
     assert list(named(group)) == ["SGD", "SGD, no momentum", "Spectral(0.5)", "SGD, 2 x the steps"]
     assert named(group)["SGD"] is ENTRIES[-1]
+
+
+def test_group_without_a_baseline_is_left_out():
+    assert grouped([entry(method="AdamW", data="mnist"), *ENTRIES], "data").keys() == {("digits",)}
 
 
 def test_losses_are_compared_by_the_geometric_means_of_their_ratios():

@@ -12,11 +12,11 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from bench.studying import formats
-from bench.studying.corruption import corrupted, imbalanced, pairwise, symmetric
-from bench.studying.data import Sources, stratified_order
+from bench.studying.data import Sources, formats
+from bench.studying.data.corruption import corrupted, imbalanced, pairwise, symmetric
+from bench.studying.data.published import DataSet
+from bench.studying.data.sources import stratified_order
 from bench.studying.models import MODELS, build
-from bench.studying.published import DataSet
 
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

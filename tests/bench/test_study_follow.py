@@ -111,6 +111,12 @@ def test_flows_of_eq_10_are_those_of_geometry(regression):
     assert (found.gradient - found.constant[-0.4])[4].norm() > 1e-3
 
 
+def test_a_flow_of_twice_the_speed_is_at_each_time_where_the_gradient_flow_is_at_twice_the_time(regression):
+    found = curves.relatives(regression)
+    assert torch.allclose(found.slowed[2.0][:10], found.gradient[1::2], rtol=0, atol=1e-5)
+    assert (found.slowed[0.9] - found.gradient)[4].norm() > 1e-3
+
+
 def test_a_flow_stops_where_its_constant_epsilon_leaves_eq_6():
     # g_i = a_i (x - 1) + x, so that D = var(a) (x - 1)^2 grows 36-fold on the way from 1.1 to the minimum at 0.4.
     a = torch.tensor([0.2, 1.0], dtype=torch.float64) / 0.9
@@ -119,14 +125,14 @@ def test_a_flow_stops_where_its_constant_epsilon_leaves_eq_6():
     fractions = torch.tensor([0.02, 0.05, -0.05, 0.5], dtype=torch.float64)
     constant = torch.tensor([True, True, True, False])
 
-    velocity = Relativistic(problem, fractions, constant)
+    velocity = Relativistic(problem, fractions, constant, torch.ones(4))
     assert not velocity(start.expand(4, 1)).eq(0).any()
     assert not velocity.stopped.any()
     velocity(minimum)
     assert velocity.stopped.tolist() == [False, True, True, False]
     assert velocity(start.expand(4, 1)).eq(0).flatten().tolist() == [False, True, True, False]
 
-    velocity = Relativistic(problem, fractions, constant)
+    velocity = Relativistic(problem, fractions, constant, torch.ones(4))
     flows = integrate(velocity, start, 4, torch.tensor([1.0, 20.0], dtype=torch.float64))
     assert velocity.stopped[[0, 2, 3]].tolist() == [False, True, False]
     assert torch.allclose(flows[[0, 3], -1], minimum[:2], atol=1e-3)

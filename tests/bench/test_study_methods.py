@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 import rgd_ext
 from bench.studying import step_times, training
 from bench.studying.data import Samples, Split
+from bench.studying.data.task import seeds_of, task_of
 from bench.studying.methods import METHODS, Method, Step
 from bench.studying.scores import scores
-from bench.studying.task import seeds_of, task_of
 from bench.studying.training import train
 
 CLASSES, COUNTS = 4, torch.tensor([10, 2, 5, 0])  # of the last class there are no training samples

@@ -38,14 +38,22 @@ class Contest:
         return searching + ([] if lr is None else [base | {"lr": lr, "seed": seed} for seed in seeds])
 
     def entries(self, finished: Finished) -> list[Entry]:
-        """All methods whose runs that count are finished, in the order of the lines."""
+        """All methods whose runs that count are finished, in the order of the lines.
+
+        Those of which some seeds are still missing are left out.
+        """
         counted: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
         for line in finished:
             if line.config["method"] != TIMES and line.config["seed"] not in self.search_seeds:
                 without_seed = tuple((name, value) for name, value in line.config.items() if name != "seed")
                 counted.setdefault(without_seed, []).append(line.outcome)
+        seeds = max(map(len, counted.values()), default=0)
         times = {name: ratio for line in finished.where(method=TIMES) for name, ratio in line.outcome.items()}
-        return [Entry(dict(config), outcomes, times.get(key(dict(config)))) for config, outcomes in counted.items()]
+        return [
+            Entry(dict(config), outcomes, times.get(key(dict(config))))
+            for config, outcomes in counted.items()
+            if len(outcomes) == seeds
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +80,24 @@ class Entry:
 
 
 def grouped(entries: Iterable[Entry], *by: str) -> dict[tuple[Any, ...], list[Entry]]:
-    """The entries by what their configurations have under these names; in each group the baseline, SGD, comes first."""
+    """The entries by what their configurations have under these names; in each group the baseline, SGD, comes first.
+
+    Groups without it are left out.
+    """
     order = list(METHODS)
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault(tuple(entry.config[name] for name in by), []).append(entry)
     for group in groups.values():
         group.sort(
-            key=lambda entry: (entry.config["steps"], order.index(entry.config["method"]), -entry.config["momentum"])
+            key=lambda each: (each.config["steps"], order.index(each.config["method"]), -each.config["momentum"])
         )
-    return groups
+    return {key: group for key, group in groups.items() if group[0].config["method"] == order[0]}
+
+
+def _rank(config: Config, order: Sequence[str]) -> tuple[int, int, float]:
+    """SGD with the fewest steps and the largest momentum comes first."""
+    return config["steps"], order.index(config["method"]), -config["momentum"]
 
 
 def named(group: Sequence[Entry]) -> dict[str, Entry]:

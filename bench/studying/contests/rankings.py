@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from ..comparisons import Comparison, Interval, against
-from ..corruption import described
+from ..data.corruption import described
 from ..plotting import COLOURS, dots
 from ..question import Table, slug
 from .contest import Entry, grouped, named

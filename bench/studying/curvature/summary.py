@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..comparisons import Interval, mean
-from ..corruption import described
+from ..data.corruption import described
 from ..plotting import COLOURS, band
 from ..question import Finished, Line, Table, slug
 from .comparison import POINTS, SHARED

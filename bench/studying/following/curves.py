@@ -17,6 +17,8 @@ from .problems import Problem
 # c of the flows with eps = +-c / lambda_max(D).
 MAGNITUDES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 FRACTIONS = (*(-c for c in reversed(MAGNITUDES)), *MAGNITUDES)
+# Speeds of the gradient flow, a control: a positive c, too, makes the flow along g slower.
+SPEEDS = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0)
 # Learning rates times lambda_max(H(x0)), and batch sizes, for which there are modified flows.
 RATES = (0.1, 0.25, 1.0)
 BATCH_SIZES = (2, 8, 32, 64)
@@ -45,12 +47,14 @@ class Relatives:
 
     Attributes:
         gradient: dx/dt = -g.
+        slowed: dx/dt = -s g, by the speed s; those above 1 are faster.
         spectral: with eps = c / lambda_max(D(x)), by c.
         constant: with eps = c / lambda_max(D(x0)), by c; None where it left the bounds of eq. (6).
         largest_eigenvalue: lambda_max(D(x0)).
     """
 
     gradient: Tensor
+    slowed: dict[float, Tensor]
     spectral: dict[float, Tensor]
     constant: dict[float, Tensor | None]
     largest_eigenvalue: float
@@ -59,13 +63,14 @@ class Relatives:
 @lru_cache(maxsize=2)
 def relatives(problem: Problem) -> Relatives:
     count = len(FRACTIONS)
-    fractions = torch.tensor((0.0, *FRACTIONS, *FRACTIONS), dtype=torch.float64)
-    velocity = Relativistic(problem, fractions, torch.arange(len(fractions)) > count)
+    fractions = torch.tensor((*(0.0,) * (1 + len(SPEEDS)), *FRACTIONS, *FRACTIONS), dtype=torch.float64)
+    speeds = torch.tensor((1.0, *SPEEDS, *(1.0,) * (2 * count)), dtype=torch.float64)
+    velocity = Relativistic(problem, fractions, torch.arange(len(fractions)) >= len(fractions) - count, speeds)
     gradient, *rest = integrate(velocity, problem.x0, len(fractions), times(problem))
-    constant = [
-        None if stopped else curve for curve, stopped in zip(rest[count:], velocity.stopped[count + 1 :], strict=True)
-    ]
-    return Relatives(gradient, by_fraction(rest[:count]), by_fraction(constant), velocity.largest_at_start.item())
+    slowed, spectral, constant = rest[: len(SPEEDS)], rest[len(SPEEDS) : -count], rest[-count:]
+    inside = [None if stopped else curve for curve, stopped in zip(constant, velocity.stopped[-count:], strict=True)]
+    by_speed = dict(zip(SPEEDS, slowed, strict=True))
+    return Relatives(gradient, by_speed, by_fraction(spectral), by_fraction(inside), velocity.largest_at_start.item())
 
 
 def by_fraction(curves: Iterable[Tensor | None]) -> dict[float, Tensor | None]:

@@ -58,7 +58,7 @@ def largest_eigenvalue(centred: Tensor) -> Tensor:
 
 
 class Relativistic:
-    """The velocities -(I - eps D) g of eq. (10), with another epsilon in each flow.
+    """The velocities -s (I - eps D) g of eq. (10), with another epsilon and another speed s in each flow.
 
     A flow stops where |eps| lambda_max(D(x)) reaches 1, as I - eps D or the metric I + eps D is singular there.
 
@@ -66,13 +66,14 @@ class Relativistic:
         problem: whose D and g are meant.
         fractions: c of the flows, (flows,).
         constant: whether eps is c / lambda_max(D(x0)) all along, or c / lambda_max(D(x)); (flows,).
+        speeds: s of the flows, (flows,).
 
     Attributes:
         stopped: which flows left the bounds of eq. (6) so far, (flows,).
     """
 
-    def __init__(self, problem: Problem, fractions: Tensor, constant: Tensor) -> None:
-        self.problem, self.fractions, self.constant = problem, fractions, constant
+    def __init__(self, problem: Problem, fractions: Tensor, constant: Tensor, speeds: Tensor) -> None:
+        self.problem, self.fractions, self.constant, self.speeds = problem, fractions, constant, speeds
         self.largest_at_start = largest_eigenvalue(centred_gradients(problem, problem.x0[None])[1])
         self.stopped = torch.zeros(len(fractions), dtype=torch.bool)
 
@@ -82,7 +83,7 @@ class Relativistic:
         epsilon = self.fractions / torch.where(self.constant, self.largest_at_start, largest)
         self.stopped |= (epsilon * largest).abs() >= 1
         change = (centred.mT @ (centred @ g[..., None]))[..., 0] / self.problem.size  # D g
-        return torch.where(self.stopped[:, None], 0.0, epsilon[:, None] * change - g)
+        return self.speeds[:, None] * torch.where(self.stopped[:, None], 0.0, epsilon[:, None] * change - g)
 
 
 def modified(problem: Problem, lr: Tensor, share: Tensor) -> Rate:

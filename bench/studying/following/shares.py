@@ -10,7 +10,7 @@ from scipy.stats import bootstrap
 
 from ..comparisons import CONFIDENCE, Interval
 from ..question import Finished, Line
-from .curves import FRACTIONS
+from .curves import FRACTIONS, SPEEDS
 
 # The interval of a share by 2,000 resamples is stable to about a percentage point.
 RESAMPLES = 2000
@@ -56,6 +56,11 @@ class Setting:
         found |= {c: self.squared(f"{kind} {c:+g}").mean() for c in fractions}
         return min(found, key=lambda c: np.inf if np.isnan(found[c]) else found[c])
 
+    def best_speed(self) -> float:
+        """The speed of the gradient flow with the smallest mean squared distance, chosen on the same runs."""
+        found = {1.0: self.squared(GRADIENT_FLOW).mean()} | {s: self.squared(f"speed {s:g}").mean() for s in SPEEDS}
+        return min(found, key=lambda speed: found[speed])
+
     def share(self, curve: str) -> Interval:
         """1 - distance / distance of the gradient flow, with distances as above. Its interval is over the seeds."""
         squares = self.squared(curve), self.squared(GRADIENT_FLOW)
@@ -77,6 +82,10 @@ class Setting:
     def share_of_fraction(self, c: float, kind: str = "c") -> Interval:
         """As `share`, of the flow with eps = c / lambda_max(D); c = 0 is the gradient flow."""
         return self.share(f"{kind} {c:+g}" if c else GRADIENT_FLOW)
+
+    def share_of_speed(self, speed: float) -> Interval:
+        """As `share`, of the gradient flow at that speed."""
+        return self.share(GRADIENT_FLOW if speed == 1 else f"speed {speed:g}")
 
 
 def explained(squared: np.ndarray, of_gradient_flow: np.ndarray, axis: int = -1) -> np.ndarray:

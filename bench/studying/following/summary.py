@@ -41,9 +41,10 @@ def of_group(group: Sequence[Setting]) -> dict[str, str]:
     chosen = [each.best() for each in group]
     found = {
         "count": str(len(group)),
-        "best": f"{min(chosen):+g} to {max(chosen):+g}",
+        "best": " to ".join(f"{c:+g}" if c else "0" for c in (min(chosen), max(chosen))),
         "best_negative": str(sum(c < 0 for c in chosen)),
         "best_positive": str(sum(c > 0 for c in chosen)),
+        "positive_beats_speed": str(sum(positive_beats_speed(each) for each in group)),
     }
     kinds = {
         "negative": [each.share_of_fraction(each.best(NEGATIVE)) for each in group],
@@ -51,6 +52,7 @@ def of_group(group: Sequence[Setting]) -> dict[str, str]:
         "constant_positive": [
             each.share_of_fraction(each.best(POSITIVE, "constant c"), "constant c") for each in group
         ],
+        "speed": [each.share_of_speed(each.best_speed()) for each in group],
         "gradient_descent": [each.share("gradient descent") for each in group],
         "modified": [each.share("modified, gradient descent") for each in group],
         "modified_shuffled": [each.share("modified, shuffled SGD") for each in group],
@@ -58,6 +60,12 @@ def of_group(group: Sequence[Setting]) -> dict[str, str]:
     for name, shares in kinds.items():
         found |= {f"{name}.share": span(shares), f"{name}.clear": str(sum(share.low > 0 for share in shares))}
     return found | of_seeds(group)
+
+
+def positive_beats_speed(setting: Setting) -> bool:
+    """Whether the best positive c explains more than the gradient flow at its best speed."""
+    positive, speed = setting.share_of_fraction(setting.best(POSITIVE)), setting.share_of_speed(setting.best_speed())
+    return positive.mean > speed.mean
 
 
 def of_seeds(group: Sequence[Setting]) -> dict[str, str]:

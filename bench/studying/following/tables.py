@@ -33,6 +33,12 @@ def best(setting: Setting, among: Sequence[float] = FRACTIONS) -> str:
     return f"{c:+g}{end}: {percent(setting.share_of_fraction(c))}" if c else "none"
 
 
+def best_speed(setting: Setting) -> str:
+    """The best speed of the gradient flow, and what it explains."""
+    speed = setting.best_speed()
+    return f"{speed:g}: {percent(setting.share_of_speed(speed))}" if speed != 1 else "1"
+
+
 def shares(setting: Setting) -> list[str]:
     """What the curves without a c explain."""
     return [percent(setting.share(curve)) for curve in CURVES]
@@ -55,8 +61,9 @@ def flows(settings: Sequence[Setting]) -> Table:
     for setting in settings:
         if setting.sampling == WITH_REPLACEMENT and setting.batch_size == MIDDLE:
             signs = [_cell(setting, lambda each, among=among: best(each, among)) for among in (NEGATIVE, POSITIVE)]
-            rows.append([setting.problem, f"{setting.lr:g}", _distance(setting), *_shares(setting), *signs])
-    return Table(("problem", "rate", "distance", *CURVES.values(), "best c < 0", "best c > 0"), rows)
+            speed = _cell(setting, best_speed)
+            rows.append([setting.problem, f"{setting.lr:g}", _distance(setting), *_shares(setting), *signs, speed])
+    return Table(("problem", "rate", "distance", *CURVES.values(), "best c < 0", "best c > 0", "best speed"), rows)
 
 
 def shuffled(settings: Sequence[Setting]) -> Table:

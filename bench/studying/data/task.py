@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..question import Config
 from .corruption import corrupted
-from .data import Samples, Sources
 from .formats import CLASSES
-from .question import Config
+from .sources import Samples, Sources
 
 
 class Seeds(NamedTuple):
