@@ -16,8 +16,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from .measuring.report import show
 from .studying import report
 from .studying.data import Sources
@@ -44,10 +42,11 @@ def add(commands) -> None:
 
 def run(question: str | None, quick: bool, data: Sequence[Path], results: Path | None) -> list[str]:
     """Run a question or all, and print their tables; or write the report."""
+    if question == REPORT and (quick or data):
+        sys.exit("report is made of the lines that are there: leave out --quick and --data")
     if question == REPORT:
         print(report.write(load_all(), results or RESULTS, DOCUMENTATION))
         return []
-    torch.set_num_threads(1)  # the tensors are too small for a second one; other processes may use it
     try:
         sources = Sources(data)
     except ValueError as problem:
@@ -67,5 +66,5 @@ def run(question: str | None, quick: bool, data: Sequence[Path], results: Path |
 def _print(name: str, question: Question, folder: Path) -> None:
     """The tables of a question."""
     for answer in report.answers({name: question}, folder).values():
-        for table in answer.tables.values():
-            show(table.header, [list(map(list, table.rows))], question.title)
+        for about, table in answer.tables.items():
+            show(table.header, [list(map(list, table.rows))], f"{question.title} ({about})")

@@ -10,11 +10,6 @@ from torch import nn
 Shape = tuple[int, int, int]  # of an image: channels, height, width
 
 
-def linear(shape: Shape, classes: int) -> nn.Module:
-    """Multinomial logistic regression."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(prod(shape), classes))
-
-
 def mlp(shape: Shape, classes: int) -> nn.Module:
     """Two hidden layers, of 64 units for images of 8x8 pixels and of 128 for larger ones."""
     width = 64 if shape[1:] == (8, 8) else 128
@@ -67,7 +62,6 @@ def small_cnn(shape: Shape, classes: int) -> nn.Module:
 
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
-    "linear": linear,
     "MLP": mlp,
     "small MLP": small_mlp,
     "CNN": cnn,

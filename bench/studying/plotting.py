@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .comparisons import Interval
+from .inference import Interval
 
 # Of Okabe and Ito, for all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

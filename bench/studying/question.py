@@ -109,9 +109,11 @@ class Question:
             all that it names are finished, so that later ones may depend on earlier ones.
         run: the outcome of one configuration, which is all that it depends on.
         answer: tables, figures and numbers of the finished runs.
+        alone: whether no run of another process, of whatever question, may be going on during one of these.
     """
 
     title: str
     plan: Callable[[Finished, Scope], list[Config]]
     run: Callable[[Config, Sources], dict[str, Any]]
     answer: Callable[[Finished], Answer]
+    alone: bool = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from rgd_ext.progress import progress_bars
 
 from ..measuring.environment import machine
@@ -20,9 +22,10 @@ def work(question: Question, store: Store, scope: Scope, sources: Sources) -> No
     Raises:
         RuntimeError: if a run fails; the message has its configuration.
     """
+    worker = Worker(question, store, sources)
     with Progress(store.path.stem) as progress:
         while pending := _pending(question, store, scope, progress):
-            ran = [_finish(question, store, config, sources, progress) for config in pending]
+            ran = [worker.finish(config, progress) for config in pending]
             if not any(ran):
                 time.sleep(WAIT)
 
@@ -35,18 +38,26 @@ def _pending(question: Question, store: Store, scope: Scope, progress: Progress)
     return [config for config in planned if config not in store.finished]
 
 
-def _finish(question: Question, store: Store, config: Config, sources: Sources, progress: Progress) -> bool:
-    """Run a configuration and write its line, unless another process does; whether this one did."""
-    with store.claim(config) as free:
-        if free:
-            start = time.perf_counter()
-            try:
-                outcome = question.run(config, sources)
-                store.append(Line(config, outcome, time.perf_counter() - start, machine()))
-            except Exception as error:
-                raise RuntimeError(f"the run {config} failed: {error}") from error
-            progress.advance(store.finished)
-    return free
+class Worker:
+    """A process that runs configurations of a question."""
+
+    def __init__(self, question: Question, store: Store, sources: Sources) -> None:
+        torch.set_num_threads(1)  # the tensors are too small for a second one, which other processes may use
+        self._question, self._store, self._sources = question, store, sources
+        self._machine = machine()  # with the commit of the code that is loaded now
+
+    def finish(self, config: Config, progress: Progress) -> bool:
+        """Run a configuration and write its line, unless another process does; whether this one did."""
+        with self._store.claim(config, self._question.alone) as free:
+            if free:
+                start = time.perf_counter()
+                try:
+                    outcome = self._question.run(config, self._sources)
+                    self._store.append(Line(config, outcome, time.perf_counter() - start, self._machine))
+                except Exception as error:
+                    raise RuntimeError(f"the run {config} failed: {error}") from error
+                progress.advance(self._store.finished)
+        return free
 
 
 class Progress:

@@ -14,14 +14,15 @@ CHUNK = 1000  # samples of a forward, so that memory does not grow with the set
 
 
 def scores(model: nn.Module, samples: Samples) -> dict[str, float | None]:
-    """The accuracy, the mean over classes of the accuracy on each, and the mean cross entropy, None if not finite."""
+    """The accuracy, the mean and the least of those on the classes, and the mean cross entropy, None if not finite."""
     outputs = outputs_of(model, samples)
     correct = (outputs.argmax(1) == samples.labels).double()
     by_class = [correct[samples.labels == label].mean() for label in samples.labels.unique()]
-    loss = cross_entropy(outputs, samples.labels).item()
+    loss = cross_entropy(outputs.double(), samples.labels).item()
     return {
         "accuracy": correct.mean().item(),
         "balanced_accuracy": torch.stack(by_class).mean().item(),
+        "worst_accuracy": torch.stack(by_class).min().item(),
         "loss": loss if math.isfinite(loss) else None,
     }
 

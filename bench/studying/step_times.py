@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from ..measuring.timing import Clock, host_clock, interleave, ratio
 from .data import Sources
-from .data.task import task_of
 from .question import Config
+from .task import task_of
 from .training import batches_of, initial_model, method_of
 
 CALLS = 5  # steps by one reading of the clock
-ROUNDS = 20
-TIMES = "all, to measure times"  # instead of a method
-
-
-def key(config: Config) -> str:
-    """What the time of a step depends on."""
-    return ", ".join(str(config[name]) for name in ("data", "model", "batch_size", "method"))
-
-
-def ratios(configs: Iterable[Config], sources: Sources) -> dict[str, float]:
-    """The time of a step in units of that of SGD, for all of the configurations that differ in what it depends on."""
-    different = {key(config): config | {"seed": 0} for config in configs}
-    return {name: step_seconds(config, sources, ROUNDS)["ratio"] for name, config in different.items()}
 
 
 def step_seconds(config: Config, sources: Sources, rounds: int) -> dict[str, Any]:
@@ -40,7 +24,6 @@ def step_seconds(config: Config, sources: Sources, rounds: int) -> dict[str, Any
         seconds, sgd_seconds: medians.
         ratio: the median of the ratios of a round, with its quartiles `ratio_low` and `ratio_high`.
     """
-    torch.set_num_threads(1)
     with ExitStack() as stack:
         clocks = {
             name: _clock(config | {"method": method, "steps": 1}, sources, stack)

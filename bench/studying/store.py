@@ -28,7 +28,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{question}.jsonl"
         self.finished = Finished()
-        self._claims = folder / f"{question}.lock"
+        self._claims, self._running = folder / f"{question}.lock", folder / "running.lock"
         self._read_to = 0
 
     def refresh(self) -> None:
@@ -56,19 +56,21 @@ class Store:
         self.refresh()
 
     @contextmanager
-    def claim(self, config: Config) -> Iterator[bool]:
+    def claim(self, config: Config, alone: bool = False) -> Iterator[bool]:
         """Whether this process may run the configuration: not if another one is running it, or has finished it.
 
-        The system ends the claim of a process that is killed.
+        If `alone`, wait until no process runs anything, of any question in the folder, and let none start. The system
+        ends the claim of a process that is killed.
         """
         # A byte of the file for each configuration: locks need not be within the file, which stays empty.
         place = int.from_bytes(hashlib.sha256(key_of(config).encode()).digest()[:7], "big")
-        with self._claims.open("ab") as file:
+        with self._claims.open("ab") as file, self._running.open("ab") as running:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             except OSError:
                 yield False
                 return
+            fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             self.refresh()
             yield config not in self.finished
 

@@ -28,13 +28,14 @@ from torch.nn.functional import cross_entropy
 
 from .data import Samples, Sources
 from .data.formats import CLASSES
-from .data.task import Task, seeds_of, task_of
 from .methods import METHODS, Method, Step
 from .models import build
 from .question import Config
 from .scores import accuracy, scores
+from .task import Task, seeds_of, task_of
 
 POINTS = 10  # of the curves; fewer if there are fewer steps
+CURVE_SAMPLES = 1000  # all of them, ten times, would take as long as the training
 
 
 def train(config: Config, sources: Sources) -> dict[str, Any]:
@@ -44,16 +45,15 @@ def train(config: Config, sources: Sources) -> dict[str, Any]:
 
     Returns:
         training_losses: the mean cross entropy of the part's batches before their steps, whatever is minimised.
-        accuracies: after each part, on the samples to evaluate.
-        accuracy, balanced_accuracy, loss: of these at the end, with balanced_accuracy the mean over classes of the
-            accuracy on each.
+        accuracies: after each part, on the first `CURVE_SAMPLES` of the samples to evaluate.
+        accuracy, balanced_accuracy, worst_accuracy, loss: of these at the end; balanced_accuracy is the mean, and
+            worst_accuracy the least, of the accuracies on the classes.
         training_accuracy, training_loss: at the end, on the labels that were given, and initial_loss the one before.
         diverged: whether the weights or the loss are not finite any more. The curves end with that part.
 
     Raises:
         ValueError: for an unknown name, or a batch larger than the training set.
     """
-    torch.set_num_threads(1)  # the tensors are too small for a second one
     task = task_of(config, sources)
     model = initial_model(config, task)
     before = scores(model, task.train)
@@ -104,11 +104,13 @@ def _curves(config: Config, task: Task, model: nn.Module, step: Step) -> dict[st
     losses: list[float | None] = []
     accuracies: list[float | None] = []
     batches, steps = batches_of(config, task.train), config["steps"]
+    few = task.evaluation[torch.arange(min(CURVE_SAMPLES, len(task.evaluation)))]
     ends = {round(steps * part / POINTS) for part in range(POINTS + 1)}
     for start, end in pairwise(sorted(ends)):
         rates = [config["lr"] * (1 + math.cos(math.pi * number / steps)) / 2 for number in range(start, end)]
+        # The rates come first: zip stops at their end without taking another batch.
         losses.append(_part(step, zip(rates, batches, strict=False)))
-        accuracies.append(accuracy(model, task.evaluation))
+        accuracies.append(accuracy(model, few))
         if losses[-1] is None:
             break
     return {"training_losses": losses, "accuracies": accuracies}

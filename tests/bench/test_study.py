@@ -10,6 +10,8 @@ import pytest
 from matplotlib.image import imread
 from PIL import Image
 
+from bench import study
+from bench.__main__ import main
 from bench.study import DOCUMENTATION, RESULTS
 from bench.studying import report
 from bench.studying.data import Sources
@@ -36,7 +38,9 @@ def squares(count=20, seconds=0.0, run=None):
 
     def answer(finished):
         rows = [[str(each.config["seed"]), str(each.outcome["square"])] for each in finished]
-        return Answer({"table": Table(("n", "square"), rows)}, {"plot": (draw, 2.0)}, {"largest": rows[-1][1]})
+        return Answer(
+            {"table": Table(("n of squares", "square"), rows)}, {"plot": (draw, 2.0)}, {"largest": rows[-1][1]}
+        )
 
     def draw(figure):
         figure.subplots().plot([0, 1])
@@ -168,7 +172,7 @@ def written(folder, template="${squares.runs} runs, the largest ${squares.larges
 
 
 def test_page_has_the_numbers_and_tables_of_the_runs(tmp_path):
-    table = "| n | square |\n| --- | --- |\n| 0 | 0 |\n| 1 | 1 |\n| 2 | 4 |\n"
+    table = "| n of squares | square |\n| --- | --- |\n| 0 | 0 |\n| 1 | 1 |\n| 2 | 4 |\n"
     assert written(tmp_path) == f"3 runs, the largest 4\n\n{table}"
 
 
@@ -202,3 +206,57 @@ def test_figures_of_the_documentation_agree_with_the_lines():
         for figure in answer.figures:
             path = DOCUMENTATION / report.FIGURES / f"{name}-{figure}.png"
             assert drawn_from(path) == report.checksum(RESULTS / f"{name}.jsonl")
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs `python -m bench study ARGUMENTS` with one question, in folders of its own."""
+    monkeypatch.setattr(study, "NAMES", ("squares",))
+    monkeypatch.setattr(study, "load", lambda name: squares(3))
+    monkeypatch.setattr(study, "load_all", lambda: {"squares": squares(3)})
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "DOCUMENTATION", tmp_path)
+    (tmp_path / "template.md").write_text("${squares.largest}\n")
+    monkeypatch.setattr(report, "TEMPLATE", tmp_path / "template.md")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["bench", "study", *arguments])
+        main()
+
+    return run
+
+
+def test_command_runs_the_questions_and_prints_their_tables(command, tmp_path, capsys):
+    command("squares")
+    assert sorted(seeds(tmp_path / "results")) == [0, 1, 2]
+    assert "n of squares" in capsys.readouterr().out
+
+
+def test_quick_lines_are_not_kept(command, tmp_path, capsys):
+    command("--quick")
+    assert "n of squares" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+def test_report_writes_the_page_and_its_figures(command, tmp_path, capsys):
+    command()
+    command("report")
+    assert (tmp_path / "study.md").read_text() == "4\n"
+    assert drawn_from(tmp_path / "study" / "squares-plot.png") == report.checksum(
+        tmp_path / "results" / "squares.jsonl"
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "study.md")
+
+
+def test_folder_without_data_is_named(command, tmp_path):
+    with pytest.raises(SystemExit, match=f"--data: .*{tmp_path}"):
+        command("--data", str(tmp_path))
+
+
+def test_interrupted_study_says_how_to_go_on(command, monkeypatch, tmp_path):
+    def interrupted(config, sources):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "load", lambda name: squares(3, run=interrupted))
+    with pytest.raises(SystemExit, match=rf"interrupted: finished runs are in {tmp_path}.*the same command goes on"):
+        command()

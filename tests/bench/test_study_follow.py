@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import combinations, islice
 
 import numpy as np
@@ -15,7 +16,8 @@ from bench.studying.following import curves
 from bench.studying.following.flows import Relativistic, integrate, modified
 from bench.studying.following.paths import SHUFFLED, WITH_REPLACEMENT, Average, average, noise, shuffled
 from bench.studying.following.problems import CHANNELS, Problem, Random, least_squares, quadratic, small_cnn
-from bench.studying.following.shares import Setting, settings
+from bench.studying.following.shares import Setting, fractions, settings
+from bench.studying.inference import Interval
 from bench.studying.question import Finished, Line, Scope
 from bench.studying.questions import follow
 from rgd_ext.geometry import gradient_flow, rgd_flow, sgd_paths
@@ -113,8 +115,8 @@ def test_flows_of_eq_10_are_those_of_geometry(regression):
 
 def test_a_flow_of_twice_the_speed_is_at_each_time_where_the_gradient_flow_is_at_twice_the_time(regression):
     found = curves.relatives(regression)
-    assert torch.allclose(found.slowed[2.0][:10], found.gradient[1::2], rtol=0, atol=1e-5)
-    assert (found.slowed[0.9] - found.gradient)[4].norm() > 1e-3
+    assert torch.allclose(found.rescaled[2.0][:10], found.gradient[1::2], rtol=0, atol=1e-5)
+    assert (found.rescaled[0.9] - found.gradient)[4].norm() > 1e-3
 
 
 def test_a_flow_stops_where_its_constant_epsilon_leaves_eq_6():
@@ -224,7 +226,10 @@ def test_quick_plan_gives_tables_numbers_and_a_figure(quick):
 def test_full_plan_has_every_setting_once_for_each_seed():
     planned = follow.plan(Finished(), Scope(False, ("digits",)))
     unique = {tuple(config.items()) for config in planned}
-    assert len(unique) == len(planned) == 10 * 6 * 3 * 7
+    by_seed = Counter(tuple(value for name, value in config.items() if name != "seed") for config in planned)
+    assert len(unique) == len(planned)
+    assert set(by_seed.values()) == {len(follow.SEEDS)}
+    assert {config["problem"] for config in planned} == follow.PROBLEMS.keys()
     assert all((config["paths"] == 1) == (config["batch_size"] == 64) for config in planned)
 
 
@@ -239,12 +244,25 @@ def test_share_compares_roots_of_means_over_seeds():
     finished.add(line(0, {"gradient flow": 1.0} | flows | {"c -0.2": 0.5}, 0.5))
     finished.add(line(1, {"gradient flow": 7.0} | flows | {"c -0.2": -0.1}, 0.5))
     (setting,) = settings(finished)
-    assert setting.best() == -0.2
-    share = setting.share_of_fraction(-0.2)
+    assert setting.best(fractions(curves.FRACTIONS))[0] == -0.2
+    share = setting.share("c -0.2")
     assert share.mean == pytest.approx(1 - np.sqrt(0.4 / 8))
     assert share.low == pytest.approx(1 - np.sqrt(0.5))
     assert share.high == 1
-    assert setting.best(curves.MAGNITUDES) == 0
+    assert setting.best(fractions(curves.MAGNITUDES)) == (None, Interval(0, 0, 0))
+
+
+def test_a_curve_that_is_near_by_chance_explains_nothing():
+    finished = Finished()
+    for seed in range(3):
+        # Each seed is near another curve, and far from the others.
+        near = {f"c {c:+g}": 0.25 if at == seed else 4.0 for at, c in enumerate((-0.1, 0.1, 0.2))}
+        finished.add(line(seed, {"gradient flow": 4.0} | near, 0.1))
+    (setting,) = settings(finished)
+    c, share = setting.best(fractions((-0.1, 0.1, 0.2)))
+    assert c == -0.1
+    assert setting.share("c -0.1").mean > 0.1
+    assert share.mean == 0
 
 
 def test_settings_within_the_noise_and_flows_that_stopped_are_left_out():
@@ -252,5 +270,5 @@ def test_settings_within_the_noise_and_flows_that_stopped_are_left_out():
     assert not Setting("p", 0.1, 2, SHUFFLED, [line(0, squared, 2.0)]).resolved
     clear = Setting("p", 0.1, 2, SHUFFLED, [line(0, squared, 0.5), line(1, squared | {"c +0.2": 0.0}, 0.5)])
     assert clear.resolved
-    assert clear.best((-0.2, 0.2)) == -0.2
+    assert clear.best(fractions((-0.2, 0.2)))[0] == -0.2
     assert not Setting("p", 0.1, 2, SHUFFLED, [line(0, {"gradient flow": None}, 0.5)]).resolved

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 import rgd_ext
 from bench.studying import step_times, training
 from bench.studying.data import Samples, Split
-from bench.studying.data.task import seeds_of, task_of
 from bench.studying.methods import METHODS, Method, Step
 from bench.studying.scores import scores
+from bench.studying.task import seeds_of, task_of
 from bench.studying.training import train
 
 CLASSES, COUNTS = 4, torch.tensor([10, 2, 5, 0])  # of the last class there are no training samples
@@ -184,13 +184,13 @@ def test_the_first_step_is_along_the_direction_of_the_definition(name):
     assert oracle.relative_error((before - flat_weights(model)) / LR, expected) < TOLERANCE.get(name, 1e-11)
 
 
-@pytest.mark.parametrize("name", DIRECTIONS.keys() - {"SGD", "AdamW"})
+@pytest.mark.parametrize("name", [name for name in DIRECTIONS if name not in ("SGD", "AdamW")])
 def test_directions_differ_from_the_gradient(name):
     batch = Batch(*tiny())
     assert oracle.relative_error(DIRECTIONS[name](batch), batch.mean) > 1e-3
 
 
-@pytest.mark.parametrize("name", DIRECTIONS.keys() - {"AdamW"})
+@pytest.mark.parametrize("name", [name for name in DIRECTIONS if name != "AdamW"])
 def test_the_second_step_has_momentum_and_the_new_rate(name):
     model, inputs, labels = tiny()
     with started(name, model, momentum=0.9) as step:
@@ -215,7 +215,7 @@ def test_the_momentum_of_adamw_is_its_own():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_number_of_gradients_is_that_of_the_backwards(name):
+def test_the_number_of_gradients_is_that_of_the_forwards(name):
     model, inputs, labels = tiny()
     outputs = []
     with started(name, model) as step:
@@ -280,7 +280,7 @@ def observed(monkeypatch, config):
     return calls
 
 
-@pytest.mark.parametrize("name", METHODS.keys() - {"SGD", "UPGrad"})
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("SGD", "UPGrad")])
 def test_methods_differ_neither_in_the_initial_weights_nor_in_batches_or_labels(monkeypatch, name):
     config = CONFIG | {"labels": "symmetric 0.4", "steps": 12}
     of_sgd = observed(monkeypatch, config)
@@ -382,6 +382,7 @@ def test_scores_weight_classes_alike_only_in_the_balanced_accuracy():
     found = scores(nn.Identity(), Samples(outputs, torch.tensor([0, 0, 0, 0, 2, 2])))
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found["worst_accuracy"] == 1 / 2
     expected = (4 * (math.log(math.e + 3) - 1) + 2 * math.log(math.e + 3)) / 6
     assert found["loss"] == pytest.approx(expected)
 

@@ -1,11 +1,14 @@
 """The choice of learning rates."""
 
 import math
+import re
 
 import pytest
 
 from bench.studying.contests.tuning import LIMIT, grid, search
 from bench.studying.question import Finished, Line
+
+LARGEST = re.escape(f"{2.0**22:g}")
 
 
 def tuned(optimum, seeds=(100, 101), rates=(0.5, 1.0, 2.0), diverges_from=math.inf):
@@ -13,7 +16,7 @@ def tuned(optimum, seeds=(100, 101), rates=(0.5, 1.0, 2.0), diverges_from=math.i
     finished, asked = Finished(), 0
 
     def score(outcome):
-        return outcome["score"]
+        return (outcome["score"],)
 
     while True:
         runs, best = search(finished, {"method": "SGD"}, rates, seeds, score)
@@ -47,6 +50,17 @@ def test_rates_that_diverge_are_not_chosen():
     assert tuned(1.0, diverges_from=0.5) == (0.25, 10)
 
 
+def test_next_score_decides_between_equal_ones():
+    finished = Finished()
+    runs, _ = search(finished, {}, [1.0, 2.0, 4.0, 8.0], (0,), lambda outcome: outcome["scores"])
+    for run in runs:
+        finished.add(Line(run, {"scores": (1 if run["lr"] in (2, 4) else 0, run["lr"])}, 0.0, {}))
+    assert search(finished, {}, [1.0, 2.0, 4.0, 8.0], (0,), lambda outcome: outcome["scores"])[1] == 4
+
+
 def test_search_without_an_end_fails():
-    with pytest.raises(RuntimeError, match=rf"the best of {LIMIT} rates .* is at the edge, for \{{'method': 'SGD'\}}"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"the best of {LIMIT} rates from 0.5 to {LARGEST} is at the edge, for \{{'method': 'SGD'\}}",
+    ):
         tuned(2.0**40)

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..methods import METHODS
 from ..question import Config, Finished
-from ..step_times import TIMES, key
 from .tuning import search
 
 
@@ -18,19 +17,19 @@ class Contest:
 
     Attributes:
         first_rates: of a configuration without `lr` and `seed`, the rates that its search begins with.
-        score: of an outcome; the search takes the rate with the largest mean.
+        scores: of an outcome; the search takes the rate with the largest mean of the first one, then of the next.
         in_search: entries in which the runs of the search differ from those that count.
         search_seeds: of the search; those of the runs that count have to be others.
     """
 
     first_rates: Callable[[Config], Sequence[float]]
-    score: Callable[[dict[str, Any]], float]
+    scores: Callable[[dict[str, Any]], Sequence[float]]
     in_search: Config = field(default_factory=dict)
     search_seeds: Sequence[int] = (100, 101)
 
     def search(self, finished: Finished, base: Config) -> tuple[list[Config], float | None]:
         """The runs of the search for a configuration without `lr` and `seed`, and the best rate once it is known."""
-        return search(finished, base | self.in_search, self.first_rates(base), self.search_seeds, self.score)
+        return search(finished, base | self.in_search, self.first_rates(base), self.search_seeds, self.scores)
 
     def plan(self, finished: Finished, base: Config, seeds: Iterable[int]) -> list[Config]:
         """The runs of the search, and then those that count."""
@@ -38,21 +37,21 @@ class Contest:
         return searching + ([] if lr is None else [base | {"lr": lr, "seed": seed} for seed in seeds])
 
     def entries(self, finished: Finished) -> list[Entry]:
-        """All methods whose runs that count are finished, in the order of the lines.
+        """All methods whose runs that count are finished.
 
         Those of which some seeds are still missing are left out.
         """
-        counted: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
+        counted: dict[tuple[tuple[str, Any], ...], dict[int, dict[str, Any]]] = {}
         for line in finished:
-            if line.config["method"] != TIMES and line.config["seed"] not in self.search_seeds:
+            seed = line.config["seed"]
+            if seed not in self.search_seeds:
                 without_seed = tuple((name, value) for name, value in line.config.items() if name != "seed")
-                counted.setdefault(without_seed, []).append(line.outcome)
-        seeds = max(map(len, counted.values()), default=0)
-        times = {name: ratio for line in finished.where(method=TIMES) for name, ratio in line.outcome.items()}
+                counted.setdefault(without_seed, {})[seed] = line.outcome
+        seeds = max((sorted(outcomes) for outcomes in counted.values()), key=len, default=[])
         return [
-            Entry(dict(config), outcomes, times.get(key(dict(config))))
+            Entry(dict(config), [outcomes[seed] for seed in seeds])
             for config, outcomes in counted.items()
-            if len(outcomes) == seeds
+            if sorted(outcomes) == seeds
         ]
 
 
@@ -62,47 +61,49 @@ class Entry:
 
     Attributes:
         config: of its runs, without the seed.
-        outcomes: by seed.
-        step_time: in units of that of SGD, or None before it is measured.
+        outcomes: in the order of the seeds, which are the same for all methods.
     """
 
     config: Config
     outcomes: Sequence[dict[str, Any]]
-    step_time: float | None
 
-    def values(self, name: str) -> list[float]:
+    def values(self, name: str) -> list[Any]:
         """An entry of the outcomes, by seed."""
         return [outcome[name] for outcome in self.outcomes]
 
-    def relative_time(self, steps: int) -> float | None:
-        """Of all steps, in units of so many of SGD's."""
-        return None if self.step_time is None else self.step_time * self.config["steps"] / steps
 
+class Group(dict[str, Entry]):
+    """Methods that are compared with each other, by name, in the order of the catalogue.
 
-def grouped(entries: Iterable[Entry], *by: str) -> dict[tuple[Any, ...], list[Entry]]:
-    """The entries by what their configurations have under these names; in each group the baseline, SGD, comes first.
-
-    Groups without it are left out.
+    The first one is the baseline, SGD. Names tell what else differs from it.
     """
-    order = list(METHODS)
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
+
+    def __init__(self, baseline: Entry, entries: Iterable[Entry]) -> None:
+        order = list(METHODS)
+        super().__init__({baseline.config["method"]: baseline})
+        for entry in sorted(entries, key=lambda each: (each.config["steps"], order.index(each.config["method"]))):
+            if entry is not baseline:
+                self[_name(entry.config, baseline.config)] = entry
+
+    @property
+    def baseline(self) -> Entry:
+        return next(iter(self.values()))
+
+
+def grouped(entries: Iterable[Entry], *by: str) -> dict[tuple[Any, ...], Group]:
+    """The entries by what their configurations have under these names; groups without a baseline are left out."""
+    found: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(tuple(entry.config[name] for name in by), []).append(entry)
-    for group in groups.values():
-        group.sort(
-            key=lambda each: (each.config["steps"], order.index(each.config["method"]), -each.config["momentum"])
-        )
-    return {key: group for key, group in groups.items() if group[0].config["method"] == order[0]}
+        found.setdefault(tuple(entry.config[name] for name in by), []).append(entry)
+    baselines = {key: _baseline(group) for key, group in found.items()}
+    return {key: Group(baseline, found[key]) for key, baseline in sorted(baselines.items()) if baseline}
 
 
-def _rank(config: Config, order: Sequence[str]) -> tuple[int, int, float]:
-    """SGD with the fewest steps and the largest momentum comes first."""
-    return config["steps"], order.index(config["method"]), -config["momentum"]
-
-
-def named(group: Sequence[Entry]) -> dict[str, Entry]:
-    """A group by the methods' names, with what else differs from the baseline."""
-    return {_name(entry.config, group[0].config): entry for entry in group}
+def _baseline(entries: Sequence[Entry]) -> Entry | None:
+    """SGD with the fewest steps and the largest momentum of all, or None if it is not among them."""
+    steps, momentum = min(each.config["steps"] for each in entries), max(each.config["momentum"] for each in entries)
+    wanted = {"method": "SGD", "steps": steps, "momentum": momentum}
+    return next((each for each in entries if wanted.items() <= each.config.items()), None)
 
 
 def _name(config: Config, baseline: Config) -> str:

@@ -1,4 +1,4 @@
-"""The choice of learning rates: the same first grid for all methods, widened until the best rate is inside of it."""
+"""The choice of learning rates: first grids of equal length, widened until the best rate is inside of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def search(
     base: Config,
     rates: Sequence[float],
     seeds: Sequence[int],
-    score: Callable[[dict[str, Any]], float],
+    scores: Callable[[dict[str, Any]], Sequence[float]],
 ) -> tuple[list[Config], float | None]:
-    """The runs of the search, and the rate with the best mean score, or None before they are finished.
+    """The runs of the search, and the rate with the best mean scores, or None before they are finished.
 
     Where the best rate is the smallest or the largest one, the grid gets another rate beyond it.
 
@@ -33,20 +33,23 @@ def search(
         base: the configuration without `lr` and `seed`.
         rates: the first grid, increasing.
         seeds: each rate is tried with all of them.
-        score: of an outcome; the larger the better.
+        scores: of an outcome; the larger the better. The second one decides between rates with the same first one.
 
     Raises:
         RuntimeError: if the best one of `LIMIT` rates is still at the edge.
     """
     rates = list(rates)
-    while len(rates) <= LIMIT:
+    while True:
         runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
         every = [run for of_rate in runs.values() for run in of_rate]
         if any(run not in finished for run in every):
             return every, None
-        scores = [statistics.mean(score(finished[run].outcome) for run in runs[lr]) for lr in rates]
-        best = scores.index(max(scores))
+        of_rates = [[scores(finished[run].outcome) for run in runs[lr]] for lr in rates]
+        means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in of_rates]
+        best = means.index(max(means))
         if 0 < best < len(rates) - 1:
             return every, rates[best]
+        if len(rates) == LIMIT:
+            span = f"{rates[0]:g} to {rates[-1]:g}"
+            raise RuntimeError(f"the best of {LIMIT} rates from {span} is at the edge, for {base}")
         rates = [*rates, rates[-1] * FACTOR] if best else [rates[0] / FACTOR, *rates]
-    raise RuntimeError(f"the best of {LIMIT} rates from {rates[0]:g} to {rates[-1]:g} is at the edge, for {base}")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..comparisons import Interval, mean
 from ..data.corruption import described
+from ..inference import Interval, mean
 from ..plotting import COLOURS, band
 from ..question import Finished, Line, Table, slug
 from .comparison import POINTS, SHARED

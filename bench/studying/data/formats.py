@@ -73,7 +73,7 @@ def _cifar_10_batch(file: File) -> Images:
     size = 1 + prod(shape)
     file.require(
         len(file.content) > 0 and len(file.content) % size == 0,
-        f"{len(file.content)} bytes are no number of records of {size} bytes",
+        f"{len(file.content)} bytes are not a multiple of the {size} bytes of a record",
     )
     records = np.frombuffer(file.content, np.uint8).reshape(-1, size)
     return labelled(file, records[:, 1:].reshape(-1, *shape), records[:, 0])
@@ -86,7 +86,7 @@ def svhn(files: Sequence[File]) -> Images:
         arrays = loadmat(io.BytesIO(file.content), variable_names=("X", "y"))
     # On a damaged file, scipy raises errors of several kinds, from those of zlib to TypeError.
     except Exception as error:
-        raise ValueError(f"{file.path}: no MATLAB file ({error}); get the file again from its authors") from error
+        raise ValueError(f"{file.path}: not a MATLAB file ({error}); get the file again from its authors") from error
     file.require(arrays.keys() >= {"X", "y"}, "it has no X and y")
     pixels, digits = arrays["X"], arrays["y"]
     file.require(

@@ -56,7 +56,7 @@ def found_in(folder: Path, data_sets: Sequence[DataSet]) -> list[DataSet]:
         ValueError: if it has none, only some files of one, or a file that differs from the published one.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name one with the files of a data set")
+        raise ValueError(f"{folder} is not a folder; name one with the files of a data set")
     found = []
     # Sets whose files have the same names, as those of MNIST and Fashion-MNIST, are told apart by the contents.
     for names in dict.fromkeys(tuple(data_set.md5) for data_set in data_sets):
@@ -115,7 +115,7 @@ def _members(path: Path, names: Mapping[str, str]) -> Iterator[tuple[str, File]]
                 if member.isfile() and name in names:
                     yield name, File(f"{path}: {name}", archive.extractfile(member).read())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole tar file ({error}); get it again from its authors") from error
+        raise ValueError(f"{path} is not a complete tar file ({error}); get it again from its authors") from error
 
 
 def _uncompressed(path: Path) -> bytes:
@@ -125,7 +125,7 @@ def _uncompressed(path: Path) -> bytes:
     try:
         return gzip.decompress(content)
     except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}); get it again from its authors") from error
+        raise ValueError(f"{path} is not a complete gzip file ({error}); get it again from its authors") from error
 
 
 def _idx(train_images: str, train_labels: str, test_images: str, test_labels: str) -> dict[str, Mapping[str, str]]:

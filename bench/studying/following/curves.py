@@ -47,14 +47,14 @@ class Relatives:
 
     Attributes:
         gradient: dx/dt = -g.
-        slowed: dx/dt = -s g, by the speed s; those above 1 are faster.
+        rescaled: dx/dt = -s g, by the speed s.
         spectral: with eps = c / lambda_max(D(x)), by c.
         constant: with eps = c / lambda_max(D(x0)), by c; None where it left the bounds of eq. (6).
         largest_eigenvalue: lambda_max(D(x0)).
     """
 
     gradient: Tensor
-    slowed: dict[float, Tensor]
+    rescaled: dict[float, Tensor]
     spectral: dict[float, Tensor]
     constant: dict[float, Tensor | None]
     largest_eigenvalue: float
@@ -67,9 +67,9 @@ def relatives(problem: Problem) -> Relatives:
     speeds = torch.tensor((1.0, *SPEEDS, *(1.0,) * (2 * count)), dtype=torch.float64)
     velocity = Relativistic(problem, fractions, torch.arange(len(fractions)) >= len(fractions) - count, speeds)
     gradient, *rest = integrate(velocity, problem.x0, len(fractions), times(problem))
-    slowed, spectral, constant = rest[: len(SPEEDS)], rest[len(SPEEDS) : -count], rest[-count:]
+    rescaled, spectral, constant = rest[: len(SPEEDS)], rest[len(SPEEDS) : -count], rest[-count:]
     inside = [None if stopped else curve for curve, stopped in zip(constant, velocity.stopped[-count:], strict=True)]
-    by_speed = dict(zip(SPEEDS, slowed, strict=True))
+    by_speed = dict(zip(SPEEDS, rescaled, strict=True))
     return Relatives(gradient, by_speed, by_fraction(spectral), by_fraction(inside), velocity.largest_at_start.item())
 
 

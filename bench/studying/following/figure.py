@@ -8,7 +8,7 @@ from typing import Any
 from ..plotting import COLOURS
 from .curves import BATCH_SIZES, FRACTIONS, MAGNITUDES
 from .paths import SHUFFLED, WITH_REPLACEMENT
-from .shares import Setting
+from .shares import GRADIENT_FLOW, Setting, fractions
 
 STYLES = {(WITH_REPLACEMENT, BATCH_SIZES[1]): "-", (SHUFFLED, BATCH_SIZES[-1]): "--"}
 COLUMNS = 3
@@ -53,9 +53,9 @@ def prepare(axes: Any, problem: str) -> None:
 
 def curve(axes: Any, setting: Setting, colour: str, style: str) -> None:
     """The shares of all c, with the gradient flow in the middle, and at the right those of the modified flows."""
-    points = sorted((0.0, *FRACTIONS))
-    shares = [100 * setting.share_of_fraction(c).mean for c in points]
-    axes.plot(points, shares, color=colour, linestyle=style, marker=".", markersize=4, linewidth=1.4)
+    named = fractions(FRACTIONS) | {GRADIENT_FLOW: 0.0}
+    points = sorted((c, 100 * setting.share(name).mean) for name, c in named.items())
+    axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=".", markersize=4, linewidth=1.4)
     for name, (place, marker) in MARKS.items():
         share, face = 100 * setting.share(name).mean, colour if style == "-" else "none"
         axes.plot(place, share, color=colour, marker=marker, markerfacecolor=face, markersize=5, linestyle="")

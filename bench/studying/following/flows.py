@@ -18,19 +18,19 @@ from .problems import Problem
 TOLERANCES = {"method": "DOP853", "rtol": 1e-7, "atol": 1e-9}
 
 # The velocities at the positions of all flows, (flows, d).
-Rate = Callable[[Tensor], Tensor]
+Velocity = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def integrate(rate: Rate, x0: Tensor, flows: int, times: Tensor) -> Tensor:
-    """The solutions of dx/dt = rate(x) from x0 (d,) at time 0, at `times` (T,); (flows, T, d).
+def integrate(velocity: Velocity, x0: Tensor, flows: int, times: Tensor) -> Tensor:
+    """The solutions of dx/dt = velocity(x) from x0 (d,) at time 0, at `times` (T,); (flows, T, d).
 
     Raises:
         RuntimeError: if the integration fails.
     """
 
     def derivative(_: float, flat: object) -> object:
-        return rate(torch.as_tensor(flat).view(flows, -1)).flatten().numpy()
+        return velocity(torch.as_tensor(flat).view(flows, -1)).flatten().numpy()
 
     start = x0.repeat(flows).numpy()
     solution = solve_ivp(derivative, (0.0, times[-1].item()), start, t_eval=times.numpy(), **TOLERANCES)
@@ -86,7 +86,7 @@ class Relativistic:
         return self.speeds[:, None] * torch.where(self.stopped[:, None], 0.0, epsilon[:, None] * change - g)
 
 
-def modified(problem: Problem, lr: Tensor, share: Tensor) -> Rate:
+def modified(problem: Problem, lr: Tensor, share: Tensor) -> Velocity:
     """The velocities -grad (f + (lr / 4) (|g|^2 + share tr D)), with other numbers in each flow, (flows,).
 
     With share = 0 that is the modified flow of gradient descent (D. Barrett and B. Dherin, 2021, arXiv 2009.11162),

@@ -13,10 +13,11 @@ from torch.func import grad, jacrev, vmap
 from torch.nn.functional import avg_pool2d, cross_entropy, softplus, unfold
 
 from ..data import Sources
+from ..data.formats import CLASSES
 
 # The samples of a problem, tensors (N, ...), or one of them without the first dimension.
 Samples = tuple[Tensor, ...]
-SAMPLES, CLASSES, HIDDEN, CHANNELS = 64, 10, 6, 4
+SAMPLES, HIDDEN, CHANNELS = 64, 6, 4
 
 
 @dataclass(frozen=True, eq=False)

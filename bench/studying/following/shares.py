@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from ..comparisons import CONFIDENCE, Interval
+from ..inference import CONFIDENCE, Interval
 from ..question import Finished, Line
-from .curves import FRACTIONS, SPEEDS
+from .curves import SPEEDS
 
 # The interval of a share by 2,000 resamples is stable to about a percentage point.
 RESAMPLES = 2000
@@ -50,25 +50,33 @@ class Setting:
         noise = np.array([line.outcome["noise"] for line in self.lines], dtype=float)
         return bool(self.squared(GRADIENT_FLOW).mean() > noise.mean())
 
-    def best(self, fractions: Sequence[float] = FRACTIONS, kind: str = "c") -> float:
-        """The c of the smallest mean squared distance, chosen on the same runs; 0 is the gradient flow."""
-        found = {0.0: self.squared(GRADIENT_FLOW).mean()}
-        found |= {c: self.squared(f"{kind} {c:+g}").mean() for c in fractions}
-        return min(found, key=lambda c: np.inf if np.isnan(found[c]) else found[c])
+    def best(self, curves: Mapping[str, float]) -> tuple[float | None, Interval]:
+        """What stands for the curve nearest to SGD, None for the gradient flow, and the share that the choice explains.
 
-    def best_speed(self) -> float:
-        """The speed of the gradient flow with the smallest mean squared distance, chosen on the same runs."""
-        found = {1.0: self.squared(GRADIENT_FLOW).mean()} | {s: self.squared(f"speed {s:g}").mean() for s in SPEEDS}
-        return min(found, key=lambda speed: found[speed])
+        For each seed the curve is chosen by the mean squared distances of the others, so that the share is not that of
+        a choice on the same runs.
+
+        Args:
+            curves: by name, what stands for them, such as c.
+        """
+        names = [GRADIENT_FLOW, *curves]
+        squares = np.nan_to_num(np.stack([self.squared(name) for name in names]), nan=np.inf)
+        nearest = names[squares.mean(1).argmin()]
+        seeds = np.arange(len(self.lines))
+        others = np.stack([np.delete(squares, seed, 1).mean(1) for seed in seeds]) if len(seeds) > 1 else squares.T
+        return curves.get(nearest), self._share(squares[others.argmin(1), seeds])
 
     def share(self, curve: str) -> Interval:
         """1 - distance / distance of the gradient flow, with distances as above. Its interval is over the seeds."""
-        squares = self.squared(curve), self.squared(GRADIENT_FLOW)
-        share = float(explained(*squares))
-        if len(self.lines) == 1 or curve == GRADIENT_FLOW:
+        return self._share(self.squared(curve))
+
+    def _share(self, squared: np.ndarray) -> Interval:
+        of_gradient_flow = self.squared(GRADIENT_FLOW)
+        share = float(explained(squared, of_gradient_flow))
+        if len(self.lines) == 1 or (squared == of_gradient_flow).all() or not np.isfinite(squared).all():
             return Interval(share, share, share)
         interval = bootstrap(
-            squares,
+            (squared, of_gradient_flow),
             explained,
             paired=True,
             vectorized=True,
@@ -79,13 +87,15 @@ class Setting:
         ).confidence_interval
         return Interval(share, float(interval.low), float(interval.high))
 
-    def share_of_fraction(self, c: float, kind: str = "c") -> Interval:
-        """As `share`, of the flow with eps = c / lambda_max(D); c = 0 is the gradient flow."""
-        return self.share(f"{kind} {c:+g}" if c else GRADIENT_FLOW)
 
-    def share_of_speed(self, speed: float) -> Interval:
-        """As `share`, of the gradient flow at that speed."""
-        return self.share(GRADIENT_FLOW if speed == 1 else f"speed {speed:g}")
+def fractions(among: Iterable[float], kind: str = "c") -> dict[str, float]:
+    """The flows with eps = c / lambda_max(D) for these c, or of the `kind` "constant c"."""
+    return {f"{kind} {c:+g}": c for c in among}
+
+
+def speeds() -> dict[str, float]:
+    """The gradient flows at other speeds."""
+    return {f"speed {speed:g}": speed for speed in SPEEDS}
 
 
 def explained(squared: np.ndarray, of_gradient_flow: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from ..comparisons import Interval
-from .curves import BATCH_SIZES
+from ..inference import Interval
+from .curves import BATCH_SIZES, FRACTIONS
 from .paths import WITH_REPLACEMENT
-from .shares import Setting
+from .shares import Setting, fractions, speeds
 from .tables import NEGATIVE, POSITIVE
 
 NETWORKS = ("small MLP", "small CNN")
@@ -38,47 +37,31 @@ def of_group(group: Sequence[Setting]) -> dict[str, str]:
 
     A share is counted as clear where its interval is above zero.
     """
-    chosen = [each.best() for each in group]
+    chosen = [each.best(fractions(FRACTIONS))[0] or 0 for each in group]
     found = {
         "count": str(len(group)),
-        "best": " to ".join(f"{c:+g}" if c else "0" for c in (min(chosen), max(chosen))),
+        "best": f"{min(chosen):+g} to {max(chosen):+g}",
         "best_negative": str(sum(c < 0 for c in chosen)),
         "best_positive": str(sum(c > 0 for c in chosen)),
-        "positive_beats_speed": str(sum(positive_beats_speed(each) for each in group)),
     }
-    kinds = {
-        "negative": [each.share_of_fraction(each.best(NEGATIVE)) for each in group],
-        "positive": [each.share_of_fraction(each.best(POSITIVE)) for each in group],
-        "constant_positive": [
-            each.share_of_fraction(each.best(POSITIVE, "constant c"), "constant c") for each in group
-        ],
-        "speed": [each.share_of_speed(each.best_speed()) for each in group],
-        "gradient_descent": [each.share("gradient descent") for each in group],
-        "modified": [each.share("modified, gradient descent") for each in group],
-        "modified_shuffled": [each.share("modified, shuffled SGD") for each in group],
+    families = {
+        "negative": fractions(NEGATIVE),
+        "positive": fractions(POSITIVE),
+        "constant_positive": fractions(POSITIVE, "constant c"),
+        "speed": speeds(),
     }
+    kinds = {name: [each.best(curves)[1] for each in group] for name, curves in families.items()}
+    faster = zip(kinds["positive"], kinds["speed"], strict=True)
+    found["positive_beats_speed"] = str(sum(positive.mean > speed.mean for positive, speed in faster))
+    curves = {
+        "gradient_descent": "gradient descent",
+        "modified": "modified, gradient descent",
+        "modified_shuffled": "modified, shuffled SGD",
+    }
+    kinds |= {name: [each.share(curve) for each in group] for name, curve in curves.items()}
     for name, shares in kinds.items():
         found |= {f"{name}.share": span(shares), f"{name}.clear": str(sum(share.low > 0 for share in shares))}
-    return found | of_seeds(group)
-
-
-def positive_beats_speed(setting: Setting) -> bool:
-    """Whether the best positive c explains more than the gradient flow at its best speed."""
-    positive, speed = setting.share_of_fraction(setting.best(POSITIVE)), setting.share_of_speed(setting.best_speed())
-    return positive.mean > speed.mean
-
-
-def of_seeds(group: Sequence[Setting]) -> dict[str, str]:
-    """In how many single runs a positive c is the best, and the most that it explains there."""
-    runs = [replace(each, lines=[line]) for each in group for line in each.lines]
-    resolved = [each for each in runs if each.resolved]
-    positive = [each for each in resolved if each.best() > 0]
-    most = max((each.share_of_fraction(each.best()).mean for each in positive), default=0.0)
-    return {
-        "runs": str(len(resolved)),
-        "runs.best_positive": str(len(positive)),
-        "runs.largest_positive_share": f"{100 * most:.0f}",
-    }
+    return found
 
 
 def span(shares: Sequence[Interval]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from ..comparisons import Interval
+from ..inference import Interval
 from ..question import Table
 from .curves import BATCH_SIZES, FRACTIONS, MAGNITUDES
 from .paths import SHUFFLED, WITH_REPLACEMENT
-from .shares import Setting
+from .shares import Setting, speeds
+from .shares import fractions as fractions_of
 
 POSITIVE, NEGATIVE = MAGNITUDES, tuple(-c for c in MAGNITUDES)
 SOME, ALL = BATCH_SIZES[:-1], BATCH_SIZES[-1]
@@ -26,17 +27,17 @@ def percent(share: Interval) -> str:
     return f"{mean} [{low}, {high}]" if share.low < share.high else str(mean)
 
 
-def best(setting: Setting, among: Sequence[float] = FRACTIONS) -> str:
+def best(setting: Setting, among: Iterable[float] = FRACTIONS) -> str:
     """The best c among these or 0, marked at an end of the grid, and what it explains."""
-    c = setting.best(among)
-    end = "*" if abs(c) == MAGNITUDES[-1] else ""
-    return f"{c:+g}{end}: {percent(setting.share_of_fraction(c))}" if c else "none"
+    c, share = setting.best(fractions_of(among))
+    end = "*" if c is not None and abs(c) == MAGNITUDES[-1] else ""
+    return "none" if c is None else f"{c:+g}{end}: {percent(share)}"
 
 
 def best_speed(setting: Setting) -> str:
     """The best speed of the gradient flow, and what it explains."""
-    speed = setting.best_speed()
-    return f"{speed:g}: {percent(setting.share_of_speed(speed))}" if speed != 1 else "1"
+    speed, share = setting.best(speeds())
+    return "1" if speed is None else f"{speed:g}: {percent(share)}"
 
 
 def shares(setting: Setting) -> list[str]:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..question import Question
 
-NAMES = ("follow", "curvature", "labels", "stability")
+NAMES = ("follow", "curvature", "labels", "stability", "times")
 
 
 def load(name: str) -> Question:

@@ -8,8 +8,8 @@ from typing import Any
 from ..curvature.comparison import POINTS, compare
 from ..curvature.summary import draw, numbers, settings, table
 from ..data import DIGITS, Sources
-from ..data.task import task_of
 from ..question import Answer, Config, Finished, Question, Scope
+from ..task import task_of
 from ..training import batches_of, initial_model, method_of
 
 # The Hessian of a large convolutional network would take minutes at each point.

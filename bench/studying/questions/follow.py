@@ -83,7 +83,7 @@ def run(config: Config, sources: Sources) -> dict[str, Any]:
         "gradient descent": curves.gradient_descent(problem, rate),
         "modified, gradient descent": modified[rate, problem.size],
         "modified, shuffled SGD": modified[rate, size],
-        **{f"speed {speed:g}": curve for speed, curve in found.slowed.items()},
+        **{f"speed {speed:g}": curve for speed, curve in found.rescaled.items()},
         **{f"c {c:+g}": curve for c, curve in found.spectral.items()},
         **{f"constant c {c:+g}": curve for c, curve in found.constant.items()},
     }

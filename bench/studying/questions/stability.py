@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from ..contests.contest import Contest, Entry, grouped
-from ..contests.fits import draw, numbers, table
+from ..contests.contest import Contest, Entry
+from ..contests.losses import draw, numbers, table
 from ..contests.tuning import FACTOR, grid
-from ..data import DIGITS, Sources
+from ..data import DIGITS
 from ..question import Answer, Config, Finished, Question, Scope
-from ..step_times import TIMES, ratios
 from ..training import train
 
 DATA = (DIGITS, "fashion-mnist")
@@ -22,7 +21,6 @@ QUICK = {"samples": 50, "labels": "clean", "model": "small MLP", "steps": 20, "e
 MOMENTA = (0.0, 0.9)
 METHODS = (
     "SGD",
-    "AdamW",
     "Spectral(0.5)",
     "Spectral(0.9)",
     "Spectral(-0.5)",
@@ -33,9 +31,11 @@ METHODS = (
     "exact Spectral(16)",
     "exact Spectral(64)",
 )
+ADAMW = "AdamW"  # beside SGD with momentum, since it has a momentum of its own
 LONGER = 2  # SGD is also trained with so many times the steps: about the time of the others
 RATES = {0.0: grid(0.4), 0.9: grid(0.05)}
 ADAMW_RATES = grid(0.004)
+SEEDS = range(10)
 
 
 def final_loss(outcome: dict[str, Any]) -> float:
@@ -44,8 +44,8 @@ def final_loss(outcome: dict[str, Any]) -> float:
 
 
 CONTEST = Contest(
-    first_rates=lambda base: ADAMW_RATES if base["method"] == "AdamW" else RATES[base["momentum"]],
-    score=lambda outcome: -final_loss(outcome),
+    first_rates=lambda base: ADAMW_RATES if base["method"] == ADAMW else RATES[base["momentum"]],
+    scores=lambda outcome: (-final_loss(outcome),),
 )
 
 
@@ -60,25 +60,19 @@ def settings(scope: Scope) -> Iterator[Config]:
 def methods(scope: Scope) -> Iterator[Config]:
     """All methods in all settings, and longer trainings of SGD."""
     for setting in settings(scope):
-        for method in METHODS[:3] if scope.quick else METHODS:
-            if not (method == "AdamW" and setting["momentum"]):
-                yield setting | {"method": method}
+        names = METHODS[:2] if scope.quick else METHODS
+        yield from (setting | {"method": method} for method in (*names, *[ADAMW] * (setting["momentum"] > 0)))
         yield setting | {"method": "SGD", "steps": LONGER * setting["steps"]}
 
 
 def plan(finished: Finished, scope: Scope) -> list[Config]:
-    """For each method the search for its best rate, all seeds at that rate, and larger rates until none trains.
-
-    The times of steps come last, in one run, so that nothing else is running.
-    """
+    """For each method the search for its best rate, all seeds at that rate, and larger rates until none trains."""
     runs: list[Config] = []
     for base in methods(scope):
-        runs += CONTEST.plan(finished, base, range(2 if scope.quick else 10))
+        runs += CONTEST.plan(finished, base, SEEDS[:2] if scope.quick else SEEDS)
         lr = CONTEST.search(finished, base)[1]
         runs += [] if lr is None else limit(finished, base, lr)[0]
-    if any(run not in finished for run in runs):
-        return runs
-    return [*runs, {"method": TIMES, "data": " ".join(scope.data), "quick": scope.quick}]
+    return runs
 
 
 def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], float | None]:
@@ -98,13 +92,6 @@ def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], fl
         lr = larger
 
 
-def run(config: Config, sources: Sources) -> dict[str, Any]:
-    """A training, or the times of steps."""
-    if config["method"] == TIMES:
-        return ratios(methods(Scope(config["quick"], config["data"].split())), sources)
-    return train(config, sources)
-
-
 def answer(finished: Finished) -> Answer:
     """Losses, rates and times by setting and method."""
     entries = CONTEST.entries(finished)
@@ -113,8 +100,12 @@ def answer(finished: Finished) -> Answer:
         base = {name: value for name, value in entry.config.items() if name != "lr"}
         return limit(finished, base, entry.config["lr"])[1]
 
-    tables = {f"table.{name}": table(group, largest_rate) for (name,), group in grouped(entries, "data").items()}
+    data = dict.fromkeys(entry.config["data"] for entry in entries)
+    tables = {
+        f"table.{name}": table([entry for entry in entries if entry.config["data"] == name], largest_rate)
+        for name in data
+    }
     return Answer(tables, {"losses": (lambda figure: draw(figure, entries), 7.0)}, numbers(entries))
 
 
-QUESTION = Question("Does a positive epsilon fit faster, or with larger learning rates?", plan, run, answer)
+QUESTION = Question("Does a positive epsilon fit faster, or with larger learning rates?", plan, train, answer)

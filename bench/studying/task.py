@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..question import Config
-from .corruption import corrupted
-from .formats import CLASSES
-from .sources import Samples, Sources
+from .data import Samples, Sources
+from .data.corruption import corrupted
+from .data.formats import CLASSES
+from .question import Config
 
 
 class Seeds(NamedTuple):

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from bench.studying.comparisons import against, differences, holm, mean, p_value
+from bench.studying.inference import against, differences, holm, mean, p_value
 
 
 def test_interval_covers_the_true_mean_as_often_as_it_says():
