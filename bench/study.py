@@ -17,16 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .measuring.report import show
-from .studying import report
-from .studying.data import Sources
-from .studying.question import Question, Scope
 from .studying.questions import NAMES, load, load_all
-from .studying.runner import work
-from .studying.store import Store
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENTATION = ROOT / "bench" / "results" / "study", ROOT / "docs"
 REPORT = "report"
+NEEDS = "scikit-learn, scipy, matplotlib and rich"
 
 
 def add(commands) -> None:
@@ -34,37 +30,58 @@ def add(commands) -> None:
     command = commands.add_parser("study", help=__doc__.partition("\n")[0], description=__doc__)
     choices = [*NAMES, REPORT]
     command.add_argument("question", nargs="?", choices=choices, help="default: all of them, one after the other")
-    command.add_argument("--quick", action="store_true", help="small sizes, and lines that are not kept: 2 minutes")
+    command.add_argument("--quick", action="store_true", help="small sizes, in two minutes; lines are not kept")
     command.add_argument("--data", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
-    command.add_argument("--results", type=Path, metavar="DIR", help="of the lines; default: bench/results/study")
+    about = "of the lines; default: bench/results/study; those of --quick are kept in its folder quick"
+    command.add_argument("--results", type=Path, metavar="DIR", help=about)
     command.set_defaults(run=run)
 
 
 def run(question: str | None, quick: bool, data: Sequence[Path], results: Path | None) -> list[str]:
     """Run a question or all, and print their tables; or write the report."""
-    if question == REPORT and (quick or data):
-        sys.exit("report is made of the lines that are there: leave out --quick and --data")
-    if question == REPORT:
-        print(report.write(load_all(), results or RESULTS, DOCUMENTATION))
-        return []
     try:
-        sources = Sources(data)
-    except ValueError as problem:
-        sys.exit(f"--data: {problem}")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = results or (Path(scratch) if quick else RESULTS)
-        for name in [question] if question else NAMES:
-            wanted = load(name)
-            try:
-                work(wanted, Store(folder, name), Scope(quick, sources.names), sources)
-            except KeyboardInterrupt:
-                sys.exit(f"interrupted: finished runs are in {folder}, and the same command goes on from there")
-            _print(name, wanted, folder)
+        if question == REPORT:
+            _report(quick, data, results)
+        elif quick and results is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                _work(question, quick, data, Path(scratch), "nothing is kept without --results DIR")
+        else:
+            folder = (results or RESULTS) / ("quick" if quick else "")
+            _work(
+                question, quick, data, folder, f"finished runs are in {folder}, and the same command goes on from there"
+            )
+    except ModuleNotFoundError as problem:
+        sys.exit(f"{problem}: the study needs {NEEDS}")
+    except (OSError, RuntimeError, ValueError) as problem:
+        sys.exit(str(problem))
     return []
 
 
-def _print(name: str, question: Question, folder: Path) -> None:
-    """The tables of a question."""
-    for answer in report.answers({name: question}, folder).values():
-        for about, table in answer.tables.items():
-            show(table.header, [list(map(list, table.rows))], f"{question.title} ({about})")
+def _work(question: str | None, quick: bool, data: Sequence[Path], folder: Path, if_interrupted: str) -> None:
+    """Run a question or all, and print their tables."""
+    # They need packages that other benchmarks do without.
+    from .studying import report
+    from .studying.data import Sources
+    from .studying.question import Scope
+    from .studying.runner import work
+    from .studying.store import Store
+
+    sources = Sources(data)
+    for name in [question] if question else NAMES:
+        wanted = load(name)
+        try:
+            work(wanted, Store(folder, name), Scope(quick, sources.names), sources)
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted: {if_interrupted}")
+        for answer in report.answers({name: wanted}, folder).values():
+            for about, table in answer.tables.items():
+                show(table.header, [list(map(list, table.rows))], f"{wanted.title} ({about})")
+
+
+def _report(quick: bool, data: Sequence[Path], results: Path | None) -> None:
+    """Write the page and its figures, and print the path of the page."""
+    from .studying import report
+
+    if quick or data:
+        raise ValueError("the report is made of the lines that are there: leave out --quick and --data")
+    print(report.write(load_all(), results or RESULTS, DOCUMENTATION))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .data import Sources
+if TYPE_CHECKING:
+    from .data import Sources
 
 # Numbers, strings and booleans by name. They determine what a run computes, to the last bit on one machine.
 Config = dict[str, Any]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import string
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,13 +26,23 @@ class Template(string.Template):
 
 
 def answers(questions: Mapping[str, Question], folder: Path) -> dict[str, Answer]:
-    """The answers to the questions that have lines in `folder`."""
+    """The answers to the questions that have lines in `folder`.
+
+    Raises:
+        ValueError: if lines lack what an answer needs.
+    """
     found = {}
     for name, question in questions.items():
         store = Store(folder, name)
         store.refresh()
         if len(store.finished):
-            answer = question.answer(store.finished)
+            try:
+                answer = question.answer(store.finished)
+            except KeyError as error:
+                raise ValueError(
+                    f"a line of {store.path} has no {error}, so another version of the study wrote it: move the file"
+                    " away, and run the question again"
+                ) from error
             found[name] = Answer(answer.tables, answer.figures, answer.numbers | _about(store.finished))
     return found
 
@@ -51,13 +63,19 @@ def page(found: Mapping[str, Answer], template: str) -> str:
     """The page as Markdown.
 
     Raises:
-        KeyError: if the template has a placeholder that no answer fills.
+        ValueError: if the template has a placeholder that no answer fills.
     """
     texts = {}
     for name, answer in found.items():
         texts |= {f"{name}.{number}": text for number, text in answer.numbers.items()}
         texts |= {f"{name}.{table}": markdown(rows) for table, rows in answer.tables.items()}
-    return Template(template).substitute(texts)
+    try:
+        return Template(template).substitute(texts)
+    except KeyError as error:
+        raise ValueError(
+            f"the page needs {error}, which the lines do not give: `python -m bench study` runs what is missing, in the"
+            " folders named by --data too"
+        ) from error
 
 
 def markdown(table: Table) -> str:
@@ -75,7 +93,6 @@ def draw(answer: Answer, lines: Path, folder: Path) -> None:
     """Write the figures of an answer as PNG, each with the checksum of the lines in its metadata."""
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, height) in answer.figures.items():
         canvas = Figure(figsize=(WIDTH, height), layout="constrained")
         figure(canvas)
@@ -83,10 +100,16 @@ def draw(answer: Answer, lines: Path, folder: Path) -> None:
 
 
 def write(questions: Mapping[str, Question], results: Path, documentation: Path) -> Path:
-    """Write the page and its figures into the folder of the documentation; the path of the page."""
+    """Write the page and its figures into the folder of the documentation; the path of the page.
+
+    Nothing is changed there before all of them are made.
+    """
     found = answers(questions, results)
+    text = page(found, TEMPLATE.read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, answer in found.items():
+            draw(answer, results / f"{name}.jsonl", Path(scratch))
+        shutil.copytree(scratch, documentation / FIGURES, dirs_exist_ok=True)
     path = documentation / PAGE
-    path.write_text(page(found, TEMPLATE.read_text()))
-    for name, answer in found.items():
-        draw(answer, results / f"{name}.jsonl", documentation / FIGURES)
+    path.write_text(text)
     return path

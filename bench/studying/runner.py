@@ -11,7 +11,7 @@ from rgd_ext.progress import progress_bars
 from ..measuring.environment import machine
 from .data import Sources
 from .question import Config, Finished, Line, Question, Scope
-from .store import Store
+from .store import Store, check
 
 WAIT = 1.0  # seconds between looks at what other processes are still running
 
@@ -27,6 +27,7 @@ def work(question: Question, store: Store, scope: Scope, sources: Sources) -> No
         while pending := _pending(question, store, scope, progress):
             ran = [worker.finish(config, progress) for config in pending]
             if not any(ran):
+                progress.wait(len(pending))
                 time.sleep(WAIT)
 
 
@@ -53,9 +54,11 @@ class Worker:
                 start = time.perf_counter()
                 try:
                     outcome = self._question.run(config, self._sources)
-                    self._store.append(Line(config, outcome, time.perf_counter() - start, self._machine))
+                    line = Line(config, outcome, time.perf_counter() - start, self._machine)
+                    check(line)
                 except Exception as error:
                     raise RuntimeError(f"the run {config} failed: {error}") from error
+                self._store.append(line)
                 progress.advance(self._store.finished)
         return free
 
@@ -71,6 +74,7 @@ class Progress:
         self._bar = self._bars.add_task(name, total=None)
         self._name, self._start, self._before = name, time.perf_counter(), None
         self._planned: list[Config] = []
+        self._waiting = False
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -91,6 +95,12 @@ class Progress:
         if not self._bars.console.is_terminal:
             left = (time.perf_counter() - self._start) / (done - self._before) * (total - done)
             self._bars.console.print(f"{self._name}: {done} of {total} runs, {left / 60:.1f} minutes left")
+
+    def wait(self, count: int) -> None:
+        """So many runs are left, and other processes are running all of them."""
+        if not self._waiting:
+            self._bars.console.print(f"{self._name}: waiting for {count} runs of other processes")
+        self._waiting = True
 
     def _show(self, finished: Finished) -> int:
         """Show how many runs are finished, and return it."""

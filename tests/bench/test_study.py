@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +16,7 @@ from PIL import Image
 from bench import study
 from bench.__main__ import main
 from bench.study import DOCUMENTATION, RESULTS
-from bench.studying import report
+from bench.studying import report, runner
 from bench.studying.data import Sources
 from bench.studying.question import Answer, Line, Question, Scope, Table
 from bench.studying.questions import load_all
@@ -92,6 +95,40 @@ def test_line_that_was_cut_off_is_dropped(tmp_path):
     assert seeds(tmp_path) == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("no JSON", "Expecting value"),
+        ("[1, 2]", "must be a mapping"),
+        ('{"config": {}, "outcome": {}, "seconds": 1.0}', "missing 1 required"),
+        ('{"config": 1, "outcome": {}, "seconds": 1.0, "machine": {}}', "have to be objects"),
+    ],
+)
+def test_line_that_is_no_run_is_named(tmp_path, text, problem):
+    store = Store(tmp_path, "squares")
+    store.append(line(0))
+    with store.path.open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(ValueError, match=rf"{store.path}, line 2 is no finished run \(.*{problem}.*\): delete it"):
+        Store(tmp_path, "squares").refresh()
+
+
+def test_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "squares.jsonl"
+    path.write_text("notes, without an end of the line")
+    with pytest.raises(ValueError, match=rf"{path} is no file of the study"):
+        Store(tmp_path, "squares").append(line(0))
+    assert path.read_text() == "notes, without an end of the line"
+
+
+def test_file_that_becomes_shorter_stops_the_study(tmp_path):
+    store = Store(tmp_path, "squares")
+    store.append(line(0))
+    store.path.write_text("")
+    with pytest.raises(ValueError, match="has become shorter while the study ran"):
+        store.refresh()
+
+
 def test_numbers_keep_six_digits(tmp_path):
     store = Store(tmp_path, "squares")
     store.append(line(0, value=[1 / 3, {"large": 123456.789}], count=12345678))
@@ -123,6 +160,32 @@ def test_later_runs_may_depend_on_earlier_ones(tmp_path):
     question = squares()
     finish(tmp_path, Question(question.title, plan, question.run, question.answer))
     assert seeds(tmp_path) == [0, 1, 2, 3, 9]
+
+
+def test_process_that_waits_for_others_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "WAIT", 0.01)
+    process = start(tmp_path, squares(1, seconds=1))
+    while not list(tmp_path.glob("*.lock")):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    finish(tmp_path, squares(1))
+    process.join(30)
+    assert capsys.readouterr().err.count("squares: waiting for 1 runs of other processes") == 1
+    assert seeds(tmp_path) == [0]
+
+
+def test_run_that_is_to_be_alone_waits_for_those_of_other_questions(tmp_path):
+    def alone(config, sources):
+        assert (tmp_path / "squares.jsonl").exists()
+        return {}
+
+    process = start(tmp_path, squares(1, seconds=1))
+    while not (tmp_path / "running.lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    question = squares(1, run=alone)
+    work(replace(question, alone=True), Store(tmp_path, "times"), SCOPE, Sources())
+    process.join(30)
 
 
 def start(folder, question):
@@ -177,7 +240,7 @@ def test_page_has_the_numbers_and_tables_of_the_runs(tmp_path):
 
 
 def test_page_without_the_lines_of_a_question_fails(tmp_path):
-    with pytest.raises(KeyError, match=r"squares\.smallest"):
+    with pytest.raises(ValueError, match=r"the page needs 'squares\.smallest', which the lines do not give"):
         written(tmp_path, "${squares.smallest}")
 
 
@@ -238,6 +301,54 @@ def test_quick_lines_are_not_kept(command, tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_quick_lines_are_kept_apart(command, tmp_path):
+    command("--quick", "--results", str(tmp_path))
+    assert sorted(seeds(tmp_path / "quick")) == [0, 1, 2]
+    assert not (tmp_path / "squares.jsonl").exists()
+
+
+def test_report_that_fails_changes_nothing(command, tmp_path, monkeypatch):
+    command()
+    command("report")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(report, "checksum", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("report")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", [["--quick"], ["--data", "folder"]])
+def test_report_takes_no_options_of_runs(command, option):
+    with pytest.raises(SystemExit, match="leave out --quick and --data"):
+        command("report", *option)
+
+
+def test_lines_of_another_version_are_named(command, tmp_path):
+    Store(tmp_path / "results", "squares").append(line(0, cube=0))
+    with pytest.raises(SystemExit, match=r"squares\.jsonl has no 'square', so another version of the study wrote it"):
+        command("report")
+
+
+def test_results_that_are_no_folder_are_named(command, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=rf"{tmp_path}/file"):
+        command("--results", str(tmp_path / "file"))
+
+
+def test_other_benchmarks_need_neither_scipy_nor_scikit_learn():
+    code = "import sys; sys.modules |= {'scipy': None, 'sklearn': None, 'matplotlib': None}; import bench.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=DOCUMENTATION.parent)
+
+
+@pytest.mark.parametrize("package", ["scipy", "sklearn"])
+def test_package_that_is_missing_is_named(package):
+    code = f"import sys; sys.modules['{package}'] = None; sys.argv = ['bench', 'study', '--quick']"
+    command = [sys.executable, "-c", f"{code}; import bench.__main__ as bench; bench.main()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=DOCUMENTATION.parent)
+    assert done.returncode == 1
+    assert "the study needs scikit-learn, scipy, matplotlib and rich" in done.stderr.splitlines()[-1]
+
+
 def test_report_writes_the_page_and_its_figures(command, tmp_path, capsys):
     command()
     command("report")
@@ -249,7 +360,7 @@ def test_report_writes_the_page_and_its_figures(command, tmp_path, capsys):
 
 
 def test_folder_without_data_is_named(command, tmp_path):
-    with pytest.raises(SystemExit, match=f"--data: .*{tmp_path}"):
+    with pytest.raises(SystemExit, match=f"{tmp_path} holds no known data set"):
         command("--data", str(tmp_path))
 
 

@@ -71,5 +71,5 @@ def drawn(samples: int, batch_size: int, paths: int, generator: torch.Generator)
 def shuffled(samples: int, batch_size: int, paths: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of indices (paths, batch_size): each path goes through all samples once in every epoch."""
     while True:
-        order = torch.rand(paths, samples, generator=generator).argsort(1)
+        order = torch.rand(paths, samples, generator=generator, dtype=torch.float32).argsort(1)
         yield from order.split(batch_size, 1)
