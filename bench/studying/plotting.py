@@ -26,3 +26,12 @@ def dots(axes: Any, intervals: Sequence[Interval], places: Sequence[float], colo
     ends = [[each.mean - each.low for each in intervals], [each.high - each.mean for each in intervals]]
     axes.errorbar(middles, places, xerr=ends, color=colour, marker="o", markersize=4, linestyle="none", label=label)
     axes.grid(alpha=0.3)
+
+
+def logarithmic(axis: Any) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

@@ -8,7 +8,7 @@ from math import exp, log
 from typing import Any
 
 from ..inference import Comparison, Interval, against, mean
-from ..plotting import COLOURS, dots
+from ..plotting import COLOURS, dots, logarithmic
 from ..question import Table, slug
 from .contest import Entry, Group, grouped
 
@@ -88,6 +88,7 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
             dots(axes, list(ratios.values()), places, COLOURS[at], f"momentum {momentum:g}")
         axes.axvline(1, color="#444444", linewidth=0.8)
         axes.set_xscale("log")
+        logarithmic(axes.xaxis)
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].invert_yaxis()
     for axes in panels[-1]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..data.corruption import described
 from ..inference import Interval, mean
-from ..plotting import COLOURS, band
+from ..plotting import COLOURS, band, logarithmic
 from ..question import Finished, Line, Table, slug
 from .comparison import POINTS, SHARED
 
@@ -109,6 +109,7 @@ def draw(figure: Any, found: Sequence[Setting]) -> None:
         axes.set_ylabel(title)
     for axes in panels[1:].flat:
         axes.set_yscale("log")
+        logarithmic(axes.yaxis)
     panels[1, 0].set_ylim(bottom=0.05)  # some of the multiples are negative
     panels[0, 0].legend(fontsize="small")
     styles = [Line2D([], [], color="black", linestyle=style, label=name) for name, style in (("D", "-"), ("H", "--"))]
