@@ -29,9 +29,9 @@ def dots(axes: Any, intervals: Sequence[Interval], places: Sequence[float], colo
 
 
 def logarithmic(axis: Any) -> None:
-    """Label a logarithmic axis at 1, 2 and 5 times the powers of ten, in plain numbers."""
+    """Label a logarithmic axis at 1 and 3 times the powers of ten, in plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")

@@ -11,7 +11,7 @@ from ..contests.contest import Contest, Entry
 from ..contests.losses import draw, numbers, table
 from ..contests.tuning import FACTOR, grid
 from ..data import DIGITS
-from ..question import Answer, Config, Finished, Question, Scope
+from ..question import Answer, Config, Finished, Question, Scope, slug
 from ..training import train
 
 DATA = (DIGITS, "fashion-mnist")
@@ -102,7 +102,7 @@ def answer(finished: Finished) -> Answer:
 
     data = dict.fromkeys(entry.config["data"] for entry in entries)
     tables = {
-        f"table.{name}": table([entry for entry in entries if entry.config["data"] == name], largest_rate)
+        f"table.{slug(name)}": table([entry for entry in entries if entry.config["data"] == name], largest_rate)
         for name in data
     }
     return Answer(tables, {"losses": (lambda figure: draw(figure, entries), 7.0)}, numbers(entries))

@@ -21,7 +21,7 @@ SETTINGS = (
     ("fashion-mnist", "CNN", 64),
 )
 LEFT_OUT = {"UPGrad"}  # it needs a package that need not be installed
-ROUNDS, QUICK_ROUNDS = 20, 2
+ROUNDS, QUICK_ROUNDS = 10, 2
 
 
 def plan(finished: Finished, scope: Scope) -> list[Config]:
