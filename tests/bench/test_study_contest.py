@@ -157,12 +157,12 @@ def with_losses(finished, by_rate):
         finish(finished, runs, lambda run, value=value: {"training_loss": value, "initial_loss": 2.3})
 
 
-def test_largest_rate_is_the_last_one_that_lowers_the_loss():
+def test_largest_rate_is_the_last_one_that_halves_the_loss():
     finished = Finished()
     runs, largest = stability.limit(finished, BASE, 0.1)
     assert [run["lr"] for run in runs] == [0.2, 0.2]
     assert largest is None
-    with_losses(finished, {0.2: 1.0, 0.4: 2.0, 0.8: 2.4})
+    with_losses(finished, {0.2: 0.5, 0.4: 1.1, 0.8: 1.2})
     runs, largest = stability.limit(finished, BASE, 0.1)
     assert [run["lr"] for run in runs] == [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]
     assert largest == 0.4

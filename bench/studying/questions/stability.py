@@ -78,7 +78,8 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
 def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], float | None]:
     """The runs from the best rate upwards until one does not train, and the largest that does, once they are finished.
 
-    A rate trains if with each seed of the search the loss at the end is below that at the start.
+    A rate trains if with each seed of the search the loss at the end is below half of that at the start. A network
+    whose units are all dead has a loss just below it.
     """
     runs: list[Config] = []
     while True:
@@ -87,7 +88,7 @@ def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], fl
         runs += of_rate
         if any(run not in finished for run in of_rate):
             return runs, None
-        if not all(final_loss(finished[run].outcome) < finished[run].outcome["initial_loss"] for run in of_rate):
+        if not all(final_loss(finished[run].outcome) < finished[run].outcome["initial_loss"] / 2 for run in of_rate):
             return runs, lr
         lr = larger
 
