@@ -29,9 +29,10 @@ def dots(axes: Any, intervals: Sequence[Interval], places: Sequence[float], colo
 
 
 def logarithmic(axis: Any) -> None:
-    """Label a logarithmic axis at 1 and 3 times the powers of ten, in plain numbers."""
+    """Label a logarithmic axis, after all is drawn, at powers of ten, and at 2 and 5 times these if it has few."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")

@@ -6,7 +6,9 @@ import hashlib
 import shutil
 import string
 import tempfile
+import textwrap
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from .question import Answer, Finished, Question, Table
@@ -14,6 +16,7 @@ from .store import Store
 
 TEMPLATE = Path(__file__).with_name("study.md")
 PAGE, FIGURES = "study.md", "study"  # the page, and the folder of its figures, in the folder of the documentation
+COLUMNS = 120  # of a line of the page
 WIDTH = 10.0  # inches
 # The entry of a PNG's metadata that tells from which lines it was drawn.
 LINES = "Lines"
@@ -70,12 +73,19 @@ def page(found: Mapping[str, Answer], template: str) -> str:
         texts |= {f"{name}.{number}": text for number, text in answer.numbers.items()}
         texts |= {f"{name}.{table}": markdown(rows) for table, rows in answer.tables.items()}
     try:
-        return Template(template).substitute(texts)
+        return wrapped(Template(template).substitute(texts))
     except KeyError as error:
         raise ValueError(
             f"the page needs {error}, which the lines do not give: `python -m bench study` runs what is missing, in the"
             " folders named by --data too"
         ) from error
+
+
+def wrapped(text: str) -> str:
+    """The text with the lines of its paragraphs filled anew, since numbers and their placeholders differ in length."""
+    blocks = text.split("\n\n")
+    fill = partial(textwrap.fill, width=COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(fill(block) if block[:1].isalpha() or block.startswith("**") else block for block in blocks)
 
 
 def markdown(table: Table) -> str:

@@ -239,6 +239,16 @@ def test_page_has_the_numbers_and_tables_of_the_runs(tmp_path):
     assert written(tmp_path) == f"3 runs, the largest 4\n\n{table}"
 
 
+def test_paragraphs_are_filled_anew_and_nothing_else():
+    text = "\n\n".join(["# A title", "many words\n" * 20, "| a | b |\n| c | d |", "```sh\na\nb\n```", "- one\n- two"])
+    lines = report.wrapped(text).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert " ".join(lines).split() == text.split()
+    assert lines[0] == "# A title"
+    assert lines[2].startswith("many words many words")
+    assert lines[-10:] == ["| a | b |", "| c | d |", "", "```sh", "a", "b", "```", "", "- one", "- two"]
+
+
 def test_page_without_the_lines_of_a_question_fails(tmp_path):
     with pytest.raises(ValueError, match=r"the page needs 'squares\.smallest', which the lines do not give"):
         written(tmp_path, "${squares.smallest}")

@@ -82,16 +82,22 @@ def test_nothing_else_stands_in_for_a_baseline_that_is_missing():
 def test_losses_are_compared_by_the_geometric_means_of_their_ratios():
     table = losses.table([SPECTRAL, SGD, entry(steps=20)], lambda _: 0.4)
     rows = {row[2]: row for row in table.rows}
-    assert rows["SGD"][3:5] == [f"{math.sqrt(0.5):.3g}", "1"]
-    assert rows["Spectral(0.5)"][3:5] == ["0.5", "0.71 (0.50 to 1.00)"]
+    assert rows["SGD"][3:5] == [f"{math.sqrt(0.5):.3g} (1 failed)", "1"]
+    assert rows["Spectral(0.5)"][3:5] == ["0.5 (1 failed)", "0.71 (0.50 to 1.00)"]
     assert rows["SGD, 2 x the steps"][5:7] == ["0.1", "0.4"]
     assert all(len(row) == len(table.header) for row in table.rows)
-    assert losses.numbers([SPECTRAL, SGD]) == {"digits.5.0_9.spectral_0_5": "0.71"}
+    others = [entry((loss, loss), batch_size=7, **changes) for loss, changes in ((1.0, {}), (4.0, {"steps": 20}))]
+    worse = entry((3.0, 3.0), batch_size=7, method="Spectral(0.5)")
+    numbers = losses.numbers([SPECTRAL, SGD, *others, worse])
+    assert numbers["digits.5.0_9.spectral_0_5"] == "0.71"
+    assert numbers["digits.7.0_9.spectral_0_5"] == "3.00"
+    names = ("settings", "below", "above", "least", "largest", "below_longer")
+    assert [numbers[f"spectral_0_5.{name}"] for name in names] == ["2", "0", "0", "0.71", "3.00", "1"]
 
 
-def test_training_that_diverged_has_the_loss_at_its_start_and_is_counted():
+def test_training_that_diverged_has_the_loss_at_its_start_and_counts_as_failed():
     (_, row) = losses.table([SGD, entry((None, 2.0), method="AdamW")], lambda _: None).rows
-    assert row[3] == "2 (1 diverged)"
+    assert row[3] == "2 (2 failed)"
     assert row[4].startswith("2.83 (")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
-from math import exp, log
+from math import exp, inf, log
 from typing import Any
 
 from ..inference import Comparison, Interval, against, mean
@@ -20,6 +20,16 @@ def logarithms(entry: Entry) -> list[float]:
     """Of the losses at the end, by seed. A training that diverged has the loss at its start."""
     pairs = zip(entry.values("training_loss"), entry.values("initial_loss"), strict=True)
     return [log(initial if loss is None else loss) for loss, initial in pairs]
+
+
+def final_loss(outcome: dict[str, Any]) -> float:
+    """Over the whole training set, at the end; infinite if the training diverged."""
+    return inf if outcome["training_loss"] is None else outcome["training_loss"]
+
+
+def is_failure(outcome: dict[str, Any]) -> bool:
+    """Whether a training has not halved the loss. A network whose units are all dead has one just below its start."""
+    return final_loss(outcome) >= outcome["initial_loss"] / 2
 
 
 def compared(group: Group) -> dict[str, Comparison]:
@@ -48,9 +58,9 @@ def table(entries: Iterable[Entry], largest_rate: Callable[[Entry], float | None
 def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
     """The columns from the training loss on; that is a geometric mean."""
     accuracy = mean([100 * each for each in entry.values("accuracy")])
-    diverged = sum(entry.values("diverged"))
+    failed = sum(map(is_failure, entry.outcomes))
     return [
-        f"{exp(mean(logarithms(entry)).mean):.3g}" + f" ({diverged} diverged)" * (diverged > 0),
+        f"{exp(mean(logarithms(entry)).mean):.3g}" + f" ({failed} failed)" * (failed > 0),
         ratio,
         f"{entry.config['lr']:g}",
         "" if largest_rate is None else f"{largest_rate:g}",
@@ -61,15 +71,47 @@ def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
 def ratio_text(comparison: Comparison) -> str:
     """A ratio with its interval, and a star where it differs from 1 after Holm's correction."""
     found = ratio_to_baseline(comparison)
-    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f}){' *' * comparison.significant}"
+    middle, low, high = map(short, (found.mean, found.low, found.high))
+    return f"{middle} ({low} to {high}){' *' * comparison.significant}"
+
+
+def short(ratio: float) -> str:
+    """Two decimals, or one significant digit where that is more."""
+    return f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}"
 
 
 def numbers(entries: Iterable[Entry]) -> dict[str, str]:
-    """Ratios of losses by data, batch, momentum and method, such as digits.50.0_9.spectral_0_5."""
+    """Ratios of losses by data, batch, momentum and method, such as digits.50.0_9.spectral_0_5, and their summaries."""
+    groups = {setting: compared(group) for setting, group in grouped(entries, *SETTING).items()}
+    found = {
+        slug(*setting, name): short(ratio_to_baseline(comparison).mean)
+        for setting, comparisons in groups.items()
+        for name, comparison in comparisons.items()
+    }
+    methods = dict.fromkeys(name for comparisons in groups.values() for name in comparisons)
+    for name in methods:
+        of_method = [comparisons[name] for comparisons in groups.values() if name in comparisons]
+        found |= {slug(name, number): text for number, text in summary(of_method).items()}
+        found[slug(name, "below_longer")] = str(sum(is_below_longer(name, each) for each in groups.values()))
+    return found
+
+
+def is_below_longer(name: str, comparisons: Mapping[str, Comparison]) -> bool:
+    """Whether the method ends below SGD with more steps, in a setting that has both."""
+    longer = [each for other, each in comparisons.items() if other.startswith("SGD,")]
+    return name in comparisons and any(comparisons[name].difference.mean < each.difference.mean for each in longer)
+
+
+def summary(comparisons: Sequence[Comparison]) -> dict[str, str]:
+    """Of a method in all settings: how many there are, and in how many its loss is clearly above or below SGD's."""
+    ratios = [ratio_to_baseline(each).mean for each in comparisons]
+    clear = [each.difference.mean for each in comparisons if each.significant]
     return {
-        slug(*setting, name): f"{ratio_to_baseline(comparison).mean:.2g}"
-        for setting, group in grouped(entries, *SETTING).items()
-        for name, comparison in compared(group).items()
+        "settings": str(len(comparisons)),
+        "below": str(sum(each < 0 for each in clear)),
+        "above": str(sum(each > 0 for each in clear)),
+        "least": short(min(ratios)),
+        "largest": short(max(ratios)),
     }
 
 
@@ -78,7 +120,7 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
     groups = grouped(entries, *SETTING)
     data, sizes, momenta = (sorted({key[at] for key in groups}) for at in range(3))
     methods = list(dict.fromkeys(name for group in groups.values() for name in compared(group)))
-    panels = figure.subplots(max(len(data), 1), max(len(sizes), 1), sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(max(len(data), 1), max(len(sizes), 1), sharex="col", sharey=True, squeeze=False)
     for (name, size), axes in zip(product(data, sizes), panels.flat, strict=False):
         axes.set_title(f"{name}, B = {size}", fontsize="medium")
         for at, momentum in enumerate(momenta):
@@ -88,9 +130,9 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
             dots(axes, list(ratios.values()), places, COLOURS[at], f"momentum {momentum:g}")
         axes.axvline(1, color="#444444", linewidth=0.8)
         axes.set_xscale("log")
-        logarithmic(axes.xaxis)
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].invert_yaxis()
     for axes in panels[-1]:
         axes.set_xlabel("training loss at the end / SGD's")
+        logarithmic(axes.xaxis)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)

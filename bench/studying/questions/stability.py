@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import product
-from typing import Any
 
 from ..contests.contest import Contest, Entry
-from ..contests.losses import draw, numbers, table
+from ..contests.losses import draw, final_loss, is_failure, numbers, table
 from ..contests.tuning import FACTOR, grid
 from ..data import DIGITS
 from ..question import Answer, Config, Finished, Question, Scope, slug
@@ -36,11 +34,6 @@ LONGER = 2  # SGD is also trained with so many times the steps: about the time o
 RATES = {0.0: grid(0.4), 0.9: grid(0.05)}
 ADAMW_RATES = grid(0.004)
 SEEDS = range(10)
-
-
-def final_loss(outcome: dict[str, Any]) -> float:
-    """Over the whole training set, at the end; infinite if the training diverged."""
-    return math.inf if outcome["training_loss"] is None else outcome["training_loss"]
 
 
 CONTEST = Contest(
@@ -78,8 +71,7 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
 def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], float | None]:
     """The runs from the best rate upwards until one does not train, and the largest that does, once they are finished.
 
-    A rate trains if with each seed of the search the loss at the end is below half of that at the start. A network
-    whose units are all dead has a loss just below it.
+    A rate trains if it does not fail with any seed of the search.
     """
     runs: list[Config] = []
     while True:
@@ -88,7 +80,7 @@ def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], fl
         runs += of_rate
         if any(run not in finished for run in of_rate):
             return runs, None
-        if not all(final_loss(finished[run].outcome) < finished[run].outcome["initial_loss"] / 2 for run in of_rate):
+        if any(is_failure(finished[run].outcome) for run in of_rate):
             return runs, lr
         lr = larger
 
