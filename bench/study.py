@@ -30,9 +30,9 @@ def add(commands) -> None:
     command = commands.add_parser("study", help=__doc__.partition("\n")[0], description=__doc__)
     choices = [*NAMES, REPORT]
     command.add_argument("question", nargs="?", choices=choices, help="default: all of them, one after the other")
-    command.add_argument("--quick", action="store_true", help="small sizes, in two minutes; lines are not kept")
+    command.add_argument("--quick", action="store_true", help="small sizes, in two minutes; kept only with --results")
     command.add_argument("--data", type=Path, action="append", default=[], metavar="DIR", help="may be repeated")
-    about = "of the lines; default: bench/results/study; those of --quick are kept in its folder quick"
+    about = "of the lines; default: bench/results/study; those of --quick are in DIR/quick"
     command.add_argument("--results", type=Path, metavar="DIR", help=about)
     command.set_defaults(run=run)
 

@@ -95,8 +95,9 @@ class Answer:
 
 
 def slug(*parts: object) -> str:
-    """A name for a number of the page, such as digits.mlp.symmetric_0_4."""
-    words = ("".join(letter if letter.isalnum() else " " for letter in str(part).lower()).split() for part in parts)
+    """A name for a number of the page, such as digits.mlp.symmetric_0_4; a minus becomes a word."""
+    texts = (str(part).lower().replace("(-", "(minus ") for part in parts)
+    words = ("".join(letter if letter.isalnum() else " " for letter in text).split() for text in texts)
     return ".".join("_".join(each) for each in words)
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from bench.studying.contests import accuracies, losses
 from bench.studying.contests.contest import Contest, Entry, grouped
+from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
 from bench.studying.questions import labels, stability
 
@@ -153,7 +154,26 @@ def test_figures_can_be_drawn_of_what_is_there(module):
     )
 
 
+def test_every_method_has_a_slug_of_its_own():
+    assert len({slug(name) for name in METHODS}) == len(METHODS)
+
+
+def test_settings_that_a_single_seed_decides_are_left_out_of_counts():
+    group = [entry((0.01, 2.0)), entry((0.001, 0.001), method="AdamW")]
+    others = [entry((0.5, 0.4), batch_size=7), entry((0.4, 0.3), method="AdamW", batch_size=7)]
+    numbers = losses.numbers([*group, *others])
+    assert (numbers["settings"], numbers["settled"], numbers["adamw.settings"]) == ("2", "1", "1")
+    assert numbers["adamw.least"] == numbers["digits.7.0_9.adamw"]
+
+
+def test_larger_rates_than_that_of_the_baseline_are_counted():
+    others = [entry(batch_size=7), entry(method="Spectral(0.5)", batch_size=7)]
+    rates = {SGD: 0.4, SPECTRAL: 0.8, others[0]: 0.4, others[1]: 0.4}
+    assert losses.larger_rates([*rates], rates.get)["spectral_0_5.faster"] == "1"
+
+
 def test_slugs_are_words_for_placeholders():
+    assert slug("Trace(-0.5)") == "trace_minus_0_5"
     assert slug("fashion-mnist", 0.9, "exact Spectral(16)") == "fashion_mnist.0_9.exact_spectral_16"
 
 

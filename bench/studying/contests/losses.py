@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from math import exp, inf, log
@@ -13,6 +14,7 @@ from ..question import Table, slug
 from .contest import Entry, Group, grouped
 
 SETTING = ("data", "batch_size", "momentum")  # what has the same baseline
+SPREAD = 100.0
 HEADER = ("B", "momentum", "method", "training loss", "loss / SGD's", "best rate", "largest rate", "test accuracy, %")
 
 
@@ -82,18 +84,34 @@ def short(ratio: float) -> str:
 
 def numbers(entries: Iterable[Entry]) -> dict[str, str]:
     """Ratios of losses by data, batch, momentum and method, such as digits.50.0_9.spectral_0_5, and their summaries."""
-    groups = {setting: compared(group) for setting, group in grouped(entries, *SETTING).items()}
+    groups = grouped(entries, *SETTING)
+    comparisons = {setting: compared(group) for setting, group in groups.items()}
     found = {
         slug(*setting, name): short(ratio_to_baseline(comparison).mean)
-        for setting, comparisons in groups.items()
-        for name, comparison in comparisons.items()
+        for setting, of_setting in comparisons.items()
+        for name, comparison in of_setting.items()
     }
-    methods = dict.fromkeys(name for comparisons in groups.values() for name in comparisons)
-    for name in methods:
-        of_method = [comparisons[name] for comparisons in groups.values() if name in comparisons]
+    settled = [comparisons[setting] for setting, group in groups.items() if is_settled(group)]
+    for name in dict.fromkeys(name for of_setting in settled for name in of_setting):
+        of_method = [of_setting[name] for of_setting in settled if name in of_setting]
         found |= {slug(name, number): text for number, text in summary(of_method).items()}
-        found[slug(name, "below_longer")] = str(sum(is_below_longer(name, each) for each in groups.values()))
-    return found
+        found[slug(name, "below_longer")] = str(sum(is_below_longer(name, each) for each in settled))
+    return found | {"settings": str(len(groups)), "settled": str(len(settled))}
+
+
+def is_settled(group: Group) -> bool:
+    """Whether no seed of SGD ends at more than `SPREAD` times the loss of another one, which would decide its mean."""
+    losses = logarithms(group.baseline)
+    return max(losses) - min(losses) < log(SPREAD)
+
+
+def larger_rates(entries: Iterable[Entry], largest_rate: Callable[[Entry], float | None]) -> dict[str, str]:
+    """For each method in how many settings it trains with a larger rate than SGD, by names such as trace_0_5.faster."""
+    counts: Counter[str] = Counter()
+    for group in grouped(entries, *SETTING).values():
+        of_baseline = largest_rate(group.baseline) or inf
+        counts.update({name: (largest_rate(entry) or 0) > of_baseline for name, entry in group.items()})
+    return {slug(name, "faster"): str(count) for name, count in counts.items()}
 
 
 def is_below_longer(name: str, comparisons: Mapping[str, Comparison]) -> bool:
@@ -103,7 +121,7 @@ def is_below_longer(name: str, comparisons: Mapping[str, Comparison]) -> bool:
 
 
 def summary(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """Of a method in all settings: how many there are, and in how many its loss is clearly above or below SGD's."""
+    """Of a method in the settled settings: their number, and in how many its loss is clearly above or below SGD's."""
     ratios = [ratio_to_baseline(each).mean for each in comparisons]
     clear = [each.difference.mean for each in comparisons if each.significant]
     return {

@@ -18,7 +18,7 @@ QUANTITIES = {
     "loss": "training loss",
     "cosine": "cos(D g, H g)",
     "scale": "best multiple of D g",
-    "shared": f"shared space of {SHARED} eigenvectors",
+    "shared": f"overlap of {SHARED} leading eigenvectors",
     "diffusion": "lambda_max(D)",
     "hessian": "lambda_max(H)",
 }

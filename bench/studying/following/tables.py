@@ -30,7 +30,7 @@ def percent(share: Interval) -> str:
 def best(setting: Setting, among: Iterable[float] = FRACTIONS) -> str:
     """The best c among these or 0, marked at an end of the grid, and what it explains."""
     c, share = setting.best(fractions_of(among))
-    end = "*" if c is not None and abs(c) == MAGNITUDES[-1] else ""
+    end = "†" if c is not None and abs(c) in (MAGNITUDES[0], MAGNITUDES[-1]) else ""
     return "none" if c is None else f"{c:+g}{end}: {percent(share)}"
 
 

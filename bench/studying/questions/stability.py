@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from ..contests.contest import Contest, Entry
-from ..contests.losses import draw, final_loss, is_failure, numbers, table
+from ..contests.losses import draw, final_loss, is_failure, larger_rates, numbers, table
 from ..contests.tuning import FACTOR, grid
 from ..data import DIGITS
 from ..question import Answer, Config, Finished, Question, Scope, slug
@@ -98,7 +98,8 @@ def answer(finished: Finished) -> Answer:
         f"table.{slug(name)}": table([entry for entry in entries if entry.config["data"] == name], largest_rate)
         for name in data
     }
-    return Answer(tables, {"losses": (lambda figure: draw(figure, entries), 7.0)}, numbers(entries))
+    found = numbers(entries) | larger_rates(entries, largest_rate)
+    return Answer(tables, {"losses": (lambda figure: draw(figure, entries), 7.0)}, found)
 
 
 QUESTION = Question("Does a positive epsilon fit faster, or with larger learning rates?", plan, train, answer)
