@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from rgd_ext.commands.colours import BLUE, GREEN, ORANGE
+
 from .inference import Interval
 
-# Of Okabe and Ito, for all kinds of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (BLUE, ORANGE, GREEN)
 
 
 def band(axes: Any, x: Sequence[float], values: np.ndarray, colour: str, label: str, style: str = "-") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,16 @@ class Finished:
     def __len__(self) -> int:
         return len(self._lines)
 
-    def where(self, **entries: object) -> list[Line]:
-        """Those whose configurations have these entries, in the order of the lines."""
-        wanted = entries.items()
-        return [line for line in self if wanted <= line.config.items()]
+    def keys(self) -> KeysView[str]:
+        """`key_of` the configurations, as a set."""
+        return self._lines.keys()
+
+    def grouped(self, *names: str) -> dict[tuple[Any, ...], list[Line]]:
+        """The lines by what their configurations have under these names, in the order of the first line of each."""
+        groups: dict[tuple[Any, ...], list[Line]] = {}
+        for line in self:
+            groups.setdefault(tuple(line.config[name] for name in names), []).append(line)
+        return groups
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rgd_ext.progress import progress_bars
 
 from ..measuring.environment import machine
 from .data import Sources
-from .question import Config, Finished, Line, Question, Scope
+from .question import Config, Finished, Line, Question, Scope, key_of
 from .store import Store, check
 
 WAIT = 1.0  # seconds between looks at what other processes are still running
@@ -73,7 +73,7 @@ class Progress:
         self._bars = progress_bars()
         self._bar = self._bars.add_task(name, total=None)
         self._name, self._start, self._before = name, time.perf_counter(), None
-        self._planned: list[Config] = []
+        self._planned: set[str] = set()  # the keys of the configurations
         self._waiting = False
 
     def __enter__(self) -> Progress:
@@ -85,7 +85,7 @@ class Progress:
 
     def plan(self, planned: list[Config], finished: Finished) -> None:
         """These runs are planned."""
-        self._planned = planned
+        self._planned = set(map(key_of, planned))
         done = self._show(finished)
         self._before = done if self._before is None else self._before
 
@@ -104,6 +104,6 @@ class Progress:
 
     def _show(self, finished: Finished) -> int:
         """Show how many runs are finished, and return it."""
-        done = sum(config in finished for config in self._planned)
+        done = len(self._planned & finished.keys())
         self._bars.update(self._bar, completed=done, total=len(self._planned))
         return done

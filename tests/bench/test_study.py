@@ -79,8 +79,7 @@ def test_order_of_the_entries_of_a_configuration_does_not_matter(tmp_path):
     store = Store(tmp_path, "squares")
     store.append(Line({"a": 1, "b": 2}, {}, 1.0, MACHINE))
     assert {"b": 2, "a": 1} in store.finished
-    assert store.finished.where(b=2) == list(store.finished)
-    assert store.finished.where(b=3) == []
+    assert store.finished.grouped("b") == {(2,): list(store.finished)}
 
 
 def test_line_that_was_cut_off_is_dropped(tmp_path):

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..data.corruption import described
-from ..inference import Comparison, Interval, against
+from ..inference import Comparison, Interval
 from ..plotting import COLOURS, dots
 from ..question import Table, slug
 from .contest import Entry, Group, grouped
@@ -23,8 +23,7 @@ def percent(entry: Entry) -> list[float]:
 
 def compared(group: Group) -> dict[str, Comparison]:
     """Accuracies less those of SGD, in percentage points, by method."""
-    others = {name: percent(entry) for name, entry in group.items() if entry is not group.baseline}
-    return against(percent(group.baseline), others)
+    return group.compared(percent)
 
 
 def tables(entries: Iterable[Entry]) -> dict[str, Table]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..inference import Comparison, against
 from ..methods import METHODS
 from ..question import Config, Finished
 from .tuning import search
@@ -88,6 +89,11 @@ class Group(dict[str, Entry]):
     @property
     def baseline(self) -> Entry:
         return next(iter(self.values()))
+
+    def compared(self, values: Callable[[Entry], Sequence[float]]) -> dict[str, Comparison]:
+        """What `values` gives of each other method, by seed, less that of the baseline; by method."""
+        others = {name: values(entry) for name, entry in self.items() if entry is not self.baseline}
+        return against(values(self.baseline), others)
 
 
 def grouped(entries: Iterable[Entry], *by: str) -> dict[tuple[Any, ...], Group]:

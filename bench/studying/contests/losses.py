@@ -8,7 +8,7 @@ from itertools import product
 from math import exp, inf, log
 from typing import Any
 
-from ..inference import Comparison, Interval, against, mean
+from ..inference import Comparison, Interval, mean
 from ..plotting import COLOURS, dots, logarithmic
 from ..question import Table, slug
 from .contest import Entry, Group, grouped
@@ -36,8 +36,7 @@ def is_failure(outcome: dict[str, Any]) -> bool:
 
 def compared(group: Group) -> dict[str, Comparison]:
     """The logarithms of the losses less those of SGD, by method."""
-    others = {name: logarithms(entry) for name, entry in group.items() if entry is not group.baseline}
-    return against(logarithms(group.baseline), others)
+    return group.compared(logarithms)
 
 
 def ratio_to_baseline(comparison: Comparison) -> Interval:

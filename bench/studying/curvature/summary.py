@@ -55,10 +55,7 @@ class Setting:
 
 def settings(finished: Finished) -> list[Setting]:
     """All that were run, by name."""
-    groups: dict[tuple[str, str, str], list[Line]] = {}
-    for line in finished:
-        groups.setdefault((line.config["data"], line.config["model"], line.config["labels"]), []).append(line)
-    return [Setting(*key, lines) for key, lines in sorted(groups.items())]
+    return [Setting(*key, lines) for key, lines in sorted(finished.grouped("data", "model", "labels").items())]
 
 
 def table(found: Sequence[Setting]) -> Table:

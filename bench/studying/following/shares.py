@@ -107,9 +107,5 @@ def explained(squared: np.ndarray, of_gradient_flow: np.ndarray, axis: int = -1)
 
 def settings(finished: Finished) -> list[Setting]:
     """In the order of the first line of each."""
-    groups: dict[tuple[str, float, int, str], list[Line]] = {}
-    for line in finished:
-        config = line.config
-        key = (config["problem"], config["lr"], config["batch_size"], config["sampling"])
-        groups.setdefault(key, []).append(line)
+    groups = finished.grouped("problem", "lr", "batch_size", "sampling")
     return [Setting(*key, lines) for key, lines in groups.items()]

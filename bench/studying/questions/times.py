@@ -51,10 +51,8 @@ def run(config: Config, sources: Sources) -> dict[str, Any]:
 
 def answer(finished: Finished) -> Answer:
     """The ratios to SGD by method and setting, and the milliseconds of SGD."""
-    ratios: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for line in finished:
-        setting = tuple(line.config[name] for name in ("data", "model", "batch_size"))
-        ratios.setdefault(setting, {})[line.config["method"]] = line.outcome
+    groups = finished.grouped("data", "model", "batch_size")
+    ratios = {setting: {line.config["method"]: line.outcome for line in lines} for setting, lines in groups.items()}
     header = ("method", "gradients", *(f"{data}, {model}, B = {size}" for data, model, size in ratios))
     methods = dict.fromkeys(method for of_setting in ratios.values() for method in of_setting)
     rows = [
