@@ -21,6 +21,14 @@ def band(axes: Any, x: Sequence[float], values: np.ndarray, colour: str, label: 
     axes.grid(alpha=0.3)
 
 
+def panels_of_methods(figure: Any, rows: int, columns: int, methods: Sequence[str], sharex: str) -> np.ndarray:
+    """Panels (rows, columns), at least one, with a place for each method from the top to the bottom."""
+    panels = figure.subplots(max(rows, 1), max(columns, 1), sharex=sharex, sharey=True, squeeze=False)
+    panels[0, 0].set_yticks(range(len(methods)), methods)
+    panels[0, 0].invert_yaxis()
+    return panels
+
+
 def dots(axes: Any, intervals: Sequence[Interval], places: Sequence[float], colour: str, label: str) -> None:
     """A dot for each interval, with its ends, at a height of `places`."""
     middles = [each.mean for each in intervals]

@@ -14,15 +14,19 @@ CHUNK = 1000  # samples of a forward, so that memory does not grow with the set
 
 
 def scores(model: nn.Module, samples: Samples) -> dict[str, float | None]:
-    """The accuracy, the mean and the least of those on the classes, and the mean cross entropy, None if not finite."""
+    """The accuracy, the mean and the least of those on the groups, and the mean cross entropy, None if not finite.
+
+    The groups are those of the samples, or the classes.
+    """
     outputs = outputs_of(model, samples)
     correct = (outputs.argmax(1) == samples.labels).double()
-    by_class = [correct[samples.labels == label].mean() for label in samples.labels.unique()]
+    groups = samples.labels if samples.groups is None else samples.groups
+    by_group = [correct[groups == group].mean() for group in groups.unique()]
     loss = cross_entropy(outputs.double(), samples.labels).item()
     return {
         "accuracy": correct.mean().item(),
-        "balanced_accuracy": torch.stack(by_class).mean().item(),
-        "worst_accuracy": torch.stack(by_class).min().item(),
+        "balanced_accuracy": torch.stack(by_group).mean().item(),
+        "worst_accuracy": torch.stack(by_group).min().item(),
         "loss": loss if math.isfinite(loss) else None,
     }
 

@@ -1,8 +1,8 @@
-"""What a configuration trains on and is evaluated on: samples with their given labels."""
+"""What a configuration trains on and is evaluated on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from .data import Samples, Sources
-from .data.corruption import corrupted
+from .data.defects import defect
 from .data.formats import CLASSES
 from .question import Config
 
 
 class Seeds(NamedTuple):
-    """Of independent generators."""
+    """Of independent generators: of the initial weights, of the batches, and of what is wrong with each set."""
 
     weights: int
     batches: int
-    training_labels: int
-    validation_labels: int
+    train: int
+    validation: int
+    test: int
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Task:
     """A problem of classification.
 
     Attributes:
-        train: with the labels that are given.
-        evaluation: the validation samples with given labels, or the test samples with the true ones.
+        train: the training samples, with what is wrong with them.
+        evaluation: the validation or the test samples.
     """
 
     train: Samples
@@ -51,17 +52,13 @@ def task_of(config: Config, sources: Sources) -> Task:
     """The task of a configuration.
 
     Raises:
-        ValueError: if `evaluate` is neither "validation" nor "test".
+        ValueError: if `evaluate` is neither "validation" nor "test", or `labels` is no defect.
     """
     split, seeds = sources.split(config["data"], config["samples"]), seeds_of(config)
-    train = _relabelled(split.train, config["labels"], seeds.training_labels)
+    found, number = defect(config["labels"])
+    train = found.train(split.train, number, seeds.train)
     if config["evaluate"] == "test":
-        return Task(train, split.test)
+        return Task(train, found.test(split.test, number, seeds.test))
     if config["evaluate"] == "validation":
-        return Task(train, _relabelled(split.validation, config["labels"], seeds.validation_labels))
+        return Task(train, found.validation(split.validation, number, seeds.validation))
     raise ValueError(f'evaluate {config["evaluate"]!r}: pass "validation" or "test"')
-
-
-def _relabelled(samples: Samples, kind: str, seed: int) -> Samples:
-    labels, _ = corrupted(samples.labels, kind, seed)
-    return replace(samples, labels=labels)

@@ -3,15 +3,12 @@
 A configuration has the entries
 
     data, samples: the name of the data, and how many of them to train on;
-    labels: "clean", or what is wrong with them, such as "symmetric 0.4";
+    labels: "clean", or what is wrong with the training set, such as "symmetric 0.4" (see `data.defects`);
     model, method: their names;
     lr, momentum: the first learning rate, which falls to zero along a cosine of the steps, and the momentum;
     batch_size, steps: each epoch has whole batches only, so the samples that are left over differ from epoch to epoch;
     seed: of the initial weights, the batches and the wrong labels, each by a generator of its own;
     evaluate: "validation" or "test".
-
-The validation labels are wrong in the same way as the training labels, because who has wrong labels has no others to
-choose a learning rate by. The test labels are the true ones.
 """
 
 from __future__ import annotations
@@ -46,8 +43,7 @@ def train(config: Config, sources: Sources) -> dict[str, Any]:
     Returns:
         training_losses: the mean cross entropy of the part's batches before their steps, whatever is minimised.
         accuracies: after each part, on the first `CURVE_SAMPLES` of the samples to evaluate.
-        accuracy, balanced_accuracy, worst_accuracy, loss: of these at the end; balanced_accuracy is the mean, and
-            worst_accuracy the least, of the accuracies on the classes.
+        accuracy, balanced_accuracy, worst_accuracy, loss: of these at the end, as in `scores`.
         training_accuracy, training_loss: at the end, on the labels that were given, and initial_loss the one before.
         diverged: whether the weights or the loss are not finite any more. The curves end with that part.
 

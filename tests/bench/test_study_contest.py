@@ -6,11 +6,12 @@ import random
 import pytest
 from matplotlib.figure import Figure
 
-from bench.studying.contests import accuracies, losses
+from bench.studying.contests import accuracies, generalisation, losses
+from bench.studying.contests.accuracies import Layout
 from bench.studying.contests.contest import Contest, Entry, grouped
 from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
-from bench.studying.questions import labels, stability
+from bench.studying.questions import batches, imbalance, labels, stability
 
 BASE = {"data": "digits", "model": "MLP", "method": "SGD", "batch_size": 5, "momentum": 0.9, "steps": 10}
 CONTEST = Contest(lambda _: [1.0, 2.0, 4.0], lambda outcome: (outcome["score"],), {"evaluate": "validation"})
@@ -67,6 +68,15 @@ def entry(of_losses=(0.5, 0.5), of_accuracies=(0.5, 0.5), **changes):
 
 SGD, SPECTRAL = entry((0.5, 1.0), (0.5, 0.6)), entry((0.25, 1.0), (0.7, 0.6), method="Spectral(0.5)")
 ENTRIES = [SPECTRAL, entry(steps=20), entry(momentum=0.0), SGD]
+LAYOUT = Layout(("data", "model"), ("labels",), {"accuracy": ""})
+
+
+CONTESTS = {labels: generalisation.SEEDS, imbalance: generalisation.SEEDS, batches: generalisation.SEEDS}
+CONTESTS[stability] = stability.SEEDS
+
+
+def in_columns(entries, layout=LAYOUT):
+    return accuracies.columns(entries, layout)
 
 
 def test_baseline_comes_first_and_others_are_named_by_what_differs():
@@ -103,31 +113,29 @@ def test_training_that_diverged_has_the_loss_at_its_start_and_counts_as_failed()
 
 
 def test_accuracies_are_compared_by_their_differences_in_percentage_points():
-    (table,) = accuracies.tables(ENTRIES).values()
+    (table,) = accuracies.tables(in_columns(ENTRIES)).values()
     rows = dict(table.rows)
     assert rows["SGD"] == "55.0 %"
     assert rows["Spectral(0.5)"].startswith("+10.0 (")
-    numbers = accuracies.numbers(ENTRIES)
-    assert numbers["digits.mlp.clean.sgd"] == "55.0"
-    assert numbers["digits.mlp.clean.spectral_0_5"] == "+10.0"
+    numbers = accuracies.numbers(in_columns(ENTRIES))
+    assert numbers["digits.mlp.clean.accuracy.sgd"] == "55.0"
+    assert numbers["digits.mlp.clean.accuracy.spectral_0_5"] == "+10.0"
 
 
-@pytest.mark.parametrize("question", [labels, stability])
-def test_star_marks_what_differs_after_the_correction_for_all_methods(question):
-    seeds = range(len(question.SEEDS))
+@pytest.mark.parametrize(("question", "seeds"), CONTESTS.items())
+def test_star_marks_what_differs_after_the_correction_for_all_methods(question, seeds):
     (names, *_) = families(question).values()
     group = [entry([1.0 for _ in seeds], [0.5 + seed / 100 for seed in seeds])]
     for at, name in enumerate(dict.fromkeys(names[1:])):
         gains = [0.1 + seed / 1000 if at == 0 else (-1) ** seed / 10 for seed in seeds]
         values = [0.5 + seed / 100 + gain for seed, gain in zip(seeds, gains, strict=True)]
         group.append(entry([1.0 for _ in seeds], values, **({"steps": 20} if name == "SGD" else {"method": name})))
-    (table,) = accuracies.tables(group).values()
-    assert [row[1].endswith(" *") for row in table.rows].count(True) == 1
-    assert table.rows[1][1].endswith(" *")
+    (table,) = accuracies.tables(in_columns(group)).values()
+    assert [row[0] for row in table.rows if row[1].endswith(" *")] == [names[1]]
 
 
 def test_method_that_was_not_run_on_some_labels_has_an_empty_cell():
-    (table,) = accuracies.tables([*ENTRIES, entry(labels="pairwise 0.4")]).values()
+    (table,) = accuracies.tables(in_columns([*ENTRIES, entry(labels="pairwise 0.4")])).values()
     assert {row[0]: row[2] for row in table.rows} == {
         "SGD": "50.0 %",
         "SGD, no momentum": "",
@@ -137,21 +145,72 @@ def test_method_that_was_not_run_on_some_labels_has_an_empty_cell():
 
 
 def test_figures_have_a_dot_for_each_method_at_its_ratio_or_difference():
-    for module, value in ((losses, math.sqrt(0.5)), (accuracies, 10)):
+    for draw, entries, value in (
+        (losses.draw, [SPECTRAL, SGD], math.sqrt(0.5)),
+        (accuracies.draw, in_columns([SPECTRAL, SGD]), 10),
+    ):
         figure = Figure()
-        module.draw(figure, [SPECTRAL, SGD])
+        draw(figure, entries)
         (axes,) = figure.axes
         assert axes.get_title().startswith("digits, ")
         assert [label.get_text() for label in axes.get_yticklabels()] == ["Spectral(0.5)"]
         assert axes.containers[0].lines[0].get_xydata().tolist() == [[pytest.approx(value), 0]]
 
 
-@pytest.mark.parametrize("module", [losses, accuracies])
-def test_figures_can_be_drawn_of_what_is_there(module):
-    module.draw(Figure(), [])
-    module.draw(
-        Figure(), [*ENTRIES, *(entry(**changes) for changes in ({"labels": "pairwise 0.4"}, {"data": "mnist"}))]
-    )
+def test_figures_can_be_drawn_of_what_is_there():
+    some = [*ENTRIES, *(entry(**changes) for changes in ({"labels": "pairwise 0.4"}, {"data": "mnist"}))]
+    for entries in ([], some):
+        losses.draw(Figure(), entries)
+        accuracies.draw(Figure(), in_columns(entries))
+
+
+def test_a_method_has_the_same_place_in_all_panels():
+    figure = Figure()
+    others = [
+        entry(labels="pairwise 0.4"),
+        entry(method="Ascent(0.1)"),
+        entry(method="Ascent(0.1)", labels="pairwise 0.4"),
+    ]
+    accuracies.draw(figure, in_columns([SPECTRAL, SGD, *others]))
+    places = [[y for _, y in axes.containers[0].lines[0].get_xydata()] for axes in figure.axes]
+    assert places == [[0, 1], [1]]
+
+
+def test_layout_says_what_tables_columns_and_panels_are():
+    sizes = {"digits": (5, 1000), "mnist": (5, 1024)}
+    settings = [{"data": data, "batch_size": size} for data, of_data in sizes.items() for size in of_data]
+    entries = [entry(method=method, **setting) for setting in settings for method in ("SGD", "AdamW")]
+    for each in entries:
+        each.outcomes[0]["worst"] = each.outcomes[1]["worst"] = 0.25
+    layout = Layout(("data", "labels"), ("batch_size",), {"accuracy": "", "worst": "worst class"})
+    found = in_columns(entries, layout)
+    tables = accuracies.tables(found)
+    assert tables.keys() == {"table.digits.clean", "table.mnist.clean"}
+    headings = ["B = 5", "B = 5, worst class", "B = 1024", "B = 1024, worst class"]
+    assert list(tables["table.mnist.clean"].header) == ["method", *headings]
+    assert tables["table.mnist.clean"].rows[0] == ["SGD", "50.0 %", "25.0 %", "50.0 %", "25.0 %"]
+    assert accuracies.numbers(found)["mnist.clean.1024.worst.sgd"] == "25.0"
+    figure = Figure()
+    accuracies.draw(figure, found)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[3] == "digits, clean labels\nB = 1000, worst class"
+    assert titles[4:] == [f"mnist, clean labels\n{heading}" for heading in headings]
+
+
+def test_rates_are_chosen_by_the_validation_samples_and_counted_on_those_of_the_test():
+    base = {name: value for name, value in BASE.items() if name != "evaluate"}
+    question = generalisation.question("", lambda _: [base], LAYOUT, 1.0, "balanced")
+    finished = Finished()
+    while runs := [run for run in question.plan(finished, FULL) if run not in finished]:
+        for run in runs:
+            # The one with the best balanced accuracy has not the best accuracy, and a diverged one does not count.
+            good = run["lr"] in (0.05, 0.1)
+            loss = None if run["lr"] == 0.05 else 1.0
+            finished.add(Line(run, {"balanced": float(good), "accuracy": 0.5 - good / 4, "loss": loss}, 1.0, {}))
+    counted = [line.config for line in finished if line.config["evaluate"] == "test"]
+    assert {run["lr"] for run in counted} == {0.1}
+    assert [run["seed"] for run in counted] == list(generalisation.SEEDS)
+    assert {line.config["seed"] for line in finished if line.config["evaluate"] == "validation"} == {100, 101}
 
 
 def test_every_method_has_a_slug_of_its_own():
@@ -206,16 +265,21 @@ def families(question):
     return found
 
 
-@pytest.mark.parametrize("question", [labels, stability])
-def test_all_settings_have_the_same_methods_once(question):
+@pytest.mark.parametrize(("question", "seeds"), CONTESTS.items())
+def test_all_settings_have_the_same_methods_once(question, seeds):
     bases = [str(sorted(base.items())) for base in question.methods(FULL)]
     assert len(set(bases)) == len(bases)
-    names = {frozenset(set(names) - {"AdamW"}) for names in families(question).values()}
+    names = {frozenset(set(names) - {"AdamW", "UPGrad"}) for names in families(question).values()}
     assert len(names) == 1
     assert "SGD" in names.pop()
 
 
-@pytest.mark.parametrize("question", [labels, stability])
-def test_seeds_are_enough_for_the_correction(question):
-    smallest = 2.0 ** (1 - len(question.SEEDS))
+def test_upgrad_is_compared_in_two_settings_only():
+    settings = [(run["data"], run["model"], run["labels"]) for run in labels.methods(FULL) if run["method"] == "UPGrad"]
+    assert settings == [("digits", "MLP", "clean"), ("digits", "MLP", "symmetric 0.4")]
+
+
+@pytest.mark.parametrize(("question", "seeds"), CONTESTS.items())
+def test_seeds_are_enough_for_the_correction(question, seeds):
+    smallest = 2.0 ** (1 - len(seeds))
     assert all(smallest * (len(names) - 1) < 0.05 for names in families(question).values())

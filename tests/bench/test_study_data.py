@@ -1,4 +1,4 @@
-"""The data of the study, corruption of labels, and models, on small files that the tests write."""
+"""The data of the study and its models, on small files that the tests write."""
 
 import gzip
 import hashlib
@@ -13,7 +13,6 @@ import torch
 from scipy.io import savemat
 
 from bench.studying.data import Sources, formats
-from bench.studying.data.corruption import corrupted, imbalanced, pairwise, symmetric
 from bench.studying.data.published import DataSet
 from bench.studying.data.sources import stratified_order
 from bench.studying.models import MODELS, build
@@ -347,115 +346,6 @@ def test_a_stratified_order_is_a_random_permutation():
     assert sorted(order) == list(range(555))
     within = order[labels[order] == 2]
     assert abs(np.corrcoef(within, np.arange(500))[0, 1]) < 0.15
-
-
-# Corruption.
-
-
-LABEL_ROW = torch.from_numpy(np.random.default_rng(0).integers(0, 10, 1000))
-
-
-@pytest.mark.parametrize("corrupt", [symmetric, pairwise])
-@pytest.mark.parametrize(("share", "count"), [(0, 0), (0.2, 200), (0.3336, 334), (1, 1000)])
-def test_exactly_the_share_of_the_labels_is_wrong(corrupt, share, count):
-    before = LABEL_ROW.clone()
-    labels, wrong = corrupt(LABEL_ROW, share, 10, seed=3)
-    assert torch.equal(LABEL_ROW, before)
-    assert torch.equal(labels != LABEL_ROW, wrong)
-    assert wrong.sum() == count
-    assert labels.dtype == torch.int64
-    assert 0 <= labels.min() <= labels.max() <= 9
-
-
-def test_symmetric_corruption_gives_all_other_classes_equally_often():
-    labels, _ = symmetric(torch.full((9000,), 4), 1.0, 10, seed=0)
-    counts = labels.bincount(minlength=10)
-    assert counts[4] == 0
-    # Five standard deviations of a binomial distribution of 9,000 samples with the mean 1,000.
-    assert (counts[torch.arange(10) != 4] - 1000).abs().max() < 5 * (1000 * 8 / 9) ** 0.5
-
-
-def test_pairwise_corruption_gives_the_next_class_and_0_after_the_last():
-    labels, wrong = pairwise(LABEL_ROW, 0.4, 10, seed=0)
-    following = {**{c: c + 1 for c in range(9)}, 9: 0}
-    assert labels[wrong].tolist() == [following[c] for c in LABEL_ROW[wrong].tolist()]
-
-
-@pytest.mark.parametrize("corrupt", [symmetric, pairwise])
-def test_corruption_is_a_function_of_the_seed(corrupt):
-    first, again, other = (corrupt(LABEL_ROW, 0.4, 10, seed)[0] for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_wrong_labels_are_not_the_first_in_an_order_of_the_same_seed():
-    # Otherwise, training would begin with batches of wrong labels only.
-    order = torch.randperm(1000, generator=torch.Generator().manual_seed(5))
-    _, wrong = symmetric(LABEL_ROW, 0.2, 10, seed=5)
-    assert 10 < wrong[order[:200]].sum() < 80
-
-
-def test_a_larger_share_keeps_the_wrong_labels_of_a_smaller_one():
-    few, many = (symmetric(LABEL_ROW, share, 10, seed=2) for share in (0.1, 0.5))
-    assert torch.equal(many[0][few[1]], few[0][few[1]])
-
-
-@pytest.mark.parametrize("kind", ["symmetric 0.2", "pairwise 0.4", "clean"])
-def test_a_kind_of_corruption_is_a_text(kind):
-    expected = {
-        "symmetric 0.2": symmetric(LABEL_ROW, 0.2, 10, 7),
-        "pairwise 0.4": pairwise(LABEL_ROW, 0.4, 10, 7),
-        "clean": (LABEL_ROW, torch.zeros(1000, dtype=torch.bool)),
-    }[kind]
-    assert all(map(torch.equal, corrupted(LABEL_ROW, kind, 7), expected))
-
-
-@pytest.mark.parametrize(
-    "kind", ["", "symmetric", "symmetric x", "symmetric 1.5", "pairwise nan", "other 0.2", "clean 0"]
-)
-def test_other_kinds_are_errors(kind):
-    with pytest.raises(ValueError, match=r"(kind|share) must be"):
-        corrupted(LABEL_ROW, kind, 0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        ((LABEL_ROW, -0.1, 10), "share must be from 0 to 1, not -0.1"),
-        ((LABEL_ROW, 0.1, 1), "classes must be at least 2, not 1"),
-        ((LABEL_ROW, 0.1, 9), "labels must be from 0 to 8, not 0 to 9"),
-    ],
-)
-def test_arguments_out_of_range_are_errors(arguments, problem):
-    with pytest.raises(ValueError, match=problem):
-        symmetric(*arguments, seed=0)
-    with pytest.raises(ValueError, match=problem):
-        pairwise(*arguments, seed=0)
-
-
-@pytest.mark.parametrize("ratio", [1, 10, 100])
-def test_class_sizes_fall_geometrically(ratio):
-    labels = torch.arange(10).repeat(200)[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
-    kept = imbalanced(labels, ratio, 10, seed=0)
-    assert torch.equal(kept, kept.unique())
-    sizes = labels[kept].bincount(minlength=10).double()
-    expected = 200 * np.geomspace(1, 1 / ratio, 10)
-    assert np.abs(sizes.numpy() - expected).max() <= 0.5
-    assert not torch.equal(kept, imbalanced(labels, ratio, 10, seed=1)) or ratio == 1
-    assert torch.equal(kept, imbalanced(labels, ratio, 10, seed=0))
-
-
-def test_class_sizes_fall_geometrically_when_the_classes_are_unequal():
-    labels = torch.tensor([0] * 100 + [1] * 20 + [2] * 100)
-    sizes = labels[imbalanced(labels, 4, 3, seed=0)].bincount()
-    assert sizes.tolist() == [40, 20, 10]
-
-
-def test_imbalance_that_would_leave_a_class_empty_is_an_error():
-    with pytest.raises(ValueError, match="1000 labels are too few for the ratio 1000"):
-        imbalanced(LABEL_ROW, 1000, 10, 0)
-    with pytest.raises(ValueError, match=r"at least 1, not 0\.5"):
-        imbalanced(LABEL_ROW, 0.5, 10, 0)
 
 
 # Models.

@@ -307,7 +307,7 @@ def test_the_seed_determines_weights_batches_and_wrong_labels(monkeypatch):
     for labels in ([task.train.labels for task in tasks], [task.evaluation.labels for task in tasks]):
         assert labels[0].equal(labels[1])
         assert not labels[0].equal(labels[2])
-    assert len({*seeds_of(config), *seeds_of(config | {"seed": 1})}) == 8
+    assert len({*seeds_of(config), *seeds_of(config | {"seed": 1})}) == 10
 
 
 def test_an_epoch_has_no_sample_twice_and_leaves_out_less_than_a_batch():
@@ -383,6 +383,14 @@ def test_scores_weight_classes_alike_only_in_the_balanced_accuracy():
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert found["balanced_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert found["worst_accuracy"] == 1 / 2
+
+
+def test_scores_are_those_of_the_groups_if_the_samples_have_some():
+    outputs = one_hot(torch.tensor([0, 0, 0, 2, 0, 2]), 4).float()
+    found = scores(nn.Identity(), Samples(outputs, torch.tensor([0, 0, 0, 0, 2, 2]), torch.tensor([7, 7, 7, 3, 3, 3])))
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert found["balanced_accuracy"] == pytest.approx((1 + 1 / 3) / 2)
+    assert found["worst_accuracy"] == pytest.approx(1 / 3)
     expected = (4 * (math.log(math.e + 3) - 1) + 2 * math.log(math.e + 3)) / 6
     assert found["loss"] == pytest.approx(expected)
 

@@ -72,6 +72,10 @@ class Entry:
         """An entry of the outcomes, by seed."""
         return [outcome[name] for outcome in self.outcomes]
 
+    def percent(self, name: str) -> list[float]:
+        """A share among the outcomes, by seed, in percent."""
+        return [100 * value for value in self.values(name)]
+
 
 class Group(dict[str, Entry]):
     """Methods that are compared with each other, by name, in the order of the catalogue.

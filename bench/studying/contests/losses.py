@@ -9,7 +9,7 @@ from math import exp, inf, log
 from typing import Any
 
 from ..inference import Comparison, Interval, mean
-from ..plotting import COLOURS, dots, logarithmic
+from ..plotting import COLOURS, dots, logarithmic, panels_of_methods
 from ..question import Table, slug
 from .contest import Entry, Group, grouped
 
@@ -58,7 +58,7 @@ def table(entries: Iterable[Entry], largest_rate: Callable[[Entry], float | None
 
 def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
     """The columns from the training loss on; that is a geometric mean."""
-    accuracy = mean([100 * each for each in entry.values("accuracy")])
+    accuracy = mean(entry.percent("accuracy"))
     failed = sum(map(is_failure, entry.outcomes))
     return [
         f"{exp(mean(logarithms(entry)).mean):.3g}" + f" ({failed} failed)" * (failed > 0),
@@ -137,7 +137,7 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
     groups = grouped(entries, *SETTING)
     data, sizes, momenta = (sorted({key[at] for key in groups}) for at in range(3))
     methods = list(dict.fromkeys(name for group in groups.values() for name in compared(group)))
-    panels = figure.subplots(max(len(data), 1), max(len(sizes), 1), sharex="col", sharey=True, squeeze=False)
+    panels = panels_of_methods(figure, len(data), len(sizes), methods, sharex="col")
     for (name, size), axes in zip(product(data, sizes), panels.flat, strict=False):
         axes.set_title(f"{name}, B = {size}", fontsize="medium")
         for at, momentum in enumerate(momenta):
@@ -147,8 +147,6 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
             dots(axes, list(ratios.values()), places, COLOURS[at], f"momentum {momentum:g}")
         axes.axvline(1, color="#444444", linewidth=0.8)
         axes.set_xscale("log")
-    panels[0, 0].set_yticks(range(len(methods)), methods)
-    panels[0, 0].invert_yaxis()
     for axes in panels[-1]:
         axes.set_xlabel("training loss at the end / SGD's")
         logarithmic(axes.xaxis)

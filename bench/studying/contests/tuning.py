@@ -17,6 +17,13 @@ def grid(middle: float, rates: int = 5) -> list[float]:
     return [middle * FACTOR**power for power in range(-(rates // 2), rates // 2 + 1)]
 
 
+def usual_rates(base: Config) -> list[float]:
+    """Of a configuration without `lr`, around rates at which the methods train well on digits."""
+    if base["method"] == "AdamW":
+        return grid(0.002)
+    return grid(0.05 if base["momentum"] else 0.4)
+
+
 def search(
     finished: Finished,
     base: Config,

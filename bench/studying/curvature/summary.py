@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.corruption import described
+from ..data.defects import described
 from ..inference import Interval, mean
 from ..plotting import COLOURS, band, logarithmic
 from ..question import Finished, Line, Table, slug

@@ -1,12 +1,10 @@
-"""Wrong labels and unequal classes, as functions of the true labels and a seed."""
+"""Wrong labels, unequal classes and attributes that go with the class, as functions of the true labels and a seed."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from .formats import CLASSES
 
 # Without it, a seed would give numbers that are related to those of torch's generator for the same seed, which may
 # be what initialises or shuffles: both are the same Mersenne twister.
@@ -67,27 +65,23 @@ def imbalanced(labels: Tensor, ratio: float, classes: int, seed: int) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def corrupted(labels: Tensor, kind: str, seed: int) -> tuple[Tensor, Tensor]:
-    """The labels after a corruption such as "clean", "symmetric 0.2" or "pairwise 0.4", and which are wrong.
+def correlated(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
+    """Which samples have an attribute that goes with the class, (N,), bool.
+
+    It is `share` of each class of the upper half and 1 - `share` of each other one, rounded to whole samples.
 
     Raises:
-        ValueError: if `kind` is another text.
+        ValueError: if the share, the number of classes or a label is out of range.
     """
-    if kind == "clean":
-        return labels.clone(), torch.zeros_like(labels, dtype=torch.bool)
-    name, _, share = kind.partition(" ")
-    kinds = {"symmetric": symmetric, "pairwise": pairwise}
-    try:
-        corrupt, number = kinds[name], float(share)
-    except (KeyError, ValueError):
-        raise ValueError(f'kind must be "clean", "symmetric SHARE" or "pairwise SHARE", not {kind!r}') from None
-    return corrupt(labels, number, CLASSES, seed)
-
-
-def described(kind: str) -> str:
-    """A corruption in words, such as "40 % of labels wrong (symmetric)"."""
-    name, _, share = kind.partition(" ")
-    return f"{100 * float(share):g} % of labels wrong ({name})" if share else f"{name} labels"
+    _check(labels, classes)
+    _check_share(share)
+    order = torch.from_numpy(_generator(seed).permutation(len(labels)))
+    marked = torch.zeros_like(labels, dtype=torch.bool)
+    for label in range(classes):
+        members = order[labels[order] == label]
+        of_class = share if label >= classes // 2 else 1 - share
+        marked[members[: round(of_class * len(members))]] = True
+    return marked
 
 
 def _generator(seed: int) -> np.random.RandomState:
@@ -101,11 +95,15 @@ def _check(labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels must be from 0 to {classes - 1}, not {labels.min()} to {labels.max()}")
 
 
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be from 0 to 1, not {share}")
+
+
 def _chosen(labels: Tensor, share: float, classes: int, generator: np.random.RandomState) -> Tensor:
     """Which labels are to be replaced: a random share of them."""
     _check(labels, classes)
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be from 0 to 1, not {share}")
+    _check_share(share)
     chosen = torch.zeros_like(labels, dtype=torch.bool)
     chosen[generator.permutation(len(labels))[: round(share * len(labels))]] = True
     return chosen

@@ -27,16 +27,19 @@ class Samples:
     Attributes:
         inputs: (N, channels, height, width), float32 in [-1, 1].
         labels: (N,), int64 from 0 to 9.
+        groups: of which accuracies are wanted apart, (N,), or None if they are those of the labels.
     """
 
     inputs: Tensor
     labels: Tensor
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> Samples:
-        return Samples(self.inputs[index], self.labels[index])
+        groups = None if self.groups is None else self.groups[index]
+        return Samples(self.inputs[index], self.labels[index], groups)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""What is wrong with a training set, as a text: a name and a number, such as "symmetric 0.4", or "clean".
+
+    symmetric SHARE, pairwise SHARE: so many labels are wrong, in the validation set too, because who has wrong labels
+        has no others to choose a learning rate by;
+    imbalanced RATIO: the classes are unequal, from the first to the last one by this ratio;
+    contrast SHARE: of the upper half of the classes so many images are inverted, and of the lower half all others are,
+        so that contrast nearly tells the class. Validation and test sets have each image in both contrasts. The groups
+        are the four combinations of contrast and half.
+
+The labels and images of validation and test sets are the true ones unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .corruption import correlated, imbalanced, pairwise, symmetric
+from .formats import CLASSES
+from .sources import Samples
+
+Change = Callable[[Samples, float, int], Samples]  # of samples, with the number and a seed
+
+
+def unchanged(samples: Samples, _: float, __: int) -> Samples:
+    """The samples."""
+    return samples
+
+
+def relabelled(corrupt: Callable[[Tensor, float, int, int], tuple[Tensor, Tensor]]) -> Change:
+    """With labels that `corrupt` makes wrong."""
+
+    def change(samples: Samples, share: float, seed: int) -> Samples:
+        return replace(samples, labels=corrupt(samples.labels, share, CLASSES, seed)[0])
+
+    return change
+
+
+def unequal(samples: Samples, ratio: float, seed: int) -> Samples:
+    """A part of them with unequal classes."""
+    return samples[imbalanced(samples.labels, ratio, CLASSES, seed)]
+
+
+def with_contrast(samples: Samples, share: float, seed: int) -> Samples:
+    """Some of them inverted, by class."""
+    return _inverted(samples, correlated(samples.labels, share, CLASSES, seed))
+
+
+def in_both_contrasts(samples: Samples, _: float, __: int) -> Samples:
+    """Each of them as it is, and then inverted."""
+    count = len(samples)
+    return _inverted(samples[torch.arange(count).repeat_interleave(2)], torch.arange(2 * count) % 2 == 1)
+
+
+def _inverted(samples: Samples, inverted: Tensor) -> Samples:
+    """Those samples inverted, (N,), with the groups of contrast and half."""
+    signs = torch.where(inverted, -1.0, 1.0)
+    upper = samples.labels >= CLASSES // 2
+    return Samples(samples.inputs * signs.view(-1, 1, 1, 1), samples.labels, 2 * upper.long() + inverted)
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Attributes:
+    train, validation, test: what it does to these sets.
+    words: a description, with a place for the number.
+    """
+
+    train: Change
+    validation: Change
+    test: Change
+    words: str
+
+
+DEFECTS = {
+    "symmetric": Defect(*[relabelled(symmetric)] * 2, unchanged, "{:.0%} of labels wrong (symmetric)"),
+    "pairwise": Defect(*[relabelled(pairwise)] * 2, unchanged, "{:.0%} of labels wrong (pairwise)"),
+    "imbalanced": Defect(unequal, unchanged, unchanged, "classes of unequal size, {:g} to 1"),
+    "contrast": Defect(with_contrast, *[in_both_contrasts] * 2, "contrast tells {:.0%} of halves"),
+}
+CLEAN = "clean", Defect(unchanged, unchanged, unchanged, "clean labels")
+
+
+def defect(text: str) -> tuple[Defect, float]:
+    """The defect that a text names, and its number.
+
+    Raises:
+        ValueError: if the text is another one.
+    """
+    if text == CLEAN[0]:
+        return CLEAN[1], 0.0
+    name, _, number = text.partition(" ")
+    try:
+        return DEFECTS[name], float(number)
+    except (KeyError, ValueError):
+        known = ", ".join(f'"{name} NUMBER"' for name in DEFECTS)
+        raise ValueError(f'labels must be "clean" or one of {known}, not {text!r}') from None
+
+
+def described(text: str) -> str:
+    """A defect in words, such as "40 % of labels wrong (symmetric)"."""
+    found, number = defect(text)
+    return found.words.format(number).replace("%", " %")
