@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice, pairwise
 from typing import Any
 
@@ -82,6 +82,21 @@ def initial_model(config: Config, task: Task) -> nn.Module:
 def batches_of(config: Config, samples: Samples) -> Iterator[Samples]:
     """The batch of each step, all of the same size; they depend on the seed and not on the method."""
     return islice(_endless_batches(config, samples), config["steps"])
+
+
+def models_along(config: Config, task: Task, points: Collection[int]) -> Iterator[nn.Module]:
+    """The model after each of these numbers of steps, with a constant learning rate.
+
+    It is one object, which the training goes on to change.
+    """
+    model = initial_model(config, task).eval()  # `DiffusionMatrix.from_dataset` asks for it; no module has a mode
+    if 0 in points:
+        yield model
+    with method_of(config).start(model, config["lr"], config["momentum"], task.counts) as step:
+        for number, batch in enumerate(batches_of(config, task.train), 1):
+            step(batch.inputs, batch.labels)
+            if number in points:
+                yield model
 
 
 def _endless_batches(config: Config, samples: Samples) -> Iterator[Samples]:

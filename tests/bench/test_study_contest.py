@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.studying.contests import accuracies, generalisation, losses
-from bench.studying.contests.accuracies import Layout
+from bench.studying.contests.columns import Layout, columns
 from bench.studying.contests.contest import Contest, Entry, grouped
 from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
@@ -76,7 +76,7 @@ CONTESTS[stability] = stability.SEEDS
 
 
 def in_columns(entries, layout=LAYOUT):
-    return accuracies.columns(entries, layout)
+    return columns(entries, layout)
 
 
 def test_baseline_comes_first_and_others_are_named_by_what_differs():
@@ -113,7 +113,7 @@ def test_training_that_diverged_has_the_loss_at_its_start_and_counts_as_failed()
 
 
 def test_accuracies_are_compared_by_their_differences_in_percentage_points():
-    (table,) = accuracies.tables(in_columns(ENTRIES)).values()
+    (table, _) = accuracies.tables(in_columns(ENTRIES)).values()
     rows = dict(table.rows)
     assert rows["SGD"] == "55.0 %"
     assert rows["Spectral(0.5)"].startswith("+10.0 (")
@@ -130,12 +130,12 @@ def test_star_marks_what_differs_after_the_correction_for_all_methods(question, 
         gains = [0.1 + seed / 1000 if at == 0 else (-1) ** seed / 10 for seed in seeds]
         values = [0.5 + seed / 100 + gain for seed, gain in zip(seeds, gains, strict=True)]
         group.append(entry([1.0 for _ in seeds], values, **({"steps": 20} if name == "SGD" else {"method": name})))
-    (table,) = accuracies.tables(in_columns(group)).values()
+    (table, _) = accuracies.tables(in_columns(group)).values()
     assert [row[0] for row in table.rows if row[1].endswith(" *")] == [names[1]]
 
 
 def test_method_that_was_not_run_on_some_labels_has_an_empty_cell():
-    (table,) = accuracies.tables(in_columns([*ENTRIES, entry(labels="pairwise 0.4")])).values()
+    (table, _) = accuracies.tables(in_columns([*ENTRIES, entry(labels="pairwise 0.4")])).values()
     assert {row[0]: row[2] for row in table.rows} == {
         "SGD": "50.0 %",
         "SGD, no momentum": "",
@@ -164,6 +164,23 @@ def test_figures_can_be_drawn_of_what_is_there():
         accuracies.draw(Figure(), in_columns(entries))
 
 
+def test_summary_has_means_over_tables_and_a_sign_for_each_clear_difference():
+    seeds = range(12)
+    gains = {"digits": 0.1, "mnist": 0.2, "svhn": -0.06, "other": 0.04}
+    entries = []
+    for data, gain in gains.items():
+        spread = 1.0 if data == "other" else 0.01
+        accuracies_of = [0.5 + gain + spread * (-1) ** seed / 10 for seed in seeds]
+        entries += [
+            entry([1.0] * 12, [0.5] * 12, data=data),
+            entry([1.0] * 12, accuracies_of, data=data, method="AdamW"),
+        ]
+    found = in_columns(entries)
+    assert accuracies.tables(found)["summary"].rows == [["AdamW", "+7.0 ++-"]]
+    numbers = accuracies.numbers(found)
+    assert [numbers[f"clean.accuracy.adamw.{name}"] for name in ("mean", "above", "below")] == ["+7.0", "2", "1"]
+
+
 def test_a_method_has_the_same_place_in_all_panels():
     figure = Figure()
     others = [
@@ -185,7 +202,7 @@ def test_layout_says_what_tables_columns_and_panels_are():
     layout = Layout(("data", "labels"), ("batch_size",), {"accuracy": "", "worst": "worst class"})
     found = in_columns(entries, layout)
     tables = accuracies.tables(found)
-    assert tables.keys() == {"table.digits.clean", "table.mnist.clean"}
+    assert tables.keys() == {"table.digits.clean", "table.mnist.clean", "summary"}
     headings = ["B = 5", "B = 5, worst class", "B = 1024", "B = 1024, worst class"]
     assert list(tables["table.mnist.clean"].header) == ["method", *headings]
     assert tables["table.mnist.clean"].rows[0] == ["SGD", "50.0 %", "25.0 %", "50.0 %", "25.0 %"]

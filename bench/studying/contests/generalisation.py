@@ -8,7 +8,8 @@ from typing import Any
 
 from ..question import Answer, Config, Finished, Question, Scope
 from ..training import train
-from .accuracies import Layout, columns, draw, numbers, tables
+from .accuracies import draw, numbers, tables
+from .columns import Layout, columns
 from .contest import Contest
 from .tuning import usual_rates
 

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..question import Question
 
-NAMES = ("follow", "curvature", "labels", "imbalance", "batches", "stability", "times")
+NAMES = ("follow", "curvature", "labels", "imbalance", "batches", "stability", "sampling", "times")
 
 
 def load(name: str) -> Question:

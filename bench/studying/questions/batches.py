@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from ..contests.accuracies import Layout
+from ..contests.columns import Layout
 from ..contests.generalisation import MOMENTUM, question
 from ..data import DIGITS
 from ..question import Config, Scope

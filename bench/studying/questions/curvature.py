@@ -10,7 +10,7 @@ from ..curvature.summary import draw, numbers, settings, table
 from ..data import DIGITS, Sources
 from ..question import Answer, Config, Finished, Question, Scope
 from ..task import task_of
-from ..training import batches_of, initial_model, method_of
+from ..training import models_along
 
 # The Hessian of a large convolutional network would take minutes at each point.
 MODELS = {DIGITS: ("small MLP", "small CNN"), "fashion-mnist": ("MLP",)}
@@ -33,15 +33,9 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
 
 
 def run(config: Config, sources: Sources) -> dict[str, Any]:
-    """What `compare` gives at the `POINTS`, as lists. The learning rate is constant."""
+    """What `compare` gives at the `POINTS`, as lists."""
     task = task_of(config | {"evaluate": "test"}, sources)
-    model = initial_model(config, task)
-    found = [compare(model, task.train)]
-    with method_of(config).start(model, config["lr"], config["momentum"], task.counts) as step:
-        for number, batch in enumerate(batches_of(config, task.train), 1):
-            step(batch.inputs, batch.labels)
-            if number in POINTS:
-                found.append(compare(model, task.train))
+    found = [compare(model, task.train) for model in models_along(config, task, POINTS)]
     return {name: [each[name] for each in found] for name in found[0]}
 
 

@@ -1,0 +1,54 @@
+"""Methods over several settings: means of their differences from SGD, and how many are clear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ..inference import Comparison
+from ..question import Table
+from .columns import Column
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of a method the mean of its differences over the tables, and in how many columns it is clearly above or below."""
+
+    comparisons: Sequence[Comparison]
+
+    @property
+    def mean(self) -> str:
+        return f"{fmean(each.difference.mean for each in self.comparisons):+.1f}"
+
+    @property
+    def above(self) -> int:
+        return sum(each.significant and each.difference.mean > 0 for each in self.comparisons)
+
+    @property
+    def below(self) -> int:
+        return sum(each.significant and each.difference.mean < 0 for each in self.comparisons)
+
+    @property
+    def cell(self) -> str:
+        """The mean, and a + or - for each column that differs clearly."""
+        return f"{self.mean} {'+' * self.above}{'-' * self.below}".rstrip()
+
+
+def summaries(found: Sequence[Column]) -> dict[tuple[Any, ...], dict[str, Summary]]:
+    """Of columns with the same key in all tables, by key and method."""
+    comparisons: dict[tuple[Any, ...], dict[str, list[Comparison]]] = {}
+    for column in found:
+        for name, comparison in column.comparisons.items():
+            comparisons.setdefault(column.key, {}).setdefault(name, []).append(comparison)
+    return {key: {name: Summary(each) for name, each in of_key.items()} for key, of_key in comparisons.items()}
+
+
+def summary_table(found: Sequence[Column]) -> Table:
+    """A row for each method, a column for each key."""
+    headings = {column.key: column.heading for column in found}
+    of_keys = summaries(found)
+    methods = dict.fromkeys(name for of_key in of_keys.values() for name in of_key)
+    rows = [[name, *(of_key[name].cell if name in of_key else "" for of_key in of_keys.values())] for name in methods]
+    return Table(("method", *(headings[key] for key in of_keys)), rows)

@@ -1,0 +1,53 @@
+"""Question 7: D of a batch beside D of the data set, by the size of the batch."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from ..data import DIGITS, Sources
+from ..question import Answer, Config, Finished, Question, Scope
+from ..sampling.comparison import POINTS, compare
+from ..sampling.figure import draw
+from ..sampling.settings import settings
+from ..sampling.summary import gains, numbers, similarities
+from ..task import task_of
+from ..training import models_along
+
+SAMPLES = {DIGITS: 1000, "fashion-mnist": 4096}
+LABELS = ("clean", "symmetric 0.4")
+TRAINING = {"model": "MLP", "method": "SGD", "lr": 0.05, "momentum": 0.9, "batch_size": 50, "steps": POINTS[-1]}
+QUICK = {"model": "small MLP", "batch_size": 20, "steps": POINTS[1], "samples": 100}
+SEEDS = range(10)
+
+
+def plan(finished: Finished, scope: Scope) -> list[Config]:
+    """All seeds of both kinds of labels, for each data set that is there."""
+    seeds, data_sets = (SEEDS[:2], [DIGITS]) if scope.quick else (SEEDS, scope.data)
+    return [
+        TRAINING
+        | {"data": data, "samples": SAMPLES[data], "labels": labels, "seed": seed}
+        | (QUICK if scope.quick else {})
+        for seed, data, labels in product(seeds, data_sets, LABELS)
+        if data in SAMPLES
+    ]
+
+
+def run(config: Config, sources: Sources) -> dict[str, Any]:
+    """What `compare` gives at the `POINTS`, as lists."""
+    task = task_of(config | {"evaluate": "test"}, sources)
+    generator = torch.Generator().manual_seed(config["seed"])  # not one of `seeds_of`, which the training uses
+    found = [compare(model, task.train, generator) for model in models_along(config, task, POINTS)]
+    return {name: [each[name] for each in found] for name in found[0]}
+
+
+def answer(finished: Finished) -> Answer:
+    """D of the batches by setting, and what steps with it gain, with intervals over the seeds."""
+    found = settings(finished)
+    tables = {"similarities": similarities(found), "gains": gains(found)}
+    return Answer(tables, {"curves": (lambda figure: draw(figure, found), 11.0)}, numbers(found))
+
+
+QUESTION = Question("Do gains vanish with small batches because of their D?", plan, run, answer)

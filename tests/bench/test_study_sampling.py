@@ -1,0 +1,230 @@
+"""D of batches beside that of the data set, against dense matrices in float64."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.functional import cross_entropy
+
+from bench.studying.data import Samples, Sources
+from bench.studying.question import Finished, Line, Scope
+from bench.studying.questions.sampling import QUESTION
+from bench.studying.sampling import comparison
+from bench.studying.sampling.comparison import OWNERS, SGD, compare
+from bench.studying.sampling.settings import OTHER_SIMILARITIES, SIMILARITIES, settings
+from bench.studying.sampling.steps import Loss
+from bench.studying.sampling.summary import gains, numbers
+from bench.studying.task import task_of
+from bench.studying.training import batches_of, initial_model, models_along
+
+SIZE, DRAWS = 6, 3
+QUICK = QUESTION.plan(Finished(), Scope(quick=True, data=("digits",)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)).eval()
+
+
+@pytest.fixture
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return Samples(torch.randn(24, 1, 2, 2, generator=generator), torch.arange(24) % 4)
+
+
+@pytest.fixture
+def compared(model, samples, monkeypatch):
+    monkeypatch.setattr(comparison, "SIZES", (SIZE,))
+    monkeypatch.setattr(comparison, "DRAWS", DRAWS)
+    return compare(model, samples, torch.Generator().manual_seed(2))
+
+
+class Dense:
+    """The per-sample losses of the model as a function of its weights, in float64."""
+
+    def __init__(self, model, samples):
+        self.model, self.samples = copy.deepcopy(model).double(), samples
+        self.x = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+        self.gradients = jacrev(self.losses)(self.x)
+
+    def losses(self, x):
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        parts = x.split([shape.numel() for shape in shapes.values()])
+        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = functional_call(self.model, weights, (self.samples.inputs.double(),))
+        return cross_entropy(outputs, self.samples.labels, reduction="none")
+
+    def moments(self, index):
+        """The mean of these samples' gradients, and their covariance."""
+        gradients = self.gradients[index]
+        return gradients.mean(0), torch.cov(gradients.T, correction=0)
+
+    def batches(self):
+        """Those of the batches that `compared` draws."""
+        generator = torch.Generator().manual_seed(2)
+        return [self.moments(torch.randperm(24, generator=generator)[:SIZE]) for _ in range(DRAWS)]
+
+
+def largest(matrix):
+    return torch.linalg.eigvalsh(matrix)[-1].item()
+
+
+def cosine(left, right):
+    return (left @ right / left.norm() / right.norm()).item()
+
+
+def corrected(gradient, matrix):
+    return gradient - 0.5 / largest(matrix) * matrix @ gradient
+
+
+def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
+    dense = Dense(model, samples)
+    mean, matrix = dense.moments(slice(None))
+    batches, wanted = dense.batches(), matrix @ mean
+    expected = {
+        "eigenvalue": [largest(of_batch) / largest(matrix) for _, of_batch in batches],
+        "trace": [(of_batch.trace() / matrix.trace()).item() for _, of_batch in batches],
+        "effective_rank": [of_batch.trace().item() / largest(of_batch) for _, of_batch in batches],
+        "cosine gradient": [cosine(gradient, mean) for gradient, _ in batches],
+        "cosine mean": [cosine(of_batch @ mean, wanted) for _, of_batch in batches],
+        "cosine batch": [cosine(of_batch @ gradient, wanted) for gradient, of_batch in batches],
+        "cosine other": [cosine(batches[(k + 1) % DRAWS][1] @ batches[k][0], wanted) for k in range(DRAWS)],
+        "cosine data": [cosine(matrix @ gradient, wanted) for gradient, _ in batches],
+        "length batch": [((g - corrected(g, of_batch)).norm() / g.norm()).item() for g, of_batch in batches],
+        "length data": [((g - corrected(g, matrix)).norm() / g.norm()).item() for g, _ in batches],
+    }
+    for name, values in expected.items():
+        assert compared[name][0] == pytest.approx(np.mean(values), rel=1e-4), name
+
+
+def test_decreases_are_those_at_the_best_of_many_rates(model, samples, compared):
+    dense = Dense(model, samples)
+    _, matrix = dense.moments(slice(None))
+    batches = dense.batches()
+    directions = {
+        "SGD": [gradient for gradient, _ in batches],
+        "batch": [corrected(*batch) for batch in batches],
+        "other": [corrected(gradient, other) for (gradient, _), (_, other) in pairwise([*batches, batches[0]])],
+        "data": [corrected(gradient, matrix) for gradient, _ in batches],
+    }
+    before = dense.losses(dense.x).mean()
+    for name, of_name in directions.items():
+        decreases = [
+            (before - torch.stack([dense.losses(dense.x - rate * each).mean() for each in of_name]).mean()).item()
+            for rate in np.geomspace(0.01, 10, 400)
+        ]
+        assert compared[f"decrease {name}"][0] == pytest.approx(max(decreases), rel=5e-3), name
+
+
+def test_all_samples_in_a_batch_give_the_data_set_itself(compared):
+    for name in ("eigenvalue", "trace", *(f"cosine {each}" for each in ("gradient", "mean", *OWNERS))):
+        assert compared[name][-1] == pytest.approx(1, abs=1e-6), name
+    assert len({compared[f"decrease {owner}"][-1] for owner in OWNERS}) == 1
+
+
+def test_the_mean_loss_has_no_slope_at_the_best_rate(model, samples):
+    dense = Dense(model, samples)
+    directions = -dense.gradients[:2].float() + 3 * dense.gradients.mean(0).float()
+    rate, decrease = Loss(model, samples).best_step(directions, 0.1)
+
+    def mean(rate):
+        return torch.stack([dense.losses(dense.x - rate * each).mean() for each in directions.double()]).mean()
+
+    slopes = [jacrev(mean)(torch.tensor(each, dtype=torch.float64)).item() for each in (0.0, rate)]
+    assert slopes[0] < 0
+    assert abs(slopes[1]) < 0.05 * abs(slopes[0])
+    assert decrease == pytest.approx((mean(0.0) - mean(rate)).item(), rel=1e-4)
+
+
+def test_comparison_leaves_the_model_alone(model, samples):
+    before = [parameter.clone() for parameter in model.parameters()]
+    compare(model, samples, torch.Generator().manual_seed(2))
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_models_are_those_of_a_training_at_a_constant_rate():
+    config = QUICK[0]
+    task = task_of(config | {"evaluate": "test"}, Sources())
+    model = initial_model(config, task)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    states = [copy.deepcopy(model.state_dict())]
+    for batch in batches_of(config, task.train):
+        optimizer.zero_grad()
+        cross_entropy(model(batch.inputs), batch.labels).backward()
+        optimizer.step()
+    states.append(model.state_dict())
+    found = [copy.deepcopy(each.state_dict()) for each in models_along(config, task, (0, 60))]
+    assert config["steps"] == 60
+    torch.testing.assert_close(found, states)
+
+
+def test_run_is_a_pure_function_of_the_configuration():
+    config = QUICK[0] | {"samples": 30}
+    first = QUESTION.run(config, Sources())
+    torch.rand(1)
+    assert QUESTION.run(config, Sources()) == first
+    assert {np.shape(values) for values in first.values()} == {(2, 2)}  # points, and batches of 16 and of all samples
+
+
+def finished(decreases, **entries):
+    """Two seeds of a training of 100 samples, with these decreases of the loss in all places."""
+    config = {"data": "digits", "labels": "clean", "samples": 100, "steps": 60} | entries
+    lines = Finished()
+    for seed in range(2):
+        outcome = {name: [[3, 2, 1], [6, 5, 3]] for name in (*SIMILARITIES, *OTHER_SIMILARITIES)}
+        outcome |= {f"decrease {name}": [[value] * 3] * 2 for name, value in decreases.items()}
+        lines.add(Line(config | {"seed": seed}, outcome, 1.0, {}))
+    return lines
+
+
+DECREASES = {SGD: 2.0, "batch": 4.0, "other": 1.0, "data": 10.0}
+
+
+def test_gains_are_decreases_over_those_of_sgd():
+    rows = gains(settings(finished(DECREASES))).rows
+    assert [row[2:] for row in rows if row[2] == "60"] == [
+        ["60", "the batch", *["2.00 (2.00 to 2.00)"] * 3],
+        ["60", "another batch", *["0.50 (0.50 to 0.50)"] * 3],
+        ["60", "the data set", *["5.00 (5.00 to 5.00)"] * 3],
+    ]
+
+
+def test_numbers_are_ranges_over_steps_and_labels():
+    lines = finished(DECREASES)
+    for line in finished(DECREASES | {"data": 20.0}, labels="symmetric 0.4"):
+        lines.add(line)
+    found = numbers(settings(lines))
+    assert (found["eigenvalue.16.least"], found["eigenvalue.16.largest"]) == ("3.00", "6.00")
+    assert (found["eigenvalue.all.60.least"], found["eigenvalue.all.60.largest"]) == ("3.00", "3.00")
+    assert (found["gain_data.64.0.least"], found["gain_data.64.0.largest"]) == ("5.00", "10.00")
+    assert found["data_over_batch.64.60.symmetric_0_4.least"] == "5.00"
+
+
+def test_rank_correlation_is_that_of_lengths_and_gains_over_settings():
+    lines = Finished()
+    for labels, data, lengths in (("clean", 4.0, (0.3, 0.2)), ("symmetric 0.4", 3.0, (0.2, 0.3))):
+        for line in finished(DECREASES | {"data": data}, labels=labels, steps=0):
+            line.outcome["length data"] = [[lengths[0], 0.25, lengths[1]]]
+            lines.add(line)
+    assert "rank_correlation" not in numbers(settings(lines))
+    for line in finished(DECREASES | {"data": 3.5}, labels="symmetric 0.2", steps=0):
+        line.outcome["length data"] = [[0.3, 0.25, 0.35]]
+        lines.add(line)
+    assert numbers(settings(lines))["rank_correlation"] == "1.00"
+
+
+@pytest.mark.parametrize("lines", [Finished(), finished(DECREASES), finished(DECREASES, steps=0)], ids=len)
+def test_answer_to_a_part_of_the_lines(lines):
+    answer = QUESTION.answer(lines)
+    draw, height = answer.figures["curves"]
+    figure = Figure(figsize=(10, height), layout="constrained")
+    draw(figure)
+    figure.canvas.draw()
+    assert bool(answer.numbers) == bool(len(lines))
