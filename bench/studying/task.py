@@ -16,13 +16,11 @@ from .question import Config
 
 
 class Seeds(NamedTuple):
-    """Of independent generators: of the initial weights, of the batches, and of what is wrong with each set."""
+    """Of independent generators: of the initial weights, of the batches, and of what is wrong with the training set."""
 
     weights: int
     batches: int
     train: int
-    validation: int
-    test: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def task_of(config: Config, sources: Sources) -> Task:
     found, number = defect(config["labels"])
     train = found.train(split.train, number, seeds.train)
     if config["evaluate"] == "test":
-        return Task(train, found.test(split.test, number, seeds.test))
+        return Task(train, found.evaluation(split.test))
     if config["evaluate"] == "validation":
-        return Task(train, found.validation(split.validation, number, seeds.validation))
+        return Task(train, found.evaluation(split.validation))
     raise ValueError(f'evaluate {config["evaluate"]!r}: pass "validation" or "test"')

@@ -24,7 +24,11 @@ def finish(finished, runs, outcome):
 
 
 def runs_at(seeds, **changes):
-    return [BASE | {"lr": 1.0, "seed": seed} | changes for seed in seeds]
+    return [BASE | {"lr": 2.0, "seed": seed} | changes for seed in seeds]
+
+
+def finish_search(finished, best=2.0, **changes):
+    finish(finished, CONTEST.plan(finished, BASE | changes, ()), lambda run: {"score": -abs(run["lr"] - best)})
 
 
 def test_runs_that_count_follow_the_search_at_its_best_rate():
@@ -46,6 +50,7 @@ def test_values_are_in_the_order_of_the_seeds_in_whatever_order_the_runs_were_fi
     finished, seeds = Finished(), list(range(8))
     for method in ("SGD", "AdamW"):
         random.Random(method).shuffle(seeds)
+        finish_search(finished, method=method)
         finish(finished, runs_at(seeds, method=method), lambda run: {"score": run["seed"]})
     first, second = CONTEST.entries(finished)
     assert first.values("score") == second.values("score") == list(range(8))
@@ -53,9 +58,18 @@ def test_values_are_in_the_order_of_the_seeds_in_whatever_order_the_runs_were_fi
 
 def test_method_whose_seeds_are_not_all_finished_is_left_out():
     finished = Finished()
-    finish(finished, runs_at(range(3)), lambda _: {"score": 1})
-    finish(finished, runs_at((0, 2), method="AdamW"), lambda _: {"score": 1})
+    for method, seeds in (("SGD", range(3)), ("AdamW", (0, 2))):
+        finish_search(finished, method=method)
+        finish(finished, runs_at(seeds, method=method), lambda _: {"score": 1})
     assert [entry.config["method"] for entry in CONTEST.entries(finished)] == ["SGD"]
+
+
+def test_runs_at_another_rate_than_the_best_one_are_left_out():
+    finished = Finished()
+    finish(finished, [*runs_at(range(3)), *runs_at(range(3), lr=1.0)], lambda run: {"score": 1})
+    assert CONTEST.entries(finished) == []
+    finish_search(finished)
+    assert [entry.config["lr"] for entry in CONTEST.entries(finished)] == [2.0]
 
 
 def entry(of_losses=(0.5, 0.5), of_accuracies=(0.5, 0.5), **changes):
@@ -166,19 +180,19 @@ def test_figures_can_be_drawn_of_what_is_there():
 
 def test_summary_has_means_over_tables_and_a_sign_for_each_clear_difference():
     seeds = range(12)
-    gains = {"digits": 0.1, "mnist": 0.2, "svhn": -0.06, "other": 0.04}
+    gains = {"digits": 0.1, "mnist": 0.2, "svhn": -0.06, "better?": 0.04, "worse?": -0.03}
     entries = []
     for data, gain in gains.items():
-        spread = 1.0 if data == "other" else 0.01
+        spread = 1.0 if data.endswith("?") else 0.01
         accuracies_of = [0.5 + gain + spread * (-1) ** seed / 10 for seed in seeds]
         entries += [
             entry([1.0] * 12, [0.5] * 12, data=data),
             entry([1.0] * 12, accuracies_of, data=data, method="AdamW"),
         ]
     found = in_columns(entries)
-    assert accuracies.tables(found)["summary"].rows == [["AdamW", "+7.0 ++-"]]
+    assert accuracies.tables(found)["summary"].rows == [["AdamW", "+5.0 ++-"]]
     numbers = accuracies.numbers(found)
-    assert [numbers[f"clean.accuracy.adamw.{name}"] for name in ("mean", "above", "below")] == ["+7.0", "2", "1"]
+    assert [numbers[f"clean.accuracy.adamw.{name}"] for name in ("mean", "above", "below")] == ["+5.0", "2", "1"]
 
 
 def test_a_method_has_the_same_place_in_all_panels():
@@ -227,7 +241,7 @@ def test_rates_are_chosen_by_the_validation_samples_and_counted_on_those_of_the_
     counted = [line.config for line in finished if line.config["evaluate"] == "test"]
     assert {run["lr"] for run in counted} == {0.1}
     assert [run["seed"] for run in counted] == list(generalisation.SEEDS)
-    assert {line.config["seed"] for line in finished if line.config["evaluate"] == "validation"} == {100, 101}
+    assert {line.config["seed"] for line in finished if line.config["evaluate"] == "validation"} == {100, 101, 102}
 
 
 def test_every_method_has_a_slug_of_its_own():

@@ -124,19 +124,16 @@ def same(samples, others):
 
 
 @pytest.mark.parametrize(("name", "corrupt"), [("symmetric", symmetric), ("pairwise", pairwise)])
-def test_wrong_labels_are_wrong_in_the_validation_set_too(name, corrupt):
+def test_wrong_labels_are_those_of_the_training_set_only(name, corrupt):
     found, share = defect(f"{name} 0.2")
-    expected = Samples(IMAGES, corrupt(LABEL_ROW, 0.2, 10, 7)[0])
-    assert same(found.train(SAMPLES, share, 7), expected)
-    assert same(found.validation(SAMPLES, share, 7), expected)
-    assert same(found.test(SAMPLES, share, 7), SAMPLES)
+    assert same(found.train(SAMPLES, share, 7), Samples(IMAGES, corrupt(LABEL_ROW, 0.2, 10, 7)[0]))
+    assert found.evaluation(SAMPLES) is SAMPLES
 
 
 def test_unequal_classes_are_those_of_the_training_set_only():
     found, ratio = defect("imbalanced 50")
     assert same(found.train(SAMPLES, ratio, 7), SAMPLES[imbalanced(LABEL_ROW, 50, 10, 7)])
-    assert same(found.validation(SAMPLES, ratio, 7), SAMPLES)
-    assert same(found.test(SAMPLES, ratio, 7), SAMPLES)
+    assert found.evaluation(SAMPLES) is SAMPLES
 
 
 def test_contrast_of_training_samples_goes_with_the_half_of_the_classes():
@@ -149,10 +146,8 @@ def test_contrast_of_training_samples_goes_with_the_half_of_the_classes():
     assert train.labels.equal(LABEL_ROW)
 
 
-@pytest.mark.parametrize("name", ["validation", "test"])
-def test_samples_to_evaluate_have_both_contrasts_in_four_groups(name):
-    found, share = defect("contrast 0.9")
-    samples = getattr(found, name)(SAMPLES, share, 7)
+def test_samples_to_evaluate_have_both_contrasts_in_four_groups():
+    samples = defect("contrast 0.9")[0].evaluation(SAMPLES)
     assert same(samples[torch.arange(0, 2000, 2)], SAMPLES)
     assert same(samples[torch.arange(1, 2000, 2)], Samples(-IMAGES, LABEL_ROW))
     assert samples[torch.arange(1, 2000, 2)].groups.equal(samples.groups[1::2])
@@ -164,7 +159,8 @@ def test_samples_to_evaluate_have_both_contrasts_in_four_groups(name):
 
 def test_clean_samples_are_left_as_they_are():
     found, number = defect("clean")
-    assert all(change(SAMPLES, number, 0) is SAMPLES for change in (found.train, found.validation, found.test))
+    assert found.train(SAMPLES, number, 0) is SAMPLES
+    assert found.evaluation(SAMPLES) is SAMPLES
 
 
 @pytest.mark.parametrize("text", ["", "symmetric", "symmetric x", "other 0.2", "clean 0"])

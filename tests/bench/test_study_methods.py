@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot
 import rgd_ext
 from bench.studying import step_times, training
 from bench.studying.data import Samples, Split
+from bench.studying.data.corruption import symmetric
 from bench.studying.methods import METHODS, Method, Step
 from bench.studying.scores import scores
 from bench.studying.task import seeds_of, task_of
@@ -303,11 +304,10 @@ def test_the_seed_determines_weights_batches_and_wrong_labels(monkeypatch):
     weights = [flat_weights(model) for model in models]
     assert weights[0].equal(weights[1])
     assert not weights[0].equal(weights[2])
-    tasks = [task_of(config | {"seed": seed, "evaluate": "validation"}, Blobs()) for seed in (0, 0, 1)]
-    for labels in ([task.train.labels for task in tasks], [task.evaluation.labels for task in tasks]):
-        assert labels[0].equal(labels[1])
-        assert not labels[0].equal(labels[2])
-    assert len({*seeds_of(config), *seeds_of(config | {"seed": 1})}) == 10
+    labels = [task_of(config | {"seed": seed}, Blobs()).train.labels for seed in (0, 0, 1)]
+    assert labels[0].equal(labels[1])
+    assert not labels[0].equal(labels[2])
+    assert len({*seeds_of(config), *seeds_of(config | {"seed": 1})}) == 6
 
 
 def test_an_epoch_has_no_sample_twice_and_leaves_out_less_than_a_batch():
@@ -366,15 +366,23 @@ def test_a_training_that_diverges_in_its_last_step_says_so():
     assert outcome["diverged"]
 
 
-def test_validation_labels_are_as_wrong_as_those_of_the_training_and_test_labels_are_true():
+def test_only_the_training_set_has_wrong_labels():
     split = Blobs().split("blobs", 50)
     config = CONFIG | {"labels": "symmetric 0.4"}
     test, validation = (task_of(config | {"evaluate": name}, Blobs()) for name in ("test", "validation"))
     assert test.train.labels.equal(validation.train.labels)
-    assert (test.train.labels != split.train.labels).sum() == 20
-    assert (validation.evaluation.labels != split.validation.labels).sum() == 12
-    assert test.evaluation.labels.equal(split.test.labels)
+    assert test.train.labels.equal(symmetric(split.train.labels, 0.4, 10, seeds_of(config).train)[0])
+    assert validation.evaluation.labels.equal(split.validation.labels)
+    assert test.evaluation.inputs.equal(split.test.inputs)
     assert test.counts.equal(test.train.labels.bincount(minlength=10))
+
+
+def test_samples_to_evaluate_are_those_of_the_defect():
+    for name, samples in (("test", 100), ("validation", 30)):
+        task = task_of(CONFIG | {"labels": "contrast 0.9", "evaluate": name}, Blobs())
+        assert len(task.evaluation) == 2 * samples
+        assert task.evaluation.groups.bincount().tolist() == [samples // 2] * 4
+        assert len(task.train) == 50
 
 
 def test_scores_weight_classes_alike_only_in_the_balanced_accuracy():

@@ -40,7 +40,8 @@ class Contest:
     def entries(self, finished: Finished) -> list[Entry]:
         """All methods whose runs that count are finished.
 
-        Those of which some seeds are still missing are left out.
+        Those of which some seeds are still missing are left out, and so are runs at another rate than the best one,
+        which an earlier search may have found.
         """
         counted: dict[tuple[tuple[str, Any], ...], dict[int, dict[str, Any]]] = {}
         for line in finished:
@@ -52,8 +53,13 @@ class Contest:
         return [
             Entry(dict(config), [outcomes[seed] for seed in seeds])
             for config, outcomes in counted.items()
-            if sorted(outcomes) == seeds
+            if sorted(outcomes) == seeds and self._is_best(finished, dict(config))
         ]
+
+    def _is_best(self, finished: Finished, config: Config) -> bool:
+        """Whether the configuration, without its seed, has the best rate."""
+        base = {name: value for name, value in config.items() if name != "lr"}
+        return self.search(finished, base)[1] == config["lr"]
 
 
 @dataclass(frozen=True, eq=False)

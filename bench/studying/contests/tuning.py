@@ -20,8 +20,8 @@ def grid(middle: float, rates: int = 5) -> list[float]:
 def usual_rates(base: Config) -> list[float]:
     """Of a configuration without `lr`, around rates at which the methods train well on digits."""
     if base["method"] == "AdamW":
-        return grid(0.002)
-    return grid(0.05 if base["momentum"] else 0.4)
+        return grid(0.002, 7)
+    return grid(0.05 if base["momentum"] else 0.4, 7)
 
 
 def search(

@@ -1,13 +1,13 @@
 """What is wrong with a training set, as a text: a name and a number, such as "symmetric 0.4", or "clean".
 
-    symmetric SHARE, pairwise SHARE: so many labels are wrong, in the validation set too, because who has wrong labels
-        has no others to choose a learning rate by;
+    symmetric SHARE, pairwise SHARE: so many labels are wrong;
     imbalanced RATIO: the classes are unequal, from the first to the last one by this ratio;
     contrast SHARE: of the upper half of the classes so many images are inverted, and of the lower half all others are,
-        so that contrast nearly tells the class. Validation and test sets have each image in both contrasts. The groups
-        are the four combinations of contrast and half.
+        so that contrast nearly tells the half. The samples to evaluate have each image in both contrasts, and groups,
+        the four combinations of contrast and half.
 
-The labels and images of validation and test sets are the true ones unless said otherwise.
+Validation and test samples have nothing else wrong with them. With wrong labels among the validation samples, the
+choice of a learning rate would be left to chance, and differences between methods would mostly be those of luck.
 """
 
 from __future__ import annotations
@@ -23,11 +23,6 @@ from .formats import CLASSES
 from .sources import Samples
 
 Change = Callable[[Samples, float, int], Samples]  # of samples, with the number and a seed
-
-
-def unchanged(samples: Samples, _: float, __: int) -> Samples:
-    """The samples."""
-    return samples
 
 
 def relabelled(corrupt: Callable[[Tensor, float, int, int], tuple[Tensor, Tensor]]) -> Change:
@@ -49,7 +44,7 @@ def with_contrast(samples: Samples, share: float, seed: int) -> Samples:
     return _inverted(samples, correlated(samples.labels, share, CLASSES, seed))
 
 
-def in_both_contrasts(samples: Samples, _: float, __: int) -> Samples:
+def in_both_contrasts(samples: Samples) -> Samples:
     """Each of them as it is, and then inverted."""
     count = len(samples)
     return _inverted(samples[torch.arange(count).repeat_interleave(2)], torch.arange(2 * count) % 2 == 1)
@@ -65,23 +60,23 @@ def _inverted(samples: Samples, inverted: Tensor) -> Samples:
 @dataclass(frozen=True)
 class Defect:
     """Attributes:
-    train, validation, test: what it does to these sets.
     words: a description, with a place for the number.
+    train: what it does to the training set.
+    evaluation: what it does to the validation and the test set.
     """
 
-    train: Change
-    validation: Change
-    test: Change
     words: str
+    train: Change
+    evaluation: Callable[[Samples], Samples] = lambda samples: samples
 
 
 DEFECTS = {
-    "symmetric": Defect(*[relabelled(symmetric)] * 2, unchanged, "{:.0%} of labels wrong (symmetric)"),
-    "pairwise": Defect(*[relabelled(pairwise)] * 2, unchanged, "{:.0%} of labels wrong (pairwise)"),
-    "imbalanced": Defect(unequal, unchanged, unchanged, "classes of unequal size, {:g} to 1"),
-    "contrast": Defect(with_contrast, *[in_both_contrasts] * 2, "contrast tells {:.0%} of halves"),
+    "symmetric": Defect("{:.0%} of labels wrong (symmetric)", relabelled(symmetric)),
+    "pairwise": Defect("{:.0%} of labels wrong (pairwise)", relabelled(pairwise)),
+    "imbalanced": Defect("classes of unequal size, {:g} to 1", unequal),
+    "contrast": Defect("contrast tells {:.0%} of halves", with_contrast, in_both_contrasts),
 }
-CLEAN = "clean", Defect(unchanged, unchanged, unchanged, "clean labels")
+CLEAN = "clean", Defect("clean labels", lambda samples, *_: samples)
 
 
 def defect(text: str) -> tuple[Defect, float]:
