@@ -217,7 +217,8 @@ def test_rank_correlation_is_that_of_lengths_and_gains_over_settings():
     for line in finished(DECREASES | {"data": 3.5}, labels="symmetric 0.2", steps=0):
         line.outcome["length data"] = [[0.3, 0.25, 0.35]]
         lines.add(line)
-    assert numbers(settings(lines))["rank_correlation"] == "1.00"
+    found = numbers(settings(lines))
+    assert (found["rank_correlation"], found["settings"]) == ("1.00", "3")
 
 
 @pytest.mark.parametrize("lines", [Finished(), finished(DECREASES), finished(DECREASES, steps=0)], ids=len)

@@ -57,7 +57,7 @@ def numbers(found: Sequence[Setting]) -> dict[str, str]:
 
 
 def rank_correlation(found: Sequence[Setting]) -> dict[str, str]:
-    """Spearman's, over trainings and steps, of two numbers; there is none of fewer than three settings.
+    """Spearman's, over trainings and steps, of two numbers, and over how many; none of fewer than three settings.
 
     One is the gain by D of the data set with the smallest batches. The other one is how much more of their gradients
     than of the whole gradient is along eps D, by lengths.
@@ -66,4 +66,5 @@ def rank_correlation(found: Sequence[Setting]) -> dict[str, str]:
     shares = [batch["length data"] - every["length data"] for batch, every in zip(small, whole, strict=True)]
     if len(shares) < 3:
         return {}
-    return {"rank_correlation": f"{spearmanr(shares, [batch['gain data'] for batch in small]).statistic:.2f}"}
+    statistic = spearmanr(shares, [batch["gain data"] for batch in small]).statistic
+    return {"settings": str(len(shares)), "rank_correlation": f"{statistic:.2f}"}
