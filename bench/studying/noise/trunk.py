@@ -1,0 +1,60 @@
+"""The trainings whose gradients are examined, and from which branches start."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import nn
+
+import rgd_ext
+from rgd_ext.metric.noise import NoiseScale
+
+from ..data import Samples, Sources
+from ..question import Config
+from ..task import task_of
+from ..training import batches_of, initial_model, method_of
+
+POINTS = (50, 200, 600)  # steps of a trunk after which it is examined
+TRUNK = {"method": "SGD", "lr": 0.1, "momentum": 0.0, "batch_size": 50, "steps": POINTS[-1], "evaluate": "test"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trunk after some steps.
+
+    Attributes:
+        model: it is left as it is.
+        samples: those of the training.
+        running: the noise scale of the batches so far, as `rgd_ext.Monitor` shows it; None if it has no estimate.
+    """
+
+    model: nn.Module
+    samples: Samples
+    running: float | None
+
+
+def checkpoint_of(config: Config, sources: Sources) -> Checkpoint:
+    """The checkpoint from which a configuration starts, after `step` steps at a constant rate."""
+    names = ("data", "samples", "labels", "model", "seed")
+    return _trunk(sources, **{name: config[name] for name in names})[config["step"]]
+
+
+@lru_cache(maxsize=64)  # all that a study needs, since the searches for rates go on by turns
+def _trunk(sources: Sources, **config: str | int) -> dict[int, Checkpoint]:
+    """The checkpoints at `POINTS`."""
+    training = TRUNK | config
+    task = task_of(training, sources)
+    model, running, found = initial_model(training, task), NoiseScale(), {}
+    with (
+        method_of(training).start(model, TRUNK["lr"], TRUNK["momentum"], task.counts) as step,
+        rgd_ext.observe(model) as handle,
+    ):
+        for number, batch in enumerate(batches_of(training, task.train), 1):
+            step(batch.inputs, batch.labels)
+            stats = handle.stats
+            running.add(stats.batch_size, stats.squared_grad_norm.item(), stats.trace.item())
+            if number in POINTS:
+                found[number] = Checkpoint(copy.deepcopy(model), task.train, running.value)
+    return found
