@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 
 import numpy as np
 from scipy.stats import bootstrap, permutation_test
@@ -19,6 +20,10 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def exp(self) -> Interval:
+        """That of a geometric mean, if this one is of logarithms."""
+        return Interval(exp(self.mean), exp(self.low), exp(self.high))
 
 
 def mean(values: Sequence[float]) -> Interval:

@@ -100,6 +100,11 @@ class Answer:
     numbers: dict[str, str] = field(default_factory=dict)
 
 
+def without(config: Config, name: str) -> Config:
+    """The configuration without one of its entries."""
+    return {other: value for other, value in config.items() if other != name}
+
+
 def slug(*parts: object) -> str:
     """A name for a number of the page, such as digits.mlp.symmetric_0_4; a minus becomes a word."""
     texts = (str(part).lower().replace("(-", "(minus ") for part in parts)

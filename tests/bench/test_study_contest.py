@@ -273,6 +273,18 @@ def with_losses(finished, by_rate):
         finish(finished, runs, lambda run, value=value: {"training_loss": value, "initial_loss": 2.3})
 
 
+@pytest.mark.parametrize(
+    ("question", "measure"), [(labels, "accuracy"), (imbalance, "balanced_accuracy"), (batches, "accuracy")]
+)
+def test_measure_that_decides_on_the_rates(question, measure):
+    outcome = dict.fromkeys(("accuracy", "balanced_accuracy", "worst_accuracy"), 0.5) | {"loss": 1.0}
+    scope, finished = Scope(quick=True, data=("digits",)), Finished()
+    while runs := [run for run in question.QUESTION.plan(finished, scope) if run not in finished]:
+        finish(finished, runs, lambda run: outcome | ({measure: 0.9} if run["lr"] in (0.1, 0.002) else {}))
+    counted = {line.config["lr"] for line in finished if line.config["evaluate"] == "test"}
+    assert counted <= {0.1, 0.002}
+
+
 def test_largest_rate_is_the_last_one_that_halves_the_loss():
     finished = Finished()
     runs, largest = stability.limit(finished, BASE, 0.1)

@@ -1,55 +1,39 @@
 """The comparison of D with the Hessian, against dense matrices."""
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call, jacrev
-from torch.nn.functional import cross_entropy
+from dense import Dense, classifier, images
 
 from bench.studying.curvature import comparison
 from bench.studying.curvature.comparison import compare
-from bench.studying.data import Samples, Sources
+from bench.studying.data import Sources
 from bench.studying.questions.curvature import QUESTION
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+    return classifier()
 
 
 @pytest.fixture
 def samples():
-    generator = torch.Generator().manual_seed(1)
-    return Samples(torch.randn(12, 1, 2, 2, generator=generator), torch.arange(12) % 4)
+    return images(12)
 
 
-def dense(model, samples):
+def matrices(model, samples):
     """The gradient, D and the Hessian as float64 arrays."""
-    model = model.double()
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    x = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-    def losses(x):
-        parts = x.split([shape.numel() for shape in shapes.values()])
-        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        outputs = functional_call(model, weights, (samples.inputs.double(),))
-        return cross_entropy(outputs, samples.labels, reduction="none")
-
-    gradients = jacrev(losses)(x)
-    centred = gradients - gradients.mean(0)
-    matrix = centred.T @ centred / len(gradients)
-    return (
-        each.detach().numpy() for each in (gradients.mean(0), matrix, jacrev(jacrev(lambda x: losses(x).mean()))(x))
-    )
+    dense = Dense(model, samples)
+    gradients = dense.gradients
+    return gradients.mean(0).numpy(), oracle.diffusion_matrix(gradients).numpy(), dense.hessian.numpy()
 
 
 def test_comparison_is_that_of_the_dense_matrices(model, samples, monkeypatch):
     monkeypatch.setattr(comparison, "LARGEST", 5)
     monkeypatch.setattr(comparison, "SHARED", 3)
     found = compare(model, samples)
-    gradient, diffusion, curved = dense(model, samples)
+    gradient, diffusion, curved = matrices(model, samples)
     left, right = diffusion @ gradient, curved @ gradient
     assert found["grad_norm"] == pytest.approx(np.linalg.norm(gradient))
     assert found["cosine"] == pytest.approx(left @ right / np.linalg.norm(left) / np.linalg.norm(right))

@@ -7,14 +7,14 @@ from math import exp, log
 import numpy as np
 import pytest
 import torch
+from dense import Dense, classifier, images
 from matplotlib.figure import Figure
 from scipy.optimize import minimize
-from torch import nn
-from torch.func import functional_call, jacrev
 from torch.nn.functional import cross_entropy
 
 import rgd_ext
-from bench.studying.data import Samples, Sources
+from bench.studying.data import Sources
+from bench.studying.noise import estimates as noise_scales
 from bench.studying.noise import predictions
 from bench.studying.noise.accuracy import points, ratios
 from bench.studying.noise.branches import branch, times
@@ -36,36 +36,18 @@ TWO_BATCH = [(parts, known) for parts, known in ESTIMATORS.values() if parts]
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+    return classifier()
 
 
 @pytest.fixture
 def samples():
-    generator = torch.Generator().manual_seed(1)
-    return Samples(torch.randn(12, 1, 2, 2, generator=generator), torch.arange(12) % 4)
+    return images(12)
 
 
 @pytest.fixture
 def gradients():
     """Of five samples with a mean, (5, 3)."""
     return torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 1
-
-
-def dense(model, samples):
-    """The per-sample gradients (N, d) and the Hessian of the mean loss as float64 arrays."""
-    model = model.double()
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    x = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-    def losses(x):
-        parts = x.split([shape.numel() for shape in shapes.values()])
-        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        return cross_entropy(
-            functional_call(model, weights, (samples.inputs.double(),)), samples.labels, reduction="none"
-        )
-
-    return jacrev(losses)(x).numpy(), jacrev(jacrev(lambda x: losses(x).mean()))(x).numpy()
 
 
 @pytest.mark.parametrize(("parts", "known"), [(2, 1), (2, 2), (4, 1), (4, 4)])
@@ -118,7 +100,8 @@ def test_error_of_the_truth_is_zero():
 def test_scales_are_those_of_the_dense_matrices(model, samples):
     # With all multiples of unit vectors as probes, Hutchinson's estimator is exact.
     found = scales(model, samples, gramian(model, samples), 12**0.5 * torch.eye(12, dtype=torch.float64))
-    gradients, hessian = dense(model, samples)
+    dense = Dense(model, samples)
+    gradients, hessian = dense.gradients.numpy(), dense.hessian.numpy()
     mean, covariance = gradients.mean(0), np.cov(gradients.T, bias=True)
     assert found["trace"] == pytest.approx(np.trace(covariance))
     assert found["squared_norm"] == pytest.approx(mean @ mean)
@@ -313,7 +296,17 @@ def test_run_is_a_pure_function(part):
     config = QUICK[0] | BRANCH | {"part": part, "batch_size": ENDS_OF}
     first = QUESTION.run(config, SOURCES)
     torch.rand(1)
-    assert QUESTION.run(config, SOURCES) == first
+    assert QUESTION.run(config, Sources()) == first  # another object, so that the trunk is trained again
+
+
+def test_draws_depend_on_the_seed(monkeypatch):
+    monkeypatch.setattr(noise_scales, "errors", lambda _, __, ___, generator: generator.initial_seed())
+    found = [QUESTION.run(QUICK[0] | {"seed": seed}, SOURCES)["errors"]["16"] for seed in (3, 4)]
+    assert found == [3, 4]
+
+
+def test_small_batches_may_take_more_steps():
+    assert times(8)[-1] > 10 * times(512)[-1]
 
 
 def test_ends_are_those_of_all_paths():
@@ -327,6 +320,7 @@ def test_noise_scale_is_known_when_its_error_is_a_fifth():
     errors["64"] = {name: {"noise_scale": 0.4 if name == PER_SAMPLE else 1.2} for name in ESTIMATORS}
     finished = Finished()
     finished.add(line("estimates", 0, SCALES | {"errors": errors}))
+    finished.add(line("branch", 0, {"steps": 3.0, "loss": 1.0}, goal=0.7, batch_size=8))
     (point,) = points(finished)
     assert point.batches(64) == pytest.approx([4])
     assert point.batches(64, "one half") == pytest.approx([36])

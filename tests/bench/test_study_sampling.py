@@ -6,13 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from dense import Dense, classifier, images
 from matplotlib.figure import Figure
-from torch import nn
-from torch.func import functional_call, jacrev
+from torch.func import jacrev
 from torch.nn.functional import cross_entropy
 
-from bench.studying.data import Samples, Sources
+from bench.studying.data import Sources
 from bench.studying.question import Finished, Line, Scope
+from bench.studying.questions import sampling
 from bench.studying.questions.sampling import QUESTION
 from bench.studying.sampling import comparison
 from bench.studying.sampling.comparison import OWNERS, SGD, compare
@@ -28,14 +29,12 @@ QUICK = QUESTION.plan(Finished(), Scope(quick=True, data=("digits",)))
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4)).eval()
+    return classifier().eval()
 
 
 @pytest.fixture
 def samples():
-    generator = torch.Generator().manual_seed(1)
-    return Samples(torch.randn(24, 1, 2, 2, generator=generator), torch.arange(24) % 4)
+    return images(24)
 
 
 @pytest.fixture
@@ -45,20 +44,8 @@ def compared(model, samples, monkeypatch):
     return compare(model, samples, torch.Generator().manual_seed(2))
 
 
-class Dense:
-    """The per-sample losses of the model as a function of its weights, in float64."""
-
-    def __init__(self, model, samples):
-        self.model, self.samples = copy.deepcopy(model).double(), samples
-        self.x = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
-        self.gradients = jacrev(self.losses)(self.x)
-
-    def losses(self, x):
-        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        parts = x.split([shape.numel() for shape in shapes.values()])
-        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-        outputs = functional_call(self.model, weights, (self.samples.inputs.double(),))
-        return cross_entropy(outputs, self.samples.labels, reduction="none")
+class Drawn(Dense):
+    """With the moments of some of the samples."""
 
     def moments(self, index):
         """The mean of these samples' gradients, and their covariance."""
@@ -84,7 +71,7 @@ def corrected(gradient, matrix):
 
 
 def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
-    dense = Dense(model, samples)
+    dense = Drawn(model, samples)
     mean, matrix = dense.moments(slice(None))
     batches, wanted = dense.batches(), matrix @ mean
     expected = {
@@ -104,7 +91,7 @@ def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
 
 
 def test_decreases_are_those_at_the_best_of_many_rates(model, samples, compared):
-    dense = Dense(model, samples)
+    dense = Drawn(model, samples)
     _, matrix = dense.moments(slice(None))
     batches = dense.batches()
     directions = {
@@ -129,7 +116,7 @@ def test_all_samples_in_a_batch_give_the_data_set_itself(compared):
 
 
 def test_the_mean_loss_has_no_slope_at_the_best_rate(model, samples):
-    dense = Dense(model, samples)
+    dense = Drawn(model, samples)
     directions = -dense.gradients[:2].float() + 3 * dense.gradients.mean(0).float()
     rate, decrease = Loss(model, samples).best_step(directions, 0.1)
 
@@ -171,6 +158,14 @@ def test_run_is_a_pure_function_of_the_configuration():
     torch.rand(1)
     assert QUESTION.run(config, Sources()) == first
     assert {np.shape(values) for values in first.values()} == {(2, 2)}  # points, and batches of 16 and of all samples
+
+
+def test_draws_depend_on_the_seed(monkeypatch):
+    monkeypatch.setattr(sampling, "compare", lambda _, __, generator: {"seed": generator.initial_seed()})
+    assert [sampling.run(QUICK[0] | {"seed": seed}, Sources()) for seed in (3, 4)] == [
+        {"seed": [3] * 2},
+        {"seed": [4] * 2},
+    ]
 
 
 def finished(decreases, **entries):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..inference import Comparison, against
 from ..methods import METHODS
-from ..question import Config, Finished
+from ..question import Config, Finished, without
 from .tuning import search
 
 
@@ -47,8 +47,8 @@ class Contest:
         for line in finished:
             seed = line.config["seed"]
             if seed not in self.search_seeds:
-                without_seed = tuple((name, value) for name, value in line.config.items() if name != "seed")
-                counted.setdefault(without_seed, {})[seed] = line.outcome
+                config = tuple(without(line.config, "seed").items())
+                counted.setdefault(config, {})[seed] = line.outcome
         seeds = max((sorted(outcomes) for outcomes in counted.values()), key=len, default=[])
         return [
             Entry(dict(config), [outcomes[seed] for seed in seeds])
@@ -58,8 +58,7 @@ class Contest:
 
     def _is_best(self, finished: Finished, config: Config) -> bool:
         """Whether the configuration, without its seed, has the best rate."""
-        base = {name: value for name, value in config.items() if name != "lr"}
-        return self.search(finished, base)[1] == config["lr"]
+        return self.search(finished, without(config, "lr"))[1] == config["lr"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,11 @@ from itertools import product
 from math import exp, inf, log
 from typing import Any
 
-from ..inference import Comparison, Interval, mean
+from ..inference import Comparison, mean
 from ..plotting import COLOURS, dots, logarithmic, panels_of_methods
 from ..question import Table, slug
 from .contest import Entry, Group, grouped
+from .ratios import ratio_text, ratio_to_baseline, short
 
 SETTING = ("data", "batch_size", "momentum")  # what has the same baseline
 SPREAD = 100.0
@@ -39,12 +40,6 @@ def compared(group: Group) -> dict[str, Comparison]:
     return group.compared(logarithms)
 
 
-def ratio_to_baseline(comparison: Comparison) -> Interval:
-    """The ratio of geometric means."""
-    found = comparison.difference
-    return Interval(exp(found.mean), exp(found.low), exp(found.high))
-
-
 def table(entries: Iterable[Entry], largest_rate: Callable[[Entry], float | None]) -> Table:
     """A row for each method in each setting of one data set."""
     rows = []
@@ -67,18 +62,6 @@ def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
         "" if largest_rate is None else f"{largest_rate:g}",
         f"{accuracy.mean:.1f} ({accuracy.low:.1f} to {accuracy.high:.1f})",
     ]
-
-
-def ratio_text(comparison: Comparison) -> str:
-    """A ratio with its interval, and a star where it differs from 1 after Holm's correction."""
-    found = ratio_to_baseline(comparison)
-    middle, low, high = map(short, (found.mean, found.low, found.high))
-    return f"{middle} ({low} to {high}){' *' * comparison.significant}"
-
-
-def short(ratio: float) -> str:
-    """Two decimals, or one significant digit where that is more."""
-    return f"{ratio:.2f}" if ratio > 0.1 else f"{ratio:.1g}"
 
 
 def numbers(entries: Iterable[Entry]) -> dict[str, str]:

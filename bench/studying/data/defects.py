@@ -76,7 +76,7 @@ DEFECTS = {
     "imbalanced": Defect("classes of unequal size, {:g} to 1", unequal),
     "contrast": Defect("contrast tells {:.0%} of halves", with_contrast, in_both_contrasts),
 }
-CLEAN = "clean", Defect("clean labels", lambda samples, *_: samples)
+CLEAN = Defect("clean labels", lambda samples, *_: samples)
 
 
 def defect(text: str) -> tuple[Defect, float]:
@@ -85,8 +85,8 @@ def defect(text: str) -> tuple[Defect, float]:
     Raises:
         ValueError: if the text is another one.
     """
-    if text == CLEAN[0]:
-        return CLEAN[1], 0.0
+    if text == "clean":
+        return CLEAN, 0.0
     name, _, number = text.partition(" ")
     try:
         return DEFECTS[name], float(number)

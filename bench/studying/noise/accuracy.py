@@ -8,8 +8,8 @@ from statistics import geometric_mean
 from typing import Any
 
 from ..data.defects import described
-from ..inference import Interval
 from ..question import Finished, Table, slug
+from .cells import short, text
 from .estimates import BATCH_SIZES, ESTIMATORS, PER_SAMPLE
 from .predictions import over_trunks, simple
 
@@ -48,11 +48,8 @@ class Point:
 
 def points(finished: Finished) -> list[Point]:
     """All with estimates, by name."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for line in finished.grouped("part").get(("estimates",), []):
-        key = tuple(line.config[name] for name in ("data", "model", "labels", "step"))
-        found.setdefault(key, []).append(line.outcome)
-    return [Point(*key, outcomes) for key, outcomes in sorted(found.items())]
+    groups = sorted(finished.grouped("part", "data", "model", "labels", "step").items())
+    return [Point(*key, [line.outcome for line in lines]) for (part, *key), lines in groups if part == "estimates"]
 
 
 def by_estimator(found: Sequence[Point]) -> Table:
@@ -91,17 +88,6 @@ def by_point(found: Sequence[Point]) -> Table:
     return Table(
         ("model", "labels", "step", "loss", "noise scale", *(f"batches of {size}" for size in BATCH_SIZES)), rows
     )
-
-
-def text(interval: Interval) -> str:
-    """With two significant digits."""
-    middle, low, high = map(short, (interval.mean, interval.low, interval.high))
-    return f"{middle} ({low} to {high})"
-
-
-def short(value: float) -> str:
-    """Two significant digits, or all of them before the point."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def numbers(found: Sequence[Point]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from statistics import geometric_mean
 import numpy as np
 
 from ..question import Table, slug
-from .accuracy import short, text
+from .cells import short, text
 from .predictions import PREDICTORS, Setting, over_trunks
 
 USUAL_GOAL = 0.7  # of the settings over which predictions are judged

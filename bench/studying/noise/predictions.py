@@ -100,5 +100,4 @@ def _checkpoint(line: Line) -> tuple[Any, ...]:
 
 def over_trunks(values: Sequence[float]) -> Interval:
     """The geometric mean with its interval."""
-    found = mean([math.log(value) for value in values])
-    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high))
+    return mean([math.log(value) for value in values]).exp()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..contests.tuning import FACTOR, grid, search
-from ..question import Config, Finished
+from ..question import Config, Finished, without
 
 SIZES = (512, 128, 32, 8)  # each a quarter of the one before
 SEARCH_SEEDS, RESULT_SEEDS = 1000, 2000  # of the batches, beside the seed of the trunk
@@ -31,7 +31,7 @@ def branches(finished: Finished, base: Config, rate: float, sizes: tuple[int, ..
     counting = {"part": "branch", "paths": RESULT_PATHS, "batch_seed": RESULT_SEEDS + seed}
     for size in sizes:
         of_size = base | searching | {"batch_size": size}
-        tried, best = search(finished, without_seed(of_size), rates, [seed], scores)
+        tried, best = search(finished, without(of_size, "seed"), rates, [seed], scores)
         if best is not None:
             # Steps near the best rate change little: half a factor of the search is fine enough.
             tried += [of_size | {"lr": best * math.sqrt(FACTOR) ** sign} for sign in (-1, 1)]
@@ -42,10 +42,6 @@ def branches(finished: Finished, base: Config, rate: float, sizes: tuple[int, ..
             lr = max(tried, key=lambda run: scores(finished[run].outcome))["lr"]
             yield of_size | counting | {"lr": lr}
         rates = grid(best / 2, 3)  # a quarter of the batch has at least a quarter of the best rate
-
-
-def without_seed(config: Config) -> Config:
-    return {name: value for name, value in config.items() if name != "seed"}
 
 
 def scores(outcome: dict[str, Any]) -> tuple[float, float]:

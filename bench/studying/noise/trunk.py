@@ -14,7 +14,7 @@ from rgd_ext.metric.noise import NoiseScale
 from ..data import Samples, Sources
 from ..question import Config
 from ..task import task_of
-from ..training import batches_of, initial_model, method_of
+from ..training import models_along
 
 POINTS = (50, 200, 600)  # steps of a trunk after which it is examined
 TRUNK = {"method": "SGD", "lr": 0.1, "momentum": 0.0, "batch_size": 50, "steps": POINTS[-1], "evaluate": "test"}
@@ -46,13 +46,9 @@ def _trunk(sources: Sources, **config: str | int) -> dict[int, Checkpoint]:
     """The checkpoints at `POINTS`."""
     training = TRUNK | config
     task = task_of(training, sources)
-    model, running, found = initial_model(training, task), NoiseScale(), {}
-    with (
-        method_of(training).start(model, TRUNK["lr"], TRUNK["momentum"], task.counts) as step,
-        rgd_ext.observe(model) as handle,
-    ):
-        for number, batch in enumerate(batches_of(training, task.train), 1):
-            step(batch.inputs, batch.labels)
+    models, running, found = models_along(training, task, range(POINTS[-1] + 1)), NoiseScale(), {}
+    with rgd_ext.observe(next(models)) as handle:
+        for number, model in enumerate(models, 1):
             stats = handle.stats
             running.add(stats.batch_size, stats.squared_grad_norm.item(), stats.trace.item())
             if number in POINTS:

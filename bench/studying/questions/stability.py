@@ -9,7 +9,7 @@ from ..contests.contest import Contest, Entry
 from ..contests.losses import draw, final_loss, is_failure, larger_rates, numbers, table
 from ..contests.tuning import FACTOR, grid
 from ..data import DIGITS
-from ..question import Answer, Config, Finished, Question, Scope, slug
+from ..question import Answer, Config, Finished, Question, Scope, slug, without
 from ..training import train
 
 DATA = (DIGITS, "fashion-mnist")
@@ -90,8 +90,7 @@ def answer(finished: Finished) -> Answer:
     entries = CONTEST.entries(finished)
 
     def largest_rate(entry: Entry) -> float | None:
-        base = {name: value for name, value in entry.config.items() if name != "lr"}
-        return limit(finished, base, entry.config["lr"])[1]
+        return limit(finished, without(entry.config, "lr"), entry.config["lr"])[1]
 
     data = dict.fromkeys(entry.config["data"] for entry in entries)
     tables = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..contests.losses import ratio_to_baseline
+from ..contests.ratios import ratio_to_baseline
 from ..inference import Interval, mean
 from ..plotting import COLOURS
 from .comparison import POINTS

@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..contests.losses import ratio_to_baseline
+from ..contests.ratios import ratio_to_baseline
 from ..data.defects import described
 from ..inference import Comparison, against
 from ..question import Finished, Line

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from scipy.stats import spearmanr
 
-from ..contests.losses import ratio_text
+from ..contests.ratios import ratio_text
 from ..inference import mean
 from ..question import Table, slug
 from .comparison import SIZES

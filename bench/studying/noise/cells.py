@@ -1,0 +1,16 @@
+"""Numbers and intervals as the tables and the text of question 6 show them."""
+
+from __future__ import annotations
+
+from ..inference import Interval
+
+
+def text(interval: Interval) -> str:
+    """With two significant digits."""
+    middle, low, high = map(short, (interval.mean, interval.low, interval.high))
+    return f"{middle} ({low} to {high})"
+
+
+def short(value: float) -> str:
+    """Two significant digits, or all of them before the point."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,0 +1,48 @@
+"""A small classifier, and its gradients and Hessian as dense matrices in float64."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.nn.functional import cross_entropy
+
+from bench.studying.data import Samples
+
+
+def classifier():
+    """Of four pixels into four classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 4))
+
+
+def images(count):
+    """So many samples for it."""
+    generator = torch.Generator().manual_seed(1)
+    return Samples(torch.randn(count, 1, 2, 2, generator=generator), torch.arange(count) % 4)
+
+
+class Dense:
+    """A model's cross entropies as a function of its weights x, (d,)."""
+
+    def __init__(self, model, samples):
+        self.model, self.samples = copy.deepcopy(model).double(), samples
+        self.x = torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+
+    def losses(self, x):
+        """By sample, (N,)."""
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        parts = x.split([shape.numel() for shape in shapes.values()])
+        weights = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        outputs = functional_call(self.model, weights, (self.samples.inputs.double(),))
+        return cross_entropy(outputs, self.samples.labels, reduction="none")
+
+    @property
+    def gradients(self):
+        """(N, d)."""
+        return jacrev(self.losses)(self.x)
+
+    @property
+    def hessian(self):
+        """Of the mean, (d, d)."""
+        return jacrev(jacrev(lambda x: self.losses(x).mean()))(self.x)
