@@ -312,9 +312,14 @@ def families(question):
 def test_all_settings_have_the_same_methods_once(question, seeds):
     bases = [str(sorted(base.items())) for base in question.methods(FULL)]
     assert len(set(bases)) == len(bases)
-    names = {frozenset(set(names) - {"AdamW", "UPGrad"}) for names in families(question).values()}
+    names = {frozenset(set(names) - {"AdamW", "UPGrad", "class weights"}) for names in families(question).values()}
     assert len(names) == 1
     assert "SGD" in names.pop()
+
+
+def test_class_weights_are_compared_where_classes_differ_in_size_only():
+    defects = {run["labels"] for run in imbalance.methods(FULL) if run["method"] == "class weights"}
+    assert defects == {"imbalanced 50"}
 
 
 def test_upgrad_is_compared_in_two_settings_only():
