@@ -85,8 +85,7 @@ ENTRIES = [SPECTRAL, entry(steps=20), entry(momentum=0.0), SGD]
 LAYOUT = Layout(("data", "model"), ("labels",), {"accuracy": ""})
 
 
-CONTESTS = {labels: generalisation.SEEDS, imbalance: generalisation.SEEDS, batches: generalisation.SEEDS}
-CONTESTS[stability] = stability.SEEDS
+CONTESTS = dict.fromkeys((labels, imbalance, batches), generalisation.SEEDS) | {stability: stability.SEEDS}
 
 
 def in_columns(entries, layout=LAYOUT):
@@ -189,8 +188,11 @@ def test_summary_has_means_over_tables_and_a_sign_for_each_clear_difference():
             entry([1.0] * 12, [0.5] * 12, data=data),
             entry([1.0] * 12, accuracies_of, data=data, method="AdamW"),
         ]
+    entries.append(entry([1.0] * 12, [0.4] * 12, method="SAM(0.1)"))
     found = in_columns(entries)
-    assert accuracies.tables(found)["summary"].rows == [["AdamW", "+5.0 ++-"]]
+    summary = accuracies.tables(found)["summary"]
+    assert summary.header == ("method", "clean labels (5)")
+    assert summary.rows == [["AdamW", "+5.0 ++-"], ["SAM(0.1)", "-10.0 - [1 of 5]"]]
     numbers = accuracies.numbers(found)
     assert [numbers[f"clean.accuracy.adamw.{name}"] for name in ("mean", "above", "below")] == ["+5.0", "2", "1"]
 

@@ -20,6 +20,7 @@ from bench.studying.noise.accuracy import points, ratios
 from bench.studying.noise.branches import branch, times
 from bench.studying.noise.critical import numbers
 from bench.studying.noise.estimates import ESTIMATORS, PER_SAMPLE, error, errors, estimates
+from bench.studying.noise.figure import draw
 from bench.studying.noise.hyperbola import fitted
 from bench.studying.noise.scales import gramian, scales, signs
 from bench.studying.noise.searches import SIZES, branches
@@ -276,12 +277,33 @@ def test_numbers_judge_predictions_by_their_factors(finished):
     for size in SIZES:  # a setting with another goal, which is not judged
         finished.add(line("branch", 0, {"steps": 1 + 1 / size, "loss": 1.0}, goal=0.5, batch_size=size))
     found = numbers(predictions.settings(finished))
-    assert found["digits.mlp.200.0_5.critical"] == "1.0"
-    assert found["digits.mlp.200.0_7.critical"] == "30"
+    assert found["digits.mlp.clean.200.0_5.critical"] == "1.0"
+    assert found["digits.mlp.clean.200.0_7.critical"] == "30"
     assert found["simple.factor"] == f"{exp(np.sqrt((log(3) ** 2 + log(4 / 3) ** 2) / 2)):.1f}"
+    assert found["simple.median"] == "2.0"  # half way between log 3 and log 4/3
     assert found["simple.spread"] == found["constant.spread"] == "1.5"  # (45 / 20)^(1/2)
     assert (found["trunks"], found["hessian.trunks"], found["hessian_end.trunks"]) == ("2", "2", "0")
     assert found["misfit"] == "0"
+
+
+def test_trunks_with_other_labels_are_another_setting(finished):
+    for each in list(finished):
+        finished.add(Line(each.config | {"labels": "symmetric 0.4"}, each.outcome, 0.0, {}))
+    settings = predictions.settings(finished)
+    assert [(each.labels, len(each.trunks)) for each in settings] == [("clean", 2), ("symmetric 0.4", 2)]
+
+
+def test_trunks_without_common_sizes_are_drawn():
+    finished = Finished()
+    for seed, left_out in enumerate(SIZES):
+        finished.add(line("estimates", seed, SCALES | {"running": 60.0, "errors": {}}))
+        for size in set(SIZES) - {left_out}:
+            finished.add(line("branch", seed, {"steps": 10 + 200 / size, "loss": 1.0}, goal=0.7, batch_size=size))
+    figure = Figure()
+    draw(figure, [], predictions.settings(finished))
+    curve, points, _ = figure.axes[1].lines
+    assert curve.get_xdata()[[0, -1]] == pytest.approx([min(SIZES), max(SIZES)])
+    assert not len(points.get_xdata())
 
 
 def test_trunks_with_too_few_sizes_are_left_out(finished):

@@ -19,7 +19,7 @@ from bench.studying.sampling import comparison
 from bench.studying.sampling.comparison import OWNERS, SGD, compare
 from bench.studying.sampling.settings import OTHER_SIMILARITIES, SIMILARITIES, settings
 from bench.studying.sampling.steps import Loss
-from bench.studying.sampling.summary import gains, numbers
+from bench.studying.sampling.summary import numbers
 from bench.studying.task import task_of
 from bench.studying.training import batches_of, initial_model, models_along
 
@@ -168,13 +168,13 @@ def test_draws_depend_on_the_seed(monkeypatch):
     ]
 
 
-def finished(decreases, **entries):
-    """Two seeds of a training of 100 samples, with these decreases of the loss in all places."""
+def finished(decreases, seeds=(0, 1), **entries):
+    """A training of 100 samples, with these decreases of the loss in all places, for seed 1 twice as large."""
     config = {"data": "digits", "labels": "clean", "samples": 100, "steps": 60} | entries
     lines = Finished()
-    for seed in range(2):
+    for seed in seeds:
         outcome = {name: [[3, 2, 1], [6, 5, 3]] for name in (*SIMILARITIES, *OTHER_SIMILARITIES)}
-        outcome |= {f"decrease {name}": [[value] * 3] * 2 for name, value in decreases.items()}
+        outcome |= {f"decrease {name}": [[(1 + seed) * value] * 3] * 2 for name, value in decreases.items()}
         lines.add(Line(config | {"seed": seed}, outcome, 1.0, {}))
     return lines
 
@@ -182,13 +182,38 @@ def finished(decreases, **entries):
 DECREASES = {SGD: 2.0, "batch": 4.0, "other": 1.0, "data": 10.0}
 
 
+def rows(lines, table):
+    """Those of step 60, by data, labels and whose D it is: the cell of each size."""
+    found = QUESTION.answer(lines).tables[table].rows
+    return {(data, labels, owner): cells for data, labels, step, owner, *cells in found if step == "60"}
+
+
 def test_gains_are_decreases_over_those_of_sgd():
-    rows = gains(settings(finished(DECREASES))).rows
-    assert [row[2:] for row in rows if row[2] == "60"] == [
-        ["60", "the batch", *["2.00 (2.00 to 2.00)"] * 3],
-        ["60", "another batch", *["0.50 (0.50 to 0.50)"] * 3],
-        ["60", "the data set", *["5.00 (5.00 to 5.00)"] * 3],
-    ]
+    assert rows(finished(DECREASES), "gains") == {
+        ("digits", "clean labels", "the batch"): ["2.00 (2.00 to 2.00)"] * 3,
+        ("digits", "clean labels", "another batch"): ["0.50 (0.50 to 0.50)"] * 3,
+        ("digits", "clean labels", "the data set"): ["5.00 (5.00 to 5.00)"] * 3,
+    }
+
+
+def test_decreases_are_also_compared_with_those_with_d_of_the_batch():
+    assert rows(finished(DECREASES), "over_batch") == {
+        ("digits", "clean labels", "another batch"): ["0.25 (0.25 to 0.25)"] * 2,
+        ("digits", "clean labels", "the data set"): ["2.50 (2.50 to 2.50)"] * 2,
+    }
+
+
+def test_trainings_together_are_compared_by_seed():
+    """Differences that cancel within each seed are no noise, in whatever order the seeds were finished."""
+    lines = finished(DECREASES)
+    for seed, data in ((2, 1.0), (1, 40.0), (0, 10.0)):
+        for line in finished(DECREASES | {"data": data}, seeds=[seed], labels="symmetric 0.4"):
+            lines.add(line)
+    for line in lines:
+        if line.config["labels"] == "clean" and line.config["seed"] == 1:
+            line.outcome["decrease data"] = [[5.0] * 3] * 2  # a quarter of 20
+    assert rows(lines, "gains")["all", "all", "the data set"] == ["5.00 (5.00 to 5.00)"] * 3
+    assert QUESTION.answer(lines).numbers["gain_data.16.60"] == "5.00 (5.00 to 5.00)"
 
 
 def test_numbers_are_ranges_over_steps_and_labels():
@@ -214,6 +239,7 @@ def test_rank_correlation_is_that_of_lengths_and_gains_over_settings():
         lines.add(line)
     found = numbers(settings(lines))
     assert (found["rank_correlation"], found["settings"]) == ("1.00", "3")
+    assert "later.rank_correlation" not in found
 
 
 @pytest.mark.parametrize("lines", [Finished(), finished(DECREASES), finished(DECREASES, steps=0)], ids=len)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rgd_ext.commands.colours import GREY
+
 from ..plotting import COLOURS, dots, panels_of_methods
 from ..question import Table, slug
 from .columns import Column, by_table
@@ -56,7 +58,7 @@ def draw(figure: Any, found: Sequence[Column]) -> None:
             axes.set_title(f"{column.title}\n{column.heading}", fontsize="small")
             intervals = {name: each.difference for name, each in column.comparisons.items()}
             dots(axes, list(intervals.values()), [methods.index(name) for name in intervals], COLOURS[0], "")
-            axes.axvline(0, color="#444444", linewidth=0.8)
+            axes.axvline(0, color=GREY, linewidth=0.8)
             axes.tick_params(labelsize="small")
     for axes in panels[-1]:
         axes.set_xlabel("test accuracy less SGD's, percentage points", fontsize="small")

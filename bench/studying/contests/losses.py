@@ -8,6 +8,8 @@ from itertools import product
 from math import exp, inf, log
 from typing import Any
 
+from rgd_ext.commands.colours import GREY
+
 from ..inference import Comparison, mean
 from ..plotting import COLOURS, dots, logarithmic, panels_of_methods
 from ..question import Table, slug
@@ -128,7 +130,7 @@ def draw(figure: Any, entries: Sequence[Entry]) -> None:
             ratios = {method: ratio_to_baseline(each) for method, each in compared(group).items()} if group else {}
             places = [methods.index(method) + 0.3 * (at - (len(momenta) - 1) / 2) for method in ratios]
             dots(axes, list(ratios.values()), places, COLOURS[at], f"momentum {momentum:g}")
-        axes.axvline(1, color="#444444", linewidth=0.8)
+        axes.axvline(1, color=GREY, linewidth=0.8)
         axes.set_xscale("log")
     for axes in panels[-1]:
         axes.set_xlabel("training loss at the end / SGD's")

@@ -12,9 +12,13 @@ def ratio_to_baseline(comparison: Comparison) -> Interval:
 
 def ratio_text(comparison: Comparison) -> str:
     """A ratio with its interval, and a star where it differs from 1 after Holm's correction."""
-    found = ratio_to_baseline(comparison)
-    middle, low, high = map(short, (found.mean, found.low, found.high))
-    return f"{middle} ({low} to {high}){' *' * comparison.significant}"
+    return interval_text(ratio_to_baseline(comparison)) + " *" * comparison.significant
+
+
+def interval_text(ratio: Interval) -> str:
+    """A ratio with its interval."""
+    middle, low, high = map(short, (ratio.mean, ratio.low, ratio.high))
+    return f"{middle} ({low} to {high})"
 
 
 def short(ratio: float) -> str:

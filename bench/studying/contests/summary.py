@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -30,11 +31,6 @@ class Summary:
     def below(self) -> int:
         return sum(each.significant and each.difference.mean < 0 for each in self.comparisons)
 
-    @property
-    def cell(self) -> str:
-        """The mean, and a + or - for each column that differs clearly."""
-        return f"{self.mean} {'+' * self.above}{'-' * self.below}".rstrip()
-
 
 def summaries(found: Sequence[Column]) -> dict[tuple[Any, ...], dict[str, Summary]]:
     """Of columns with the same key in all tables, by key and method."""
@@ -46,9 +42,19 @@ def summaries(found: Sequence[Column]) -> dict[tuple[Any, ...], dict[str, Summar
 
 
 def summary_table(found: Sequence[Column]) -> Table:
-    """A row for each method, a column for each key."""
-    headings = {column.key: column.heading for column in found}
-    of_keys = summaries(found)
+    """A row for each method, a column for each key, with the number of tables that have it."""
+    headings, of_keys = {column.key: column.heading for column in found}, summaries(found)
+    counts = Counter(column.key for column in found)
     methods = dict.fromkeys(name for of_key in of_keys.values() for name in of_key)
-    rows = [[name, *(of_key[name].cell if name in of_key else "" for of_key in of_keys.values())] for name in methods]
-    return Table(("method", *(headings[key] for key in of_keys)), rows)
+    rows = [
+        [name, *(_cell(of_key[name], counts[key]) if name in of_key else "" for key, of_key in of_keys.items())]
+        for name in methods
+    ]
+    return Table(("method", *(f"{headings[key]} ({counts[key]})" for key in of_keys)), rows)
+
+
+def _cell(summary: Summary, tables: int) -> str:
+    """The mean, a + or - for each table in which it differs clearly, and of how many tables it is if not of all."""
+    signs = "+" * summary.above + "-" * summary.below
+    few = f"[{len(summary.comparisons)} of {tables}]" * (len(summary.comparisons) < tables)
+    return " ".join(filter(None, (summary.mean, signs, few)))

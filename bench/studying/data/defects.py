@@ -2,9 +2,9 @@
 
     symmetric SHARE, pairwise SHARE: so many labels are wrong;
     imbalanced RATIO: the classes are unequal, from the first to the last one by this ratio;
-    contrast SHARE: of the upper half of the classes so many images are inverted, and of the lower half all others are,
-        so that contrast nearly tells the half. The samples to evaluate have each image in both contrasts, and groups,
-        the four combinations of contrast and half.
+    contrast SHARE: so many images of the upper half of the classes are inverted, and as many of the lower half are not,
+        so that for most images contrast agrees with the half. The samples to evaluate have each image in both
+        contrasts, and groups, the four combinations of contrast and half.
 
 Validation and test samples have nothing else wrong with them. With wrong labels among the validation samples, the
 choice of a learning rate would be left to chance, and differences between methods would mostly be those of luck.
@@ -74,7 +74,7 @@ DEFECTS = {
     "symmetric": Defect("{:.0%} of labels wrong (symmetric)", relabelled(symmetric)),
     "pairwise": Defect("{:.0%} of labels wrong (pairwise)", relabelled(pairwise)),
     "imbalanced": Defect("classes of unequal size, {:g} to 1", unequal),
-    "contrast": Defect("contrast tells {:.0%} of halves", with_contrast, in_both_contrasts),
+    "contrast": Defect("spurious contrast, {:.0%}", with_contrast, in_both_contrasts),
 }
 CLEAN = Defect("clean labels", lambda samples, *_: samples)
 

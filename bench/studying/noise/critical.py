@@ -8,6 +8,7 @@ from statistics import geometric_mean
 
 import numpy as np
 
+from ..data.defects import described
 from ..question import Table, slug
 from .cells import short, text
 from .predictions import PREDICTORS, Setting, over_trunks
@@ -20,6 +21,7 @@ def table(found: Sequence[Setting]) -> Table:
     rows = [
         [
             f"{setting.data}, {setting.model}",
+            described(setting.labels),
             str(setting.step),
             f"{setting.goal:g}",
             text(setting.fewest()),
@@ -28,7 +30,7 @@ def table(found: Sequence[Setting]) -> Table:
         ]
         for setting in found
     ]
-    return Table(("model", "step", "goal", "fewest steps", "critical B", *PREDICTORS), rows)
+    return Table(("model", "labels", "step", "goal", "fewest steps", "critical B", *PREDICTORS), rows)
 
 
 def _cell(setting: Setting, predictor: str) -> str:
@@ -42,7 +44,7 @@ def numbers(found: Sequence[Setting]) -> dict[str, str]:
     """Of settings, such as digits.mlp.200.0_7.critical, and of predictors over all settings, such as simple.factor."""
     texts = {}
     for setting in found:
-        name = slug(setting.data, setting.model, setting.step, setting.goal)
+        name = slug(setting.data, setting.model, setting.labels, setting.step, setting.goal)
         texts[f"{name}.critical"] = short(setting.critical().mean)
         for predictor in PREDICTORS:
             if ratios := setting.ratios(predictor):
@@ -63,13 +65,15 @@ def _judged(logarithms: Sequence[float]) -> dict[str, str]:
 
     Returns:
         factor: by which it misses, as a root mean square of the logarithms.
+        median: by which it misses in half of the trunks.
         spread: the same after multiplication with the one constant that is best for all of them.
         trunks: how many have a prediction.
     """
     if not logarithms:
         return {"trunks": "0"}
     factor = math.exp(math.sqrt(np.mean(np.square(logarithms))))
-    return {"factor": short(factor), "spread": short(_spread(logarithms)), "trunks": str(len(logarithms))}
+    found = {"factor": factor, "median": math.exp(np.median(np.abs(logarithms))), "spread": _spread(logarithms)}
+    return {name: short(each) for name, each in found.items()} | {"trunks": str(len(logarithms))}
 
 
 def _spread(logarithms: Sequence[float]) -> float:

@@ -66,10 +66,11 @@ def draw_steps(axes: Any, settings: Sequence[Setting], colours: dict[tuple[str, 
         model = (setting.data, setting.model)
         style, colour = STYLES[seen[model]], colours[model]
         seen[model] += 1
-        sizes = sorted(set.intersection(*(set(trunk.steps) for trunk in setting.trunks)))
+        of_trunks = [set(trunk.steps) for trunk in setting.trunks]
+        every, sizes = set.union(*of_trunks), sorted(set.intersection(*of_trunks))
         steps = [geometric_mean(trunk.steps[size] for trunk in setting.trunks) for size in sizes]
         fit = Hyperbola(setting.fewest().mean, setting.critical().mean, misfit=0)
-        fine = np.geomspace(sizes[0], sizes[-1])
+        fine = np.geomspace(min(every), max(every))
         label = f"{', '.join(model)}, step {setting.step}"
         axes.plot(fine, fit.steps(fine), color=colour, linestyle=style, label=label)
         axes.plot(sizes, steps, color=colour, linestyle="", marker=".")

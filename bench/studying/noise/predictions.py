@@ -37,6 +37,7 @@ class Setting:
 
     data: str
     model: str
+    labels: str
     step: int
     goal: float
     trunks: Sequence[Trunk]
@@ -90,12 +91,12 @@ def settings(finished: Finished) -> list[Setting]:
             steps = {size: outcome["steps"] for size, outcome in of_trunk.items()}
             ends = next((outcome["ends"] for outcome in of_trunk.values() if "ends" in outcome), None)
             trunk = Trunk(steps, fitted(list(steps), list(steps.values())), starts[tuple(checkpoint)], ends)
-            grouped.setdefault((*checkpoint[:3], goal), []).append(trunk)
+            grouped.setdefault((*checkpoint[:4], goal), []).append(trunk)
     return [Setting(*key, trunks) for key, trunks in sorted(grouped.items())]
 
 
 def _checkpoint(line: Line) -> tuple[Any, ...]:
-    return tuple(line.config[name] for name in ("data", "model", "step", "labels", "seed"))
+    return tuple(line.config[name] for name in ("data", "model", "labels", "step", "seed"))
 
 
 def over_trunks(values: Sequence[float]) -> Interval:

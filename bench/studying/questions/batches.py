@@ -1,4 +1,4 @@
-"""Question 7: what methods gain over SGD by the size of the batch, with equal numbers of epochs."""
+"""Question 7, second part: what methods gain over SGD by the size of the batch, with equal numbers of epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Question 7: D of a batch beside D of the data set, by the size of the batch."""
+"""Question 7, first part: D of a batch beside D of the data set, by the size of the batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..data import DIGITS, Sources
 from ..question import Answer, Config, Finished, Question, Scope
 from ..sampling.comparison import POINTS, compare
 from ..sampling.figure import draw
-from ..sampling.settings import settings
-from ..sampling.summary import gains, numbers, similarities
+from ..sampling.settings import ALL, settings
+from ..sampling.summary import numbers, ratios, similarities
 from ..task import task_of
 from ..training import models_along
 
@@ -24,7 +24,7 @@ SEEDS = range(10)
 
 
 def plan(finished: Finished, scope: Scope) -> list[Config]:
-    """All seeds of both kinds of labels, for each data set that is there."""
+    """All seeds of both kinds of labels, for each data set that is there; if quick, two seeds on few digits."""
     seeds, data_sets = (SEEDS[:2], [DIGITS]) if scope.quick else (SEEDS, scope.data)
     return [
         TRAINING
@@ -46,7 +46,11 @@ def run(config: Config, sources: Sources) -> dict[str, Any]:
 def answer(finished: Finished) -> Answer:
     """D of the batches by setting, and what steps with it gain, with intervals over the seeds."""
     found = settings(finished)
-    tables = {"similarities": similarities(found), "gains": gains(found)}
+    tables = {
+        "similarities": similarities(found),
+        "gains": ratios(found, lambda each: each.gains),
+        "over_batch": ratios([each for each in found if each.size_name != ALL], lambda each: each.over_batch),
+    }
     return Answer(tables, {"curves": (lambda figure: draw(figure, found), 11.0)}, numbers(found))
 
 

@@ -17,7 +17,7 @@ POINTS = (0, 60, 200)  # steps of a training after which batches are compared wi
 SIZES = (16, 64, 256, 1024)  # of batches; the last size is that of the data set
 DRAWS = 8  # batches of each size
 # Whose D corrects the gradient of a batch: that of the batch itself, which depends on the same samples, that of another
-# batch of the same size, which does not, or that of the data set.
+# batch of the same size, drawn independently, or that of the data set.
 OWNERS = ("batch", "other", "data")
 SGD = "SGD"
 

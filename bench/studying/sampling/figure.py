@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from rgd_ext.commands.colours import GREY
+
 from ..contests.ratios import ratio_to_baseline
 from ..inference import Interval, mean
 from ..plotting import COLOURS
@@ -13,7 +15,6 @@ from .comparison import POINTS
 from .settings import Setting
 from .summary import D_OF, SHOWN
 
-GREY = "#444444"
 STYLES = dict(zip(POINTS, ("-", "--", ":"), strict=True))
 COLOUR_OF = dict(zip(D_OF, COLOURS, strict=True))
 COSINES = {"mean": ("D_B mu", GREY), "data": ("D g_B", COLOUR_OF["data"]), "batch": ("D_B g_B", COLOUR_OF["batch"])}
@@ -64,7 +65,7 @@ def gains(axes: Any, found: Sequence[Setting], step: int) -> None:
     """A line for each owner of D."""
     of_step = [each for each in found if each.step == step]
     for owner, colour in COLOUR_OF.items():
-        ratios = [ratio_to_baseline(each.gains[owner]) for each in of_step]
+        ratios = [ratio_to_baseline(each.decreases.gains[owner]) for each in of_step]
         line(axes, of_step, ratios, colour, f"D of {D_OF[owner]}")
     axes.axhline(1, color=GREY, linewidth=0.8)
 

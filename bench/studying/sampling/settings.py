@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import log
 from statistics import fmean
-
-import numpy as np
 
 from ..contests.ratios import ratio_to_baseline
 from ..data.defects import described
-from ..inference import Comparison, against
 from ..question import Finished, Line
 from .comparison import OWNERS, POINTS, SGD, sizes
+from .decreases import Decreases
 
 SIMILARITIES = {
     "eigenvalue": "lambda_max(D_B) / lambda_max(D)",
@@ -55,27 +54,22 @@ class Setting:
         return [line.outcome[quantity][point][column] for line in self.lines]
 
     @cached_property
-    def gains(self) -> dict[str, Comparison]:
-        """Logarithms of the decreases of the loss, less those of SGD, by owner of D."""
-        return against(self._logarithms(SGD), {owner: self._logarithms(owner) for owner in OWNERS})
-
-    @cached_property
-    def gains_over_batch(self) -> dict[str, Comparison]:
-        """The same less those with D of the batch, by other owner."""
-        batch, *others = OWNERS
-        return against(self._logarithms(batch), {owner: self._logarithms(owner) for owner in others})
+    def decreases(self) -> Decreases:
+        """Of the loss by a single step."""
+        seeds = [line.config["seed"] for line in self.lines]
+        values = {name: self.values(f"decrease {name}") for name in (SGD, *OWNERS)}
+        return Decreases({name: dict(zip(seeds, map(log, each), strict=True)) for name, each in values.items()})
 
     @cached_property
     def means(self) -> dict[str, float]:
         """By quantity; of gains the geometric means."""
         return {
             **{quantity: fmean(self.values(quantity)) for quantity in (*SIMILARITIES, *OTHER_SIMILARITIES)},
-            **{f"gain {owner}": ratio_to_baseline(each).mean for owner, each in self.gains.items()},
-            **{f"{owner} over batch": ratio_to_baseline(each).mean for owner, each in self.gains_over_batch.items()},
+            **{f"gain {owner}": ratio_to_baseline(each).mean for owner, each in self.decreases.gains.items()},
+            **{
+                f"{owner} over batch": ratio_to_baseline(each).mean for owner, each in self.decreases.over_batch.items()
+            },
         }
-
-    def _logarithms(self, name: str) -> list[float]:
-        return np.log(self.values(f"decrease {name}")).tolist()
 
 
 def settings(finished: Finished) -> list[Setting]:

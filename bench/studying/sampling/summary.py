@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from scipy.stats import spearmanr
 
-from ..contests.ratios import ratio_text
-from ..inference import mean
+from ..contests.ratios import interval_text, ratio_text, ratio_to_baseline
+from ..inference import Comparison, mean
 from ..question import Table, slug
 from .comparison import SIZES
+from .decreases import Decreases, pooled
 from .settings import ALL, SIMILARITIES, Setting
 
 SHOWN = 60  # the step of which there is a table of similarities
@@ -27,23 +28,34 @@ def similarities(found: Sequence[Setting]) -> Table:
     return Table(("data", "labels", "B", *SIMILARITIES.values()), rows)
 
 
-def gains(found: Sequence[Setting]) -> Table:
-    """A row for each training, step and owner of D, a column for each size."""
-    names = sorted({each.size_name for each in found} - {ALL}, key=int)
+def ratios(found: Sequence[Setting], compared: Callable[[Decreases], Mapping[str, Comparison]]) -> Table:
+    """Of decreases: a row for each training, step and owner of D, and for all trainings; a column for each size."""
+    names = {each.size_name: "all samples" if each.size_name == ALL else f"B = {each.size_name}" for each in found}
     cells: dict[tuple[str, ...], dict[str, str]] = {}
+    of_each = {(*each.training, str(each.step), each.size_name): each.decreases for each in found}
+    of_all = {("all", "all", str(step), size): each for (step, size), each in over_trainings(found).items()}
+    for (*key, size), decreases in (of_each | of_all).items():
+        for owner, comparison in compared(decreases).items():
+            cells.setdefault((*key, D_OF[owner]), {})[size] = ratio_text(comparison)
+    order = sorted(names, key=lambda name: (name == ALL, len(name), name))
+    rows = [[*key, *(row.get(name, "") for name in order)] for key, row in cells.items()]
+    return Table(("data", "labels", "step", "D of", *(names[name] for name in order)), rows)
+
+
+def over_trainings(found: Sequence[Setting]) -> dict[tuple[int, str], Decreases]:
+    """Those of all trainings together, by step and name of the size, where there are several."""
+    groups: dict[tuple[int, str], list[Decreases]] = {}
     for setting in found:
-        for owner, comparison in setting.gains.items():
-            row = cells.setdefault((*setting.training, str(setting.step), D_OF[owner]), {})
-            row[setting.size_name] = ratio_text(comparison)
-    rows = [[*key, *(row.get(name, "") for name in (*names, ALL))] for key, row in cells.items()]
-    return Table(("data", "labels", "step", "D of", *(f"B = {name}" for name in names), "all samples"), rows)
+        groups.setdefault((setting.step, setting.size_name), []).append(setting.decreases)
+    return {key: pooled(group) for key, group in groups.items() if len(group) > 1}
 
 
 def numbers(found: Sequence[Setting]) -> dict[str, str]:
     """The least and the largest of means over the seeds, such as eigenvalue.16.least, and `rank_correlation`.
 
     They are those of all settings with this size, of those at one step, such as eigenvalue.16.60.least, and of those
-    with one kind of labels at one step, such as eigenvalue.16.60.clean.least.
+    with one kind of labels at one step, such as eigenvalue.16.60.clean.least. The gains of all trainings together have
+    their intervals, such as gain_batch.16.60.
     """
     values: dict[tuple[object, ...], list[float]] = {}
     for setting in found:
@@ -53,7 +65,14 @@ def numbers(found: Sequence[Setting]) -> dict[str, str]:
                 values.setdefault(key[:length], []).append(value)
     least = {slug(*key, "least"): f"{min(group):.2f}" for key, group in values.items()}
     largest = {slug(*key, "largest"): f"{max(group):.2f}" for key, group in values.items()}
-    return least | largest | rank_correlation(found)
+    together = {
+        slug(f"gain {owner}", size, step): interval_text(ratio_to_baseline(comparison))
+        for (step, size), decreases in over_trainings(found).items()
+        for owner, comparison in decreases.gains.items()
+    }
+    later = rank_correlation([setting for setting in found if setting.step])  # than the initial weights
+    correlations = rank_correlation(found) | {slug("later", name): text for name, text in later.items()}
+    return least | largest | together | correlations
 
 
 def rank_correlation(found: Sequence[Setting]) -> dict[str, str]:
