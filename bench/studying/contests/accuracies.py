@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rgd_ext.commands.colours import GREY
@@ -11,6 +11,8 @@ from ..plotting import COLOURS, dots, panels_of_methods
 from ..question import Table, slug
 from .columns import Column, by_table
 from .summary import summaries, summary_table
+
+TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # percentage points
 
 
 def tables(found: Sequence[Column]) -> dict[str, Table]:
@@ -49,16 +51,36 @@ def numbers(found: Sequence[Column]) -> dict[str, str]:
 
 
 def draw(figure: Any, found: Sequence[Column]) -> None:
-    """A panel for each column of the tables, with the difference of each method's accuracy from SGD's."""
-    rows = list(by_table(found).values())
-    methods = list(dict.fromkeys(name for column in found for name in column.comparisons))
-    panels = panels_of_methods(figure, len(rows), max(map(len, rows), default=0), methods, sharex="row")
-    for row, of_row in zip(rows, panels, strict=False):
-        for column, axes in zip(row, of_row, strict=False):
-            axes.set_title(f"{column.title}\n{column.heading}", fontsize="small")
+    """A row of panels for each table: the difference of each method's accuracy from SGD's, by column."""
+    of_tables, methods = by_table(found), methods_in(found)
+    parts = figure.subfigures(max(len(of_tables), 1), squeeze=False).flat
+    for part, row in zip(parts, of_tables.values(), strict=False):
+        part.suptitle(row[0].title, fontsize="medium")
+        (panels,) = panels_of_methods(part, 1, len(row), methods, sharex="all")
+        for column, axes in zip(row, panels, strict=True):
+            axes.set_title(column.heading, fontsize="small")
             intervals = {name: each.difference for name, each in column.comparisons.items()}
             dots(axes, list(intervals.values()), [methods.index(name) for name in intervals], COLOURS[0], "")
             axes.axvline(0, color=GREY, linewidth=0.8)
             axes.tick_params(labelsize="small")
-    for axes in panels[-1]:
-        axes.set_xlabel("test accuracy less SGD's, percentage points", fontsize="small")
+        few_large_ones(panels[0])
+    figure.supxlabel("test accuracy less SGD's, percentage points", fontsize="medium")
+
+
+def height(found: Sequence[Column]) -> float:
+    """Of the figure, in inches."""
+    return 0.4 + len(by_table(found)) * (0.9 + 0.16 * len(methods_in(found)))
+
+
+def methods_in(found: Iterable[Column]) -> list[str]:
+    """All but the baseline."""
+    return list(dict.fromkeys(name for column in found for name in column.comparisons))
+
+
+def few_large_ones(axes: Any) -> None:
+    """An axis, linear from -2 to 2 and logarithmic beyond, on which one point and thirty can both be read."""
+    axes.set_xscale("symlog", linthresh=2, linscale=1)
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    axes.minorticks_off()

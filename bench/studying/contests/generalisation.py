@@ -8,7 +8,7 @@ from typing import Any
 
 from ..question import Answer, Config, Finished, Question, Scope
 from ..training import train
-from .accuracies import draw, numbers, tables
+from .accuracies import draw, height, numbers, tables
 from .columns import Layout, columns
 from .contest import Contest
 from .tuning import usual_rates
@@ -27,7 +27,7 @@ def contest(measure: str) -> Contest:
 
 
 def question(
-    title: str, methods: Callable[[Scope], Iterable[Config]], layout: Layout, height: float, measure: str = "accuracy"
+    title: str, methods: Callable[[Scope], Iterable[Config]], layout: Layout, measure: str = "accuracy"
 ) -> Question:
     """The question which of the methods is the most accurate on the test samples, each at its best rate.
 
@@ -35,7 +35,6 @@ def question(
         title: of the question.
         methods: configurations without `lr`, `seed` and `evaluate`.
         layout: of the tables and the figure.
-        height: of the figure, in inches.
         measure: the accuracy that decides on the rates.
     """
     of_methods = contest(measure)
@@ -49,6 +48,8 @@ def question(
     def answer(finished: Finished) -> Answer:
         """Accuracies by setting and method."""
         found = columns(of_methods.entries(finished), layout)
-        return Answer(tables(found), {"accuracies": (lambda figure: draw(figure, found), height)}, numbers(found))
+        return Answer(
+            tables(found), {"accuracies": (lambda figure: draw(figure, found), height(found))}, numbers(found)
+        )
 
     return Question(title, plan, train, answer)

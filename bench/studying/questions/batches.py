@@ -37,5 +37,4 @@ QUESTION = question(
     "Do gains over SGD grow or vanish with the size of the batch, in equal numbers of epochs?",
     methods,
     Layout(tables=("data", "labels"), columns=("batch_size",), measures={"accuracy": ""}),
-    height=9.0,
 )

@@ -60,6 +60,5 @@ QUESTION = question(
         columns=("labels",),
         measures={"balanced_accuracy": "balanced accuracy", "worst_accuracy": "worst class or group"},
     ),
-    height=12.0,
     measure="balanced_accuracy",
 )

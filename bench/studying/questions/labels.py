@@ -46,5 +46,4 @@ QUESTION = question(
     "Which methods train well on wrong labels, and on clean ones?",
     methods,
     Layout(tables=("data", "model"), columns=("labels",), measures={"accuracy": ""}),
-    height=14.0,
 )
