@@ -227,8 +227,8 @@ def test_layout_says_what_tables_columns_and_panels_are():
     accuracies.draw(figure, found)
     rows = {part.get_suptitle(): [axes.get_title() for axes in part.axes] for part in figure.subfigs}
     assert rows.keys() == {"digits, clean labels", "mnist, clean labels"}
-    assert rows["digits, clean labels"][3] == "B = 1000, worst class"
-    assert rows["mnist, clean labels"] == headings
+    assert rows["digits, clean labels"][3] == "B = 1000\nworst class"
+    assert rows["mnist, clean labels"] == [heading.replace(", ", "\n") for heading in headings]
 
 
 def test_rates_are_chosen_by_the_validation_samples_and_counted_on_those_of_the_test():

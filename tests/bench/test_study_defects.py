@@ -178,6 +178,6 @@ def test_numbers_that_a_defect_does_not_have_are_errors(text):
 
 def test_defects_are_described_in_words():
     assert described("clean") == "clean labels"
-    assert described("symmetric 0.4") == "40 % of labels wrong (symmetric)"
-    assert described("imbalanced 50") == "classes of unequal size, 50 to 1"
+    assert described("symmetric 0.4") == "40 % wrong labels (symmetric)"
+    assert described("imbalanced 50") == "unequal classes (50 to 1)"
     assert len({described(f"{name} 0.2") for name in DEFECTS}) == len(DEFECTS)

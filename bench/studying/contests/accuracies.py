@@ -12,7 +12,7 @@ from ..question import Table, slug
 from .columns import Column, by_table
 from .summary import summaries, summary_table
 
-TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # percentage points
+TICKS = (-30, -3, -1, 0, 1, 3, 30)  # percentage points
 
 
 def tables(found: Sequence[Column]) -> dict[str, Table]:
@@ -58,7 +58,7 @@ def draw(figure: Any, found: Sequence[Column]) -> None:
         part.suptitle(row[0].title, fontsize="medium")
         (panels,) = panels_of_methods(part, 1, len(row), methods, sharex="all")
         for column, axes in zip(row, panels, strict=True):
-            axes.set_title(column.heading, fontsize="small")
+            axes.set_title(column.heading.replace(", ", "\n"), fontsize="small")
             intervals = {name: each.difference for name, each in column.comparisons.items()}
             dots(axes, list(intervals.values()), [methods.index(name) for name in intervals], COLOURS[0], "")
             axes.axvline(0, color=GREY, linewidth=0.8)
@@ -69,7 +69,7 @@ def draw(figure: Any, found: Sequence[Column]) -> None:
 
 def height(found: Sequence[Column]) -> float:
     """Of the figure, in inches."""
-    return 0.4 + len(by_table(found)) * (0.9 + 0.16 * len(methods_in(found)))
+    return 0.4 + len(by_table(found)) * (1.0 + 0.16 * len(methods_in(found)))
 
 
 def methods_in(found: Iterable[Column]) -> list[str]:

@@ -71,10 +71,10 @@ class Defect:
 
 
 DEFECTS = {
-    "symmetric": Defect("{:.0%} of labels wrong (symmetric)", relabelled(symmetric)),
-    "pairwise": Defect("{:.0%} of labels wrong (pairwise)", relabelled(pairwise)),
-    "imbalanced": Defect("classes of unequal size, {:g} to 1", unequal),
-    "contrast": Defect("spurious contrast, {:.0%}", with_contrast, in_both_contrasts),
+    "symmetric": Defect("{:.0%} wrong labels (symmetric)", relabelled(symmetric)),
+    "pairwise": Defect("{:.0%} wrong labels (pairwise)", relabelled(pairwise)),
+    "imbalanced": Defect("unequal classes ({:g} to 1)", unequal),
+    "contrast": Defect("spurious contrast ({:.0%})", with_contrast, in_both_contrasts),
 }
 CLEAN = Defect("clean labels", lambda samples, *_: samples)
 
@@ -96,6 +96,6 @@ def defect(text: str) -> tuple[Defect, float]:
 
 
 def described(text: str) -> str:
-    """A defect in words, such as "40 % of labels wrong (symmetric)"."""
+    """A defect in words, such as "40 % wrong labels (symmetric)"."""
     found, number = defect(text)
     return found.words.format(number).replace("%", " %")
