@@ -9,7 +9,7 @@ from typing import Any
 from ..inference import Comparison, against
 from ..methods import METHODS
 from ..question import Config, Finished, without
-from .tuning import search
+from .tuning import refine, search
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,12 @@ class Contest:
 
     def search(self, finished: Finished, base: Config) -> tuple[list[Config], float | None]:
         """The runs of the search for a configuration without `lr` and `seed`, and the best rate once it is known."""
-        return search(finished, base | self.in_search, self.first_rates(base), self.search_seeds, self.scores)
+        searching, how = base | self.in_search, (self.search_seeds, self.scores)
+        on_grid, best = search(finished, searching, self.first_rates(base), *how)
+        if best is None:
+            return on_grid, None
+        nearby, best = refine(finished, searching, best, *how)
+        return on_grid + nearby, best
 
     def plan(self, finished: Finished, base: Config, seeds: Iterable[int]) -> list[Config]:
         """The runs of the search, and then those that count."""

@@ -1,14 +1,21 @@
-"""The choice of learning rates: first grids of equal length, widened until the best rate is inside of them."""
+"""The choice of learning rates.
+
+First grids of equal length are widened until the best rate is inside of them, and then its neighbours are tried.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..question import Config, Finished
 
+Scores = Callable[[dict[str, Any]], Sequence[float]]
+
 FACTOR = 2.0  # from one rate of a grid to the next
+HALF = math.sqrt(FACTOR)
 LIMIT = 24  # rates
 
 
@@ -25,11 +32,7 @@ def usual_rates(base: Config) -> list[float]:
 
 
 def search(
-    finished: Finished,
-    base: Config,
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    scores: Callable[[dict[str, Any]], Sequence[float]],
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
 ) -> tuple[list[Config], float | None]:
     """The runs of the search, and the rate with the best mean scores, or None before they are finished.
 
@@ -47,16 +50,36 @@ def search(
     """
     rates = list(rates)
     while True:
-        runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
-        every = [run for of_rate in runs.values() for run in of_rate]
-        if any(run not in finished for run in every):
-            return every, None
-        of_rates = [[scores(finished[run].outcome) for run in runs[lr]] for lr in rates]
-        means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in of_rates]
-        best = means.index(max(means))
-        if 0 < best < len(rates) - 1:
-            return every, rates[best]
+        runs, best = _best(finished, base, rates, seeds, scores)
+        if best is None or 0 < best < len(rates) - 1:
+            return runs, None if best is None else rates[best]
         if len(rates) == LIMIT:
             span = f"{rates[0]:g} to {rates[-1]:g}"
             raise RuntimeError(f"the best of {LIMIT} rates from {span} is at the edge, for {base}")
         rates = [*rates, rates[-1] * FACTOR] if best else [rates[0] / FACTOR, *rates]
+
+
+def refine(
+    finished: Finished, base: Config, rate: float, seeds: Sequence[int], scores: Scores
+) -> tuple[list[Config], float | None]:
+    """The runs with a rate and half a factor below and above it, and the best of the three, as in `search`.
+
+    At the edge of stability, accuracies and losses change much within a factor of two, so that the distance of a
+    method's edge from the grid would decide on what it seems to gain.
+    """
+    rates = [rate, *(rate * HALF**sign for sign in (-1, 1))]
+    runs, best = _best(finished, base, rates, seeds, scores)
+    return runs, None if best is None else rates[best]
+
+
+def _best(
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
+) -> tuple[list[Config], int | None]:
+    """The runs with these rates, and which of them has the best mean scores, or None before they are finished."""
+    runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
+    every = [run for of_rate in runs.values() for run in of_rate]
+    if any(run not in finished for run in every):
+        return every, None
+    of_rates = [[scores(finished[run].outcome) for run in runs[lr]] for lr in rates]
+    means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in of_rates]
+    return every, means.index(max(means))

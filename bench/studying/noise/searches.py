@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..contests.tuning import FACTOR, grid, search
+from ..contests.tuning import grid, refine, search
 from ..question import Config, Finished, without
 
 SIZES = (512, 128, 32, 8)  # each a quarter of the one before
@@ -30,16 +30,15 @@ def branches(finished: Finished, base: Config, rate: float, sizes: tuple[int, ..
     searching = {"part": "search", "paths": SEARCH_PATHS, "batch_seed": SEARCH_SEEDS + seed}
     counting = {"part": "branch", "paths": RESULT_PATHS, "batch_seed": RESULT_SEEDS + seed}
     for size in sizes:
-        of_size = base | searching | {"batch_size": size}
-        tried, best = search(finished, without(of_size, "seed"), rates, [seed], scores)
-        if best is not None:
-            # Steps near the best rate change little: half a factor of the search is fine enough.
-            tried += [of_size | {"lr": best * math.sqrt(FACTOR) ** sign} for sign in (-1, 1)]
-        yield from tried
+        of_size = base | {"batch_size": size}
+        of_search = without(of_size | searching, "seed")
+        on_grid, best = search(finished, of_search, rates, [seed], scores)
+        yield from on_grid
         if best is None:
             return
-        if all(run in finished for run in tried):
-            lr = max(tried, key=lambda run: scores(finished[run].outcome))["lr"]
+        nearby, lr = refine(finished, of_search, best, [seed], scores)
+        yield from nearby
+        if lr is not None:
             yield of_size | counting | {"lr": lr}
         rates = grid(best / 2, 3)  # a quarter of the batch has at least a quarter of the best rate
 

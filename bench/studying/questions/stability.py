@@ -7,7 +7,7 @@ from itertools import product
 
 from ..contests.contest import Contest, Entry
 from ..contests.losses import draw, final_loss, is_failure, larger_rates, numbers, table
-from ..contests.tuning import FACTOR, grid
+from ..contests.tuning import HALF, grid
 from ..data import DIGITS
 from ..question import Answer, Config, Finished, Question, Scope, slug, without
 from ..training import train
@@ -75,7 +75,7 @@ def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], fl
     """
     runs: list[Config] = []
     while True:
-        larger = FACTOR * lr
+        larger = HALF * lr
         of_rate = [base | {"lr": larger, "seed": seed} for seed in CONTEST.search_seeds]
         runs += of_rate
         if any(run not in finished for run in of_rate):
