@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from bench.studying.contests import accuracies, generalisation, losses
 from bench.studying.contests.columns import Layout, columns
 from bench.studying.contests.contest import Contest, Entry, grouped
+from bench.studying.contests.tuning import HALF
 from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
 from bench.studying.questions import batches, imbalance, labels, stability
@@ -28,7 +29,8 @@ def runs_at(seeds, **changes):
 
 
 def finish_search(finished, best=2.0, **changes):
-    finish(finished, CONTEST.plan(finished, BASE | changes, ()), lambda run: {"score": -abs(run["lr"] - best)})
+    while runs := [run for run in CONTEST.plan(finished, BASE | changes, ()) if run not in finished]:
+        finish(finished, runs, lambda run: {"score": -abs(run["lr"] - best)})
 
 
 def test_runs_that_count_follow_the_search_at_its_best_rate():
@@ -36,13 +38,16 @@ def test_runs_that_count_follow_the_search_at_its_best_rate():
     searching = CONTEST.plan(finished, BASE, range(3))
     assert {(run["lr"], run["seed"]) for run in searching} == {(lr, seed) for lr in (1, 2, 4) for seed in (100, 101)}
     assert {run["evaluate"] for run in searching} == {"validation"}
-    finish(finished, searching, lambda run: {"score": -abs(run["lr"] - 2)})
-    counting = CONTEST.plan(finished, BASE, range(3))[len(searching) :]
-    assert counting == [BASE | {"lr": 2.0, "seed": seed} for seed in range(3)]
+    finish_search(finished, best=2.7)
+    planned = CONTEST.plan(finished, BASE, range(3))
+    lr = 2 * HALF  # which is not on the first grid
+    assert {run["lr"] for run in planned} == {1, 2, 4, 2 * HALF**-1, lr}
+    counting = planned[-3:]
+    assert counting == [BASE | {"lr": lr, "seed": seed} for seed in range(3)]
     assert CONTEST.entries(finished) == []
     finish(finished, counting, lambda run: {"score": run["seed"]})
     (entry,) = CONTEST.entries(finished)
-    assert entry.config == BASE | {"lr": 2.0}
+    assert entry.config == BASE | {"lr": lr}
     assert entry.values("score") == [0, 1, 2]
 
 
@@ -290,15 +295,16 @@ def test_measure_that_decides_on_the_rates(question, measure):
 
 def test_largest_rate_is_the_last_one_that_halves_the_loss():
     finished = Finished()
+    first, second, third = 0.1 * HALF, 0.1 * HALF * HALF, 0.1 * HALF * HALF * HALF
     runs, largest = stability.limit(finished, BASE, 0.1)
-    assert [run["lr"] for run in runs] == [0.2, 0.2]
+    assert [run["lr"] for run in runs] == [first, first]
     assert largest is None
-    with_losses(finished, {0.2: 0.5, 0.4: 1.1, 0.8: 1.2})
+    with_losses(finished, {first: 0.5, second: 1.1, third: 1.2})
     runs, largest = stability.limit(finished, BASE, 0.1)
-    assert [run["lr"] for run in runs] == [0.2, 0.2, 0.4, 0.4, 0.8, 0.8]
-    assert largest == 0.4
-    with_losses(finished, {0.4: None})
-    assert stability.limit(finished, BASE, 0.1)[1] == 0.2
+    assert [run["lr"] for run in runs] == [first, first, second, second, third, third]
+    assert largest == second
+    with_losses(finished, {second: None})
+    assert stability.limit(finished, BASE, 0.1)[1] == first
 
 
 def families(question):

@@ -281,6 +281,7 @@ def test_numbers_judge_predictions_by_their_factors(finished):
     assert found["digits.mlp.clean.200.0_7.critical"] == "30"
     assert found["simple.factor"] == f"{exp(np.sqrt((log(3) ** 2 + log(4 / 3) ** 2) / 2)):.1f}"
     assert found["simple.median"] == "2.0"  # half way between log 3 and log 4/3
+    assert found["simple_end.median"] == "1.5"  # too large in one trunk, and too small in the other
     assert found["simple.spread"] == found["constant.spread"] == "1.5"  # (45 / 20)^(1/2)
     assert (found["trunks"], found["hessian.trunks"], found["hessian_end.trunks"]) == ("2", "2", "0")
     assert found["misfit"] == "0"

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench.studying.contests.tuning import LIMIT, grid, search
+from bench.studying.contests.tuning import LIMIT, grid, refine, search
 from bench.studying.question import Finished, Line
 
 LARGEST = re.escape(f"{2.0**22:g}")
@@ -56,6 +56,20 @@ def test_next_score_decides_between_equal_ones():
     for run in runs:
         finished.add(Line(run, {"scores": (1 if run["lr"] in (2, 4) else 0, run["lr"])}, 0.0, {}))
     assert search(finished, {}, [1.0, 2.0, 4.0, 8.0], (0,), lambda outcome: outcome["scores"])[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [((1, 2, 0), 2**-0.5), ((1, 0, 2), 2**0.5), ((1, 1, 0), 1), ((2, 1, 1), 1)]
+)
+def test_rate_is_refined_by_half_a_factor(scores, best):
+    finished = Finished()
+    runs, found = refine(finished, {}, 1.0, (0, 1), lambda outcome: (outcome["score"],))
+    assert found is None
+    assert [run["lr"] for run in runs[::2]] == pytest.approx([1, 2**-0.5, 2**0.5])
+    for number, run in enumerate(runs):
+        # For each seed alone, another rate is the best one.
+        finished.add(Line(run, {"score": scores[number // 2] + 9 * (-1) ** number * (number // 2)}, 0.0, {}))
+    assert refine(finished, {}, 1.0, (0, 1), lambda outcome: (outcome["score"],))[1] == pytest.approx(best)
 
 
 def test_search_without_an_end_fails():
