@@ -14,7 +14,15 @@ from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
 from bench.studying.questions import batches, imbalance, labels, stability
 
-BASE = {"data": "digits", "model": "MLP", "method": "SGD", "batch_size": 5, "momentum": 0.9, "steps": 10}
+BASE = {
+    "data": "digits",
+    "model": "MLP",
+    "labels": "clean",
+    "method": "SGD",
+    "batch_size": 5,
+    "momentum": 0.9,
+    "steps": 10,
+}
 CONTEST = Contest(lambda _: [1.0, 2.0, 4.0], lambda outcome: (outcome["score"],), {"evaluate": "validation"})
 FULL = Scope(quick=False, data=("digits", "fashion-mnist"))
 
