@@ -66,11 +66,19 @@ def gpu() -> dict[str, object] | None:
     }
 
 
+def commit() -> str | None:
+    """The commit, and `-dirty` with uncommitted changes other than the results that benchmarks write themselves."""
+    found = output_of("git", "describe", "--always", "--abbrev=12")
+    files = ":(top)", ":(top,exclude)bench/results"
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", *files)
+    return f"{found}-dirty" if found and changed else found
+
+
 def machine() -> dict[str, object]:
-    """Hardware, torch and commit (`-dirty` with uncommitted changes)."""
+    """Hardware, torch and commit."""
     return {
         "torch": torch.__version__,
-        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": commit(),
         "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

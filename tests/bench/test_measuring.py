@@ -1,11 +1,14 @@
 """How the benchmarks measure: choosing cases, sampling times, counting memory, writing records."""
 
 import json
+import re
 import resource
+import subprocess
 
 import pytest
 import torch
 
+from bench.measuring import environment
 from bench.measuring.memory import extra_memory, limited_memory
 from bench.measuring.profiling import profiled
 from bench.measuring.report import Record
@@ -94,3 +97,27 @@ def test_record_that_was_written_before_stays_whole(tmp_path):
     with pytest.raises(TypeError):
         record.write(number=torch.nn)
     assert json.loads(path.read_text())["number"] == 1
+
+
+def test_commit_is_dirty_with_changes_other_than_results(monkeypatch, tmp_path):
+    def git(*arguments):
+        command = ("git", "-c", "user.name=n", "-c", "user.email=e", "-C", tmp_path, *arguments)
+        subprocess.run(command, check=True, capture_output=True)
+
+    folder = tmp_path / "bench" / "measuring"
+    results = tmp_path / "bench" / "results" / "lines.jsonl"
+    for file in (folder / "environment.py", results):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    assert environment.commit() is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = environment.commit()
+    assert re.fullmatch(r"[0-9a-f]{12}", clean)
+    results.write_text("2\n")
+    (tmp_path / "new").touch()
+    assert environment.commit() == clean
+    (folder / "environment.py").write_text("2\n")
+    assert environment.commit() == f"{clean}-dirty"

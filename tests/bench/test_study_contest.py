@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bench.studying.contests import accuracies, generalisation, losses
 from bench.studying.contests.columns import Layout, columns
 from bench.studying.contests.contest import Contest, Entry, grouped
-from bench.studying.contests.tuning import HALF
+from bench.studying.contests.tuning import HALF, usual_rates
 from bench.studying.methods import METHODS
 from bench.studying.question import Finished, Line, Scope, slug
 from bench.studying.questions import batches, imbalance, labels, stability
@@ -171,14 +171,14 @@ def test_method_that_was_not_run_on_some_labels_has_an_empty_cell():
 
 
 def test_figures_have_a_dot_for_each_method_at_its_ratio_or_difference():
-    for draw, entries, value in (
-        (losses.draw, [SPECTRAL, SGD], math.sqrt(0.5)),
-        (accuracies.draw, in_columns([SPECTRAL, SGD]), 10),
+    for draw, entries, value, title, scale in (
+        (losses.draw, [SPECTRAL, SGD], math.sqrt(0.5), "digits, B = 5", "log"),
+        (accuracies.draw, in_columns([SPECTRAL, SGD]), 10, "clean labels", "symlog"),
     ):
         figure = Figure()
         draw(figure, entries)
         (axes,) = figure.axes
-        assert axes.get_title() in ("digits, B = 5", "clean labels")
+        assert (axes.get_title(), axes.get_xscale()) == (title, scale)
         assert [label.get_text() for label in axes.get_yticklabels()] == ["Spectral(0.5)"]
         assert axes.containers[0].lines[0].get_xydata().tolist() == [[pytest.approx(value), 0]]
 
@@ -208,6 +208,12 @@ def test_summary_has_means_over_tables_and_a_sign_for_each_clear_difference():
     assert summary.rows == [["AdamW", "+5.0 ++-"], ["SAM(0.1)", "-10.0 - [1 of 5]"]]
     numbers = accuracies.numbers(found)
     assert [numbers[f"clean.accuracy.adamw.{name}"] for name in ("mean", "above", "below")] == ["+5.0", "2", "1"]
+
+
+def test_a_figure_is_as_high_as_its_rows_and_methods_ask_for():
+    one, other = in_columns([SGD, SPECTRAL]), in_columns([entry(data="mnist"), entry(data="mnist", method="AdamW")])
+    more = in_columns([SGD, SPECTRAL, entry(method="AdamW")])
+    assert accuracies.height(one) < accuracies.height(more) < accuracies.height([*one, *other])
 
 
 def test_a_method_has_the_same_place_in_all_panels():
@@ -244,6 +250,14 @@ def test_layout_says_what_tables_columns_and_panels_are():
     assert rows["mnist, clean labels"] == [heading.replace(", ", "\n") for heading in headings]
 
 
+def test_models_and_labels_are_in_the_order_of_their_catalogues():
+    kinds = ("pairwise 0.4", "symmetric 0.4", "symmetric 0.2", "clean")
+    entries = [entry(model=model, labels=labels) for model in ("CNN", "MLP") for labels in kinds]
+    found = in_columns(entries)
+    assert list(dict.fromkeys(column.table[1] for column in found)) == ["MLP", "CNN"]
+    assert [column.key[0] for column in found[:4]] == ["clean", "symmetric 0.2", "symmetric 0.4", "pairwise 0.4"]
+
+
 def test_rates_are_chosen_by_the_validation_samples_and_counted_on_those_of_the_test():
     base = {name: value for name, value in BASE.items() if name != "evaluate"}
     question = generalisation.question("", lambda _: [base], LAYOUT, "balanced")
@@ -258,6 +272,18 @@ def test_rates_are_chosen_by_the_validation_samples_and_counted_on_those_of_the_
     assert {run["lr"] for run in counted} == {0.1}
     assert [run["seed"] for run in counted] == list(generalisation.SEEDS)
     assert {line.config["seed"] for line in finished if line.config["evaluate"] == "validation"} == {100, 101, 102}
+
+
+def test_grids_for_pairwise_wrong_labels_begin_lower_and_end_alike():
+    for method, momentum in (("SGD", 0.0), ("SGD", 0.9), ("AdamW", 0.9)):
+        clean, pairwise = (
+            usual_rates({"method": method, "momentum": momentum, "labels": labels})
+            for labels in ("clean", "pairwise 0.4")
+        )
+        assert clean == usual_rates({"method": method, "momentum": momentum, "labels": "symmetric 0.4"})
+        assert len(clean) == 7
+        assert pairwise[3:] == clean
+        assert pairwise[0] == clean[0] / 8
 
 
 def test_every_method_has_a_slug_of_its_own():
@@ -337,6 +363,10 @@ def test_all_settings_have_the_same_methods_once(question, seeds):
 def test_class_weights_are_compared_where_classes_differ_in_size_only():
     defects = {run["labels"] for run in imbalance.methods(FULL) if run["method"] == "class weights"}
     assert defects == {"imbalanced 50"}
+
+
+def test_quick_batches_have_one_kind_of_labels():
+    assert {run["labels"] for run in batches.methods(Scope(quick=True, data=("digits",)))} == {"clean"}
 
 
 def test_upgrad_is_compared_in_two_settings_only():

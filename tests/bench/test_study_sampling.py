@@ -242,7 +242,18 @@ def test_rank_correlation_is_that_of_lengths_and_gains_over_settings():
     assert "later.rank_correlation" not in found
 
 
-@pytest.mark.parametrize("lines", [Finished(), finished(DECREASES), finished(DECREASES, steps=0)], ids=len)
+def without_common_seeds():
+    lines = finished(DECREASES, seeds=[0])
+    for line in finished(DECREASES, seeds=[1], labels="symmetric 0.4"):
+        lines.add(line)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [Finished(), finished(DECREASES), finished(DECREASES, steps=0), without_common_seeds()],
+    ids=["none", "steps", "step 0 alone", "no common seeds"],
+)
 def test_answer_to_a_part_of_the_lines(lines):
     answer = QUESTION.answer(lines)
     draw, height = answer.figures["curves"]

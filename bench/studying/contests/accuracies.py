@@ -12,7 +12,7 @@ from ..question import Table, slug
 from .columns import Column, by_table
 from .summary import summaries, summary_table
 
-TICKS = (-30, -3, -1, 0, 1, 3, 30)  # percentage points
+TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # percentage points
 
 
 def tables(found: Sequence[Column]) -> dict[str, Table]:
@@ -52,9 +52,11 @@ def numbers(found: Sequence[Column]) -> dict[str, str]:
 
 def draw(figure: Any, found: Sequence[Column]) -> None:
     """A row of panels for each table: the difference of each method's accuracy from SGD's, by column."""
-    of_tables, methods = by_table(found), methods_in(found)
-    parts = figure.subfigures(max(len(of_tables), 1), squeeze=False).flat
-    for part, row in zip(parts, of_tables.values(), strict=False):
+    rows = list(by_table(found).values())
+    heights = list(map(height_of_row, rows)) or [1.0]
+    parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights).flat
+    for part, row in zip(parts, rows, strict=False):
+        methods = methods_in(row)
         part.suptitle(row[0].title, fontsize="medium")
         (panels,) = panels_of_methods(part, 1, len(row), methods, sharex="all")
         for column, axes in zip(row, panels, strict=True):
@@ -62,14 +64,19 @@ def draw(figure: Any, found: Sequence[Column]) -> None:
             intervals = {name: each.difference for name, each in column.comparisons.items()}
             dots(axes, list(intervals.values()), [methods.index(name) for name in intervals], COLOURS[0], "")
             axes.axvline(0, color=GREY, linewidth=0.8)
-            axes.tick_params(labelsize="small")
-        few_large_ones(panels[0])
-    figure.supxlabel("test accuracy less SGD's, percentage points", fontsize="medium")
+            axes.tick_params(labelsize="x-small")
+        set_symlog_scale(panels[0])
+    figure.supxlabel("test accuracy minus SGD's, percentage points", fontsize="medium")
 
 
 def height(found: Sequence[Column]) -> float:
     """Of the figure, in inches."""
-    return 0.4 + len(by_table(found)) * (1.0 + 0.16 * len(methods_in(found)))
+    return 0.4 + sum(map(height_of_row, by_table(found).values()))
+
+
+def height_of_row(row: Sequence[Column]) -> float:
+    """Of its panels with their titles, in inches."""
+    return 1.0 + 0.16 * len(methods_in(row))
 
 
 def methods_in(found: Iterable[Column]) -> list[str]:
@@ -77,8 +84,8 @@ def methods_in(found: Iterable[Column]) -> list[str]:
     return list(dict.fromkeys(name for column in found for name in column.comparisons))
 
 
-def few_large_ones(axes: Any) -> None:
-    """An axis, linear from -2 to 2 and logarithmic beyond, on which one point and thirty can both be read."""
+def set_symlog_scale(axes: Any) -> None:
+    """Make the x-axis linear from -2 to 2 and logarithmic beyond, so that 1 and 30 points are both readable."""
     axes.set_xscale("symlog", linthresh=2, linscale=1)
     low, high = axes.get_xlim()
     ticks = [tick for tick in TICKS if low <= tick <= high]

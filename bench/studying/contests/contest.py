@@ -30,11 +30,11 @@ class Contest:
 
     def search(self, finished: Finished, base: Config) -> tuple[list[Config], float | None]:
         """The runs of the search for a configuration without `lr` and `seed`, and the best rate once it is known."""
-        searching, how = base | self.in_search, (self.search_seeds, self.scores)
-        on_grid, best = search(finished, searching, self.first_rates(base), *how)
+        searching = base | self.in_search
+        on_grid, best = search(finished, searching, self.first_rates(base), self.search_seeds, self.scores)
         if best is None:
             return on_grid, None
-        nearby, best = refine(finished, searching, best, *how)
+        nearby, best = refine(finished, searching, best, self.search_seeds, self.scores)
         return on_grid + nearby, best
 
     def plan(self, finished: Finished, base: Config, seeds: Iterable[int]) -> list[Config]:
@@ -46,7 +46,8 @@ class Contest:
         """All methods whose runs that count are finished.
 
         Those of which some seeds are still missing are left out, and so are runs at another rate than the best one,
-        which an earlier search may have found.
+        which an earlier search may have found. As long as methods are missing, the correction for their number is
+        too small.
         """
         counted: dict[tuple[tuple[str, Any], ...], dict[int, dict[str, Any]]] = {}
         for line in finished:

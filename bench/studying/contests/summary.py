@@ -55,6 +55,7 @@ def summary_table(found: Sequence[Column]) -> Table:
 
 def _cell(summary: Summary, tables: int) -> str:
     """The mean, a + or - for each table in which it differs clearly, and of how many tables it is if not of all."""
-    signs = "+" * summary.above + "-" * summary.below
-    few = f"[{len(summary.comparisons)} of {tables}]" * (len(summary.comparisons) < tables)
-    return " ".join(filter(None, (summary.mean, signs, few)))
+    parts, count = [summary.mean, "+" * summary.above + "-" * summary.below], len(summary.comparisons)
+    if count < tables:
+        parts.append(f"[{count} of {tables}]")
+    return " ".join(filter(None, parts))

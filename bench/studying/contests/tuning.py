@@ -25,14 +25,15 @@ def grid(middle: float, rates: int = 5) -> list[float]:
 
 
 def usual_rates(base: Config) -> list[float]:
-    """Of a configuration without `lr`, around rates at which the methods train well on digits.
+    """Of a configuration without `lr`, seven around a rate at which the methods train well on digits.
 
-    With pairwise wrong labels, also smaller ones: accuracy may have one maximum among these, where wrong labels are not
-    learnt, and a lower one at the edge of stability.
+    With pairwise wrong labels, also three smaller ones: accuracy may have one maximum among these, where wrong labels
+    are not learnt, and a lower one at the edge of stability.
     """
     middle = 0.002 if base["method"] == "AdamW" else 0.05 if base["momentum"] else 0.4
-    rates = grid(middle, 13 if base["labels"].startswith("pairwise") else 7)
-    return rates[: rates.index(middle) + 4]
+    rates = grid(middle, 7)
+    smaller = [rates[0] / FACTOR**power for power in (3, 2, 1)]
+    return smaller + rates if base["labels"].startswith("pairwise") else rates
 
 
 def search(
@@ -54,7 +55,7 @@ def search(
     """
     rates = list(rates)
     while True:
-        runs, best = _best(finished, base, rates, seeds, scores)
+        runs, best = _evaluated(finished, base, rates, seeds, scores)
         if best is None or 0 < best < len(rates) - 1:
             return runs, None if best is None else rates[best]
         if len(rates) == LIMIT:
@@ -72,11 +73,11 @@ def refine(
     method's edge from the grid would decide on what it seems to gain.
     """
     rates = [rate, *(rate * HALF**sign for sign in (-1, 1))]
-    runs, best = _best(finished, base, rates, seeds, scores)
+    runs, best = _evaluated(finished, base, rates, seeds, scores)
     return runs, None if best is None else rates[best]
 
 
-def _best(
+def _evaluated(
     finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
 ) -> tuple[list[Config], int | None]:
     """The runs with these rates, and which of them has the best mean scores, or None before they are finished."""

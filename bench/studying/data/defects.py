@@ -95,6 +95,12 @@ def defect(text: str) -> tuple[Defect, float]:
         raise ValueError(f'labels must be "clean" or one of {known}, not {text!r}') from None
 
 
+def sort_key(text: str) -> tuple[int, float]:
+    """A key by which no defect comes first, and then those of one kind by their numbers."""
+    found, number = defect(text)
+    return [CLEAN, *DEFECTS.values()].index(found), number
+
+
 def described(text: str) -> str:
     """A defect in words, such as "40 % wrong labels (symmetric)"."""
     found, number = defect(text)

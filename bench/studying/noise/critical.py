@@ -65,7 +65,7 @@ def _judged(logarithms: Sequence[float]) -> dict[str, str]:
 
     Returns:
         factor: by which it misses, as a root mean square of the logarithms.
-        median: by which it misses in half of the trunks.
+        median: the factor that half of the trunks do not exceed.
         spread: the same after multiplication with the one constant that is best for all of them.
         trunks: how many have a prediction.
     """

@@ -12,7 +12,7 @@ from ..question import Answer, Config, Finished, Question, Scope
 from ..sampling.comparison import POINTS, compare
 from ..sampling.figure import draw
 from ..sampling.settings import ALL, settings
-from ..sampling.summary import numbers, ratios, similarities
+from ..sampling.summary import numbers, ratio_table, similarities
 from ..task import task_of
 from ..training import models_along
 
@@ -48,8 +48,8 @@ def answer(finished: Finished) -> Answer:
     found = settings(finished)
     tables = {
         "similarities": similarities(found),
-        "gains": ratios(found, lambda each: each.gains),
-        "over_batch": ratios([each for each in found if each.size_name != ALL], lambda each: each.over_batch),
+        "gains": ratio_table(found, lambda each: each.gains),
+        "over_batch": ratio_table([each for each in found if each.size_name != ALL], lambda each: each.over_batch),
     }
     return Answer(tables, {"curves": (lambda figure: draw(figure, found), 11.0)}, numbers(found))
 

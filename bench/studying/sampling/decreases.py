@@ -37,13 +37,16 @@ class Decreases:
         return against(values[baseline], {name: values[name] for name in names})
 
 
-def pooled(found: Sequence[Decreases]) -> Decreases:
-    """The geometric means over several settings, by seed, of the seeds that all of them have.
+def pooled(found: Sequence[Decreases]) -> Decreases | None:
+    """The geometric means over several settings, by seed, of the seeds that all of them have; None if there is none.
 
-    A seed has the same initial weights in all of them, so that only the means are independent.
+    Trainings with the same seed are not independent, as they start from the same weights if they have the same data.
+    So means are taken for each seed before they are compared.
     """
     of_all = [each.logarithms for each in found]
     seeds = sorted(set.intersection(*(set(each[SGD]) for each in of_all)))
+    if not seeds:
+        return None
     return Decreases(
         {name: {seed: fmean(each[name][seed] for each in of_all) for seed in seeds} for name in (SGD, *OWNERS)}
     )

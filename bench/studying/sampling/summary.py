@@ -28,8 +28,8 @@ def similarities(found: Sequence[Setting]) -> Table:
     return Table(("data", "labels", "B", *SIMILARITIES.values()), rows)
 
 
-def ratios(found: Sequence[Setting], compared: Callable[[Decreases], Mapping[str, Comparison]]) -> Table:
-    """Of decreases: a row for each training, step and owner of D, and for all trainings; a column for each size."""
+def ratio_table(found: Sequence[Setting], compared: Callable[[Decreases], Mapping[str, Comparison]]) -> Table:
+    """Ratios of decreases: rows for each training, and for all together, by step and owner of D; columns for sizes."""
     names = {each.size_name: "all samples" if each.size_name == ALL else f"B = {each.size_name}" for each in found}
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     of_each = {(*each.training, str(each.step), each.size_name): each.decreases for each in found}
@@ -47,7 +47,8 @@ def over_trainings(found: Sequence[Setting]) -> dict[tuple[int, str], Decreases]
     groups: dict[tuple[int, str], list[Decreases]] = {}
     for setting in found:
         groups.setdefault((setting.step, setting.size_name), []).append(setting.decreases)
-    return {key: pooled(group) for key, group in groups.items() if len(group) > 1}
+    found_together = {key: pooled(group) for key, group in groups.items() if len(group) > 1}
+    return {key: decreases for key, decreases in found_together.items() if decreases is not None}
 
 
 def numbers(found: Sequence[Setting]) -> dict[str, str]:

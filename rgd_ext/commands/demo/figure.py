@@ -14,11 +14,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from ..colours import BLUE, YELLOW
+from ..colours import BLUE, GREY, YELLOW
 from . import optimizers
 from .training import History
 
-COLOURS = dict(zip(optimizers.NAMES, ("#444444", BLUE, YELLOW, "#C2185B"), strict=True))
+COLOURS = dict(zip(optimizers.NAMES, (GREY, BLUE, YELLOW, "#C2185B"), strict=True))
 DASHED = (0, (3, 1.5))
 ROWS = (
     "training loss, nats",
