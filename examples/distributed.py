@@ -11,6 +11,7 @@ process fails, torchrun starts all of them again, and they resume from the check
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -80,3 +81,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # The model and the optimizer refer to the process group. Without it, its threads end before the interpreter does.
+    gc.collect()

@@ -11,6 +11,12 @@ from torch import Tensor, distributed
 
 from ..bits import flat_bits
 
+if distributed.is_available():
+    # Its functions keep the default group of the time of its import, an argument of theirs, alive. The first optimizer
+    # imports it: after `init_process_group`, gloo's threads would then outlive `destroy_process_group`, and may abort
+    # the process while the interpreter exits (see PyTorch's pull request 179291).
+    import torch.distributed.nn.functional
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
