@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -20,6 +20,11 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def text(self, number: Callable[[float], str]) -> str:
+        """The mean, and in brackets the ends, each as `number` writes it."""
+        middle, low, high = map(number, (self.mean, self.low, self.high))
+        return f"{middle} ({low} to {high})"
 
     def exp(self) -> Interval:
         """That of a geometric mean, if this one is of logarithms."""

@@ -8,14 +8,11 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from ..data.defects import described, sort_key
+from ..data.defects import described
 from ..inference import Comparison
-from ..models import MODELS
 from .contest import Entry, grouped
 
 WORDS: dict[str, Callable[[Any], str]] = {"labels": described, "batch_size": "B = {}".format}
-# Keys to sort entries by; others are ascending.
-SORT_KEYS: dict[str, Callable[[Any], Any]] = {"labels": sort_key, "model": list(MODELS).index}
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class Column:
 def columns(entries: Iterable[Entry], layout: Layout) -> list[Column]:
     """All settings and measures."""
     found, split, names = [], len(layout.tables), (*layout.tables, *layout.columns)
-    groups = grouped(entries, *names)
-    for key, group in sorted(groups.items(), key=lambda item: sort_key_of(names, item[0])):
+    for key, group in grouped(entries, *names).items():
         for measure, words in layout.measures.items():
             percent = partial(Entry.percent, name=measure)
             of_table, of_column = key[:split], (*key[split:], measure)
@@ -73,11 +69,6 @@ def columns(entries: Iterable[Entry], layout: Layout) -> list[Column]:
             title = in_words(layout.tables, of_table)
             found.append(Column(of_table, of_column, title, heading, baseline, group.compared(percent)))
     return found
-
-
-def sort_key_of(names: Iterable[str], values: Iterable[Any]) -> list[Any]:
-    """A key to sort entries of a configuration by, which are ascending unless they have an order of their own."""
-    return [SORT_KEYS[name](value) if name in SORT_KEYS else value for name, value in zip(names, values, strict=True)]
 
 
 def in_words(names: Iterable[str], values: Iterable[Any]) -> str:
@@ -95,5 +86,4 @@ def by_table(found: Iterable[Column]) -> dict[tuple[Any, ...], list[Column]]:
 
 def text(comparison: Comparison) -> str:
     """A difference with its interval, and a star where it differs from 0 after Holm's correction."""
-    found = comparison.difference
-    return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f}){' *' * comparison.significant}"
+    return comparison.difference.text("{:+.1f}".format) + " *" * comparison.significant

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.defects import sort_key
 from ..inference import Comparison, against
 from ..methods import METHODS
+from ..models import MODELS
 from ..question import Config, Finished, without
 from .tuning import refine, search
+
+# Keys to sort entries of configurations by; others are ascending.
+SORT_KEYS: dict[str, Callable[[Any], Any]] = {"labels": sort_key, "model": list(MODELS).index}
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,13 @@ def grouped(entries: Iterable[Entry], *by: str) -> dict[tuple[Any, ...], Group]:
     for entry in entries:
         found.setdefault(tuple(entry.config[name] for name in by), []).append(entry)
     baselines = {key: _baseline(group) for key, group in found.items()}
-    return {key: Group(baseline, found[key]) for key, baseline in sorted(baselines.items()) if baseline}
+    in_order = sorted(baselines.items(), key=lambda item: _sort_key(by, item[0]))
+    return {key: Group(baseline, found[key]) for key, baseline in in_order if baseline}
+
+
+def _sort_key(names: Sequence[str], values: Sequence[Any]) -> list[Any]:
+    """By which entries of a configuration are ascending, unless they have an order of their own."""
+    return [SORT_KEYS[name](value) if name in SORT_KEYS else value for name, value in zip(names, values, strict=True)]
 
 
 def _baseline(entries: Sequence[Entry]) -> Entry | None:

@@ -62,7 +62,7 @@ def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
         ratio,
         f"{entry.config['lr']:g}",
         "" if largest_rate is None else f"{largest_rate:g}",
-        f"{accuracy.mean:.1f} ({accuracy.low:.1f} to {accuracy.high:.1f})",
+        accuracy.text("{:.1f}".format),
     ]
 
 

@@ -17,8 +17,7 @@ def ratio_text(comparison: Comparison) -> str:
 
 def interval_text(ratio: Interval) -> str:
     """A ratio with its interval."""
-    middle, low, high = map(short, (ratio.mean, ratio.low, ratio.high))
-    return f"{middle} ({low} to {high})"
+    return ratio.text(short)
 
 
 def short(ratio: float) -> str:

@@ -71,7 +71,7 @@ def table(found: Sequence[Setting]) -> Table:
 
 
 def text(interval: Interval) -> str:
-    return f"{interval.mean:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    return interval.text("{:.2f}".format)
 
 
 def numbers(found: Sequence[Setting]) -> dict[str, str]:

@@ -7,8 +7,7 @@ from ..inference import Interval
 
 def text(interval: Interval) -> str:
     """With two significant digits."""
-    middle, low, high = map(short, (interval.mean, interval.low, interval.high))
-    return f"{middle} ({low} to {high})"
+    return interval.text(short)
 
 
 def short(value: float) -> str:
