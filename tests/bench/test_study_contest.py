@@ -342,22 +342,30 @@ def test_largest_rate_is_the_last_one_that_halves_the_loss():
 
 
 def families(question):
-    """The methods that are compared with each other, by setting."""
+    """The methods that are compared with each other, by setting: first its data and model, and then the rest."""
     found = {}
     for base in question.methods(FULL):
-        ignored = ("method", "steps", *["momentum"] * (question is labels))
-        setting = tuple(value for name, value in base.items() if name not in ignored)
+        ignored = ("method", "steps", "data", "model", *["momentum"] * (question is labels))
+        setting = (base["data"], base["model"], *(value for name, value in base.items() if name not in ignored))
         found.setdefault(setting, []).append(base["method"])
     return found
 
 
 @pytest.mark.parametrize(("question", "seeds"), CONTESTS.items())
-def test_all_settings_have_the_same_methods_once(question, seeds):
+def test_all_settings_of_a_model_have_the_same_methods_once(question, seeds):
     bases = [str(sorted(base.items())) for base in question.methods(FULL)]
     assert len(set(bases)) == len(bases)
-    names = {frozenset(set(names) - {"AdamW", "UPGrad", "class weights"}) for names in families(question).values()}
-    assert len(names) == 1
-    assert "SGD" in names.pop()
+    found = {}
+    for (data, model, *_), names in families(question).items():
+        found.setdefault((data, model), set()).add(frozenset({*names} - {"AdamW", "UPGrad", "class weights"}))
+    assert all(len(of_settings) == 1 and "SGD" in next(iter(of_settings)) for of_settings in found.values())
+
+
+def test_cnn_on_larger_images_has_fewer_methods_of_the_catalogue():
+    found = {setting[:2]: {*names} - {"UPGrad"} for setting, names in families(labels).items()}
+    of_mlp = found["fashion-mnist", "MLP"]
+    assert found["fashion-mnist", "CNN"] < of_mlp
+    assert found["digits", "CNN"] == of_mlp
 
 
 def test_class_weights_are_compared_where_classes_differ_in_size_only():

@@ -12,7 +12,7 @@ from ..question import Config, Scope
 
 TRAININGS: dict[bool, Config] = {  # for digits, and for larger images
     True: {"model": "MLP", "samples": 1000},
-    False: {"model": "MLP", "samples": 4096},
+    False: {"model": "MLP", "samples": 2048},
 }
 SIZES = {True: (16, 64, 256, 1000), False: (16, 64, 256, 1024)}
 EPOCHS = 15
