@@ -42,6 +42,11 @@ class Dense:
         """(N, d)."""
         return jacrev(self.losses)(self.x)
 
+    def moments(self, index=slice(None)):
+        """The mean of these samples' gradients, (d,), and their covariance, (d, d)."""
+        gradients = self.gradients[index]
+        return gradients.mean(0), torch.cov(gradients.T, correction=0)
+
     @property
     def hessian(self):
         """Of the mean, (d, d)."""

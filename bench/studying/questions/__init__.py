@@ -6,7 +6,7 @@ from importlib import import_module
 
 from ..question import Question
 
-NAMES = ("follow", "curvature", "labels", "imbalance", "batches", "stability", "noise", "sampling", "times")
+NAMES = ("follow", "curvature", "labels", "imbalance", "batches", "stability", "descent", "noise", "sampling", "times")
 
 
 def load(name: str) -> Question:
