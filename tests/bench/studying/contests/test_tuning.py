@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench.studying.contests.tuning import LIMIT, grid, refine, search
+from bench.studying.contests.tuning import LIMIT, grid, refine, search, usual_rates
 from bench.studying.question import Finished, Line
 
 LARGEST = re.escape(f"{2.0**22:g}")
@@ -35,6 +35,18 @@ def tuned(optimum, seeds=(100, 101), rates=(0.5, 1.0, 2.0), diverges_from=math.i
 
 def test_grid_is_geometric():
     assert grid(0.1, 3) == [0.05, 0.1, 0.2]
+
+
+def test_grids_for_pairwise_wrong_labels_begin_lower_and_end_alike():
+    for method, momentum in (("SGD", 0.0), ("SGD", 0.9), ("AdamW", 0.9)):
+        clean, pairwise = (
+            usual_rates({"method": method, "momentum": momentum, "labels": labels})
+            for labels in ("clean", "pairwise 0.4")
+        )
+        assert clean == usual_rates({"method": method, "momentum": momentum, "labels": "symmetric 0.4"})
+        assert len(clean) == 7
+        assert pairwise[3:] == clean
+        assert pairwise[0] == clean[0] / 8
 
 
 def test_best_rate_inside_of_the_grid():

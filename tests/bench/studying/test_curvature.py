@@ -4,22 +4,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from dense import Dense, classifier, images
+from dense import Dense
 
 from bench.studying.curvature import comparison
 from bench.studying.curvature.comparison import compare
 from bench.studying.data import Sources
 from bench.studying.questions.curvature import QUESTION
-
-
-@pytest.fixture
-def model():
-    return classifier()
-
-
-@pytest.fixture
-def samples():
-    return images(12)
 
 
 def matrices(model, samples):

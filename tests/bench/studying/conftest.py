@@ -1,0 +1,14 @@
+"""A small classifier with its samples, for what is compared with dense matrices."""
+
+import pytest
+from dense import classifier, images
+
+
+@pytest.fixture
+def model():
+    return classifier()
+
+
+@pytest.fixture
+def samples():
+    return images(12)

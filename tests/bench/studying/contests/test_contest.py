@@ -1,0 +1,71 @@
+"""Which runs of a contest are planned and count, and which entry is the baseline of the others."""
+
+import random
+
+from contest_cases import BASE, ENTRIES, SGD, entry, finish, runs_at
+
+from bench.studying.contests.contest import Contest, grouped
+from bench.studying.contests.tuning import HALF
+from bench.studying.question import Finished
+
+CONTEST = Contest(lambda _: [1.0, 2.0, 4.0], lambda outcome: (outcome["score"],), {"evaluate": "validation"})
+
+
+def finish_search(finished, best=2.0, **changes):
+    while runs := [run for run in CONTEST.plan(finished, BASE | changes, ()) if run not in finished]:
+        finish(finished, runs, lambda run: {"score": -abs(run["lr"] - best)})
+
+
+def test_runs_that_count_follow_the_search_at_its_best_rate():
+    finished = Finished()
+    searching = CONTEST.plan(finished, BASE, range(3))
+    assert {(run["lr"], run["seed"]) for run in searching} == {(lr, seed) for lr in (1, 2, 4) for seed in (100, 101)}
+    assert {run["evaluate"] for run in searching} == {"validation"}
+    finish_search(finished, best=2.7)
+    planned = CONTEST.plan(finished, BASE, range(3))
+    lr = 2 * HALF  # which is not on the first grid
+    assert {run["lr"] for run in planned} == {1, 2, 4, 2 * HALF**-1, lr}
+    counting = planned[-3:]
+    assert counting == [BASE | {"lr": lr, "seed": seed} for seed in range(3)]
+    assert CONTEST.entries(finished) == []
+    finish(finished, counting, lambda run: {"score": run["seed"]})
+    (entry,) = CONTEST.entries(finished)
+    assert entry.config == BASE | {"lr": lr}
+    assert entry.values("score") == [0, 1, 2]
+
+
+def test_values_are_in_the_order_of_the_seeds_in_whatever_order_the_runs_were_finished():
+    finished, seeds = Finished(), list(range(8))
+    for method in ("SGD", "AdamW"):
+        random.Random(method).shuffle(seeds)
+        finish_search(finished, method=method)
+        finish(finished, runs_at(seeds, method=method), lambda run: {"score": run["seed"]})
+    first, second = CONTEST.entries(finished)
+    assert first.values("score") == second.values("score") == list(range(8))
+
+
+def test_method_whose_seeds_are_not_all_finished_is_left_out():
+    finished = Finished()
+    for method, seeds in (("SGD", range(3)), ("AdamW", (0, 2))):
+        finish_search(finished, method=method)
+        finish(finished, runs_at(seeds, method=method), lambda _: {"score": 1})
+    assert [entry.config["method"] for entry in CONTEST.entries(finished)] == ["SGD"]
+
+
+def test_runs_at_another_rate_than_the_best_one_are_left_out():
+    finished = Finished()
+    finish(finished, [*runs_at(range(3)), *runs_at(range(3), lr=1.0)], lambda run: {"score": 1})
+    assert CONTEST.entries(finished) == []
+    finish_search(finished)
+    assert [entry.config["lr"] for entry in CONTEST.entries(finished)] == [2.0]
+
+
+def test_baseline_comes_first_and_others_are_named_by_what_differs():
+    (group,) = grouped(ENTRIES, "data").values()
+    assert list(group) == ["SGD", "SGD, no momentum", "Spectral(0.5)", "SGD, 2 x the steps"]
+    assert group.baseline is group["SGD"] is SGD
+
+
+def test_nothing_else_stands_in_for_a_baseline_that_is_missing():
+    assert grouped(ENTRIES[:-1], "data") == {}
+    assert grouped([entry(method="AdamW", data="mnist"), *ENTRIES], "data").keys() == {("digits",)}
