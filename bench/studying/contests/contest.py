@@ -11,10 +11,25 @@ from ..inference import Comparison, against
 from ..methods import METHODS
 from ..models import MODELS
 from ..question import Config, Finished, without
-from .tuning import refine, search
+from .tuning import best_of, climb, refine, search
 
 # Keys to sort entries of configurations by; others are ascending.
 SORT_KEYS: dict[str, Callable[[Any], Any]] = {"labels": sort_key, "model": list(MODELS).index}
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for the best rate of a method.
+
+    Attributes:
+        runs: what is planned now.
+        best: the best rate, or None before it is known.
+        largest: the largest rate from the best one upwards that trains, if the contest asks for it.
+    """
+
+    runs: list[Config]
+    best: float | None = None
+    largest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -25,27 +40,38 @@ class Contest:
         first_rates: of a configuration without `lr` and `seed`, the rates that its search begins with.
         scores: of an outcome; the search takes the rate with the largest mean of the first one, then of the next.
         in_search: entries in which the runs of the search differ from those that count.
+        fails: whether an outcome is that of a training that failed. With it, the search goes on from its best rate
+            upwards until a training fails, and takes the best of all these rates.
         search_seeds: of the search; those of the runs that count have to be others.
     """
 
     first_rates: Callable[[Config], Sequence[float]]
     scores: Callable[[dict[str, Any]], Sequence[float]]
     in_search: Config = field(default_factory=dict)
+    fails: Callable[[dict[str, Any]], bool] | None = None
     search_seeds: Sequence[int] = (100, 101)
 
-    def search(self, finished: Finished, base: Config) -> tuple[list[Config], float | None]:
-        """The runs of the search for a configuration without `lr` and `seed`, and the best rate once it is known."""
+    def search(self, finished: Finished, base: Config) -> Search:
+        """The search for a configuration without `lr` and `seed`."""
         searching = base | self.in_search
         on_grid, best = search(finished, searching, self.first_rates(base), self.search_seeds, self.scores)
         if best is None:
-            return on_grid, None
+            return Search(on_grid)
         nearby, best = refine(finished, searching, best, self.search_seeds, self.scores)
-        return on_grid + nearby, best
+        if best is None or self.fails is None:
+            return Search(on_grid + nearby, best)
+        tried = [best, *(run["lr"] for run in on_grid + nearby)]
+        upwards, trained = climb(finished, searching, tried, self.search_seeds, self.fails)
+        if trained is None:
+            return Search(on_grid + nearby + upwards)
+        _, best = best_of(finished, searching, trained, self.search_seeds, self.scores)
+        return Search(on_grid + nearby + upwards, best, trained[-1])
 
     def plan(self, finished: Finished, base: Config, seeds: Iterable[int]) -> list[Config]:
         """The runs of the search, and then those that count."""
-        searching, lr = self.search(finished, base)
-        return searching + ([] if lr is None else [base | {"lr": lr, "seed": seed} for seed in seeds])
+        search = self.search(finished, base)
+        counting = [] if search.best is None else [base | {"lr": search.best, "seed": seed} for seed in seeds]
+        return search.runs + counting
 
     def entries(self, finished: Finished) -> list[Entry]:
         """All methods whose runs that count are finished.
@@ -69,7 +95,7 @@ class Contest:
 
     def _is_best(self, finished: Finished, config: Config) -> bool:
         """Whether the configuration, without its seed, has the best rate."""
-        return self.search(finished, without(config, "lr"))[1] == config["lr"]
+        return self.search(finished, without(config, "lr")).best == config["lr"]
 
 
 @dataclass(frozen=True, eq=False)

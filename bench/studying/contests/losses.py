@@ -60,8 +60,8 @@ def cells(entry: Entry, ratio: str, largest_rate: float | None) -> list[str]:
     return [
         f"{exp(mean(logarithms(entry)).mean):.3g}" + f" ({failed} failed)" * (failed > 0),
         ratio,
-        f"{entry.config['lr']:g}",
-        "" if largest_rate is None else f"{largest_rate:g}",
+        f"{entry.config['lr']:.3g}",
+        "" if largest_rate is None else f"{largest_rate:.3g}",
         accuracy.text("{:.1f}".format),
     ]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..question import Config, Finished
 
-Scores = Callable[[dict[str, Any]], Sequence[float]]
+Outcome = dict[str, Any]
+Scores = Callable[[Outcome], Sequence[float]]
 
 FACTOR = 2.0  # from one rate of a grid to the next
 HALF = math.sqrt(FACTOR)
@@ -72,15 +73,46 @@ def refine(
     At the edge of stability, accuracies and losses change much within a factor of two, so that the distance of a
     method's edge from the grid would decide on what it seems to gain.
     """
-    rates = [rate, *(rate * HALF**sign for sign in (-1, 1))]
+    return best_of(finished, base, [rate, *(rate * HALF**sign for sign in (-1, 1))], seeds, scores)
+
+
+def best_of(
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
+) -> tuple[list[Config], float | None]:
+    """The runs with these rates, and the best of them, as in `search`."""
     runs, best = _evaluated(finished, base, rates, seeds, scores)
     return runs, None if best is None else rates[best]
+
+
+def climb(
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], fails: Callable[[Outcome], bool]
+) -> tuple[list[Config], list[float] | None]:
+    """The runs with rates from the first one upwards by half a factor, and those that train, once they are finished.
+
+    A rate trains if no seed fails, and the first one that does not train is the last one that is tried.
+
+    Args:
+        rates: the first one, which trains, and others that were tried. They are not tried again if only rounding is
+            between them and those on the way.
+    """
+    runs: list[Config] = []
+    trained = [rates[0]]
+    while True:
+        larger = HALF * trained[-1]
+        larger = next((rate for rate in rates if math.isclose(rate, larger)), larger)
+        of_rate = [base | {"lr": larger, "seed": seed} for seed in seeds]
+        runs += of_rate
+        if any(run not in finished for run in of_rate):
+            return runs, None
+        if any(fails(finished[run].outcome) for run in of_rate):
+            return runs, trained
+        trained.append(larger)
 
 
 def _evaluated(
     finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
 ) -> tuple[list[Config], int | None]:
-    """The runs with these rates, and which of them has the best mean scores, or None before they are finished."""
+    """The runs with these rates, and the index of the best mean scores, or None before they are finished."""
     runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
     every = [run for of_rate in runs.values() for run in of_rate]
     if any(run not in finished for run in every):

@@ -7,7 +7,7 @@ from itertools import product
 
 from ..contests.contest import Contest, Entry
 from ..contests.losses import draw, final_loss, is_failure, larger_rates, numbers, table
-from ..contests.tuning import HALF, grid
+from ..contests.tuning import grid
 from ..data import DIGITS
 from ..question import Answer, Config, Finished, Question, Scope, slug, without
 from ..training import train
@@ -39,6 +39,7 @@ SEEDS = range(10)
 CONTEST = Contest(
     first_rates=lambda base: ADAMW_RATES if base["method"] == ADAMW else RATES[base["momentum"]],
     scores=lambda outcome: (-final_loss(outcome),),
+    fails=is_failure,
 )
 
 
@@ -59,30 +60,9 @@ def methods(scope: Scope) -> Iterator[Config]:
 
 
 def plan(finished: Finished, scope: Scope) -> list[Config]:
-    """For each method the search for its best rate, all seeds at that rate, and larger rates until none trains."""
-    runs: list[Config] = []
-    for base in methods(scope):
-        runs += CONTEST.plan(finished, base, SEEDS[:2] if scope.quick else SEEDS)
-        lr = CONTEST.search(finished, base)[1]
-        runs += [] if lr is None else limit(finished, base, lr)[0]
-    return runs
-
-
-def limit(finished: Finished, base: Config, lr: float) -> tuple[list[Config], float | None]:
-    """The runs from the best rate upwards until one does not train, and the largest that does, once they are finished.
-
-    A rate trains if it does not fail with any seed of the search.
-    """
-    runs: list[Config] = []
-    while True:
-        larger = HALF * lr
-        of_rate = [base | {"lr": larger, "seed": seed} for seed in CONTEST.search_seeds]
-        runs += of_rate
-        if any(run not in finished for run in of_rate):
-            return runs, None
-        if any(is_failure(finished[run].outcome) for run in of_rate):
-            return runs, lr
-        lr = larger
+    """For each method the search for its best rate, and all seeds at that rate."""
+    seeds = SEEDS[:2] if scope.quick else SEEDS
+    return [run for base in methods(scope) for run in CONTEST.plan(finished, base, seeds)]
 
 
 def answer(finished: Finished) -> Answer:
@@ -90,7 +70,7 @@ def answer(finished: Finished) -> Answer:
     entries = CONTEST.entries(finished)
 
     def largest_rate(entry: Entry) -> float | None:
-        return limit(finished, without(entry.config, "lr"), entry.config["lr"])[1]
+        return CONTEST.search(finished, without(entry.config, "lr")).largest
 
     data = dict.fromkeys(entry.config["data"] for entry in entries)
     tables = {

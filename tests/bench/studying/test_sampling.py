@@ -45,12 +45,7 @@ def compared(model, samples, monkeypatch):
 
 
 class Drawn(Dense):
-    """With the moments of some of the samples."""
-
-    def moments(self, index):
-        """The mean of these samples' gradients, and their covariance."""
-        gradients = self.gradients[index]
-        return gradients.mean(0), torch.cov(gradients.T, correction=0)
+    """With batches."""
 
     def batches(self):
         """Those of the batches that `compared` draws."""
@@ -72,7 +67,7 @@ def corrected(gradient, matrix):
 
 def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
     dense = Drawn(model, samples)
-    mean, matrix = dense.moments(slice(None))
+    mean, matrix = dense.moments()
     batches, wanted = dense.batches(), matrix @ mean
     expected = {
         "eigenvalue": [largest(of_batch) / largest(matrix) for _, of_batch in batches],
@@ -92,7 +87,7 @@ def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
 
 def test_decreases_are_those_at_the_best_of_many_rates(model, samples, compared):
     dense = Drawn(model, samples)
-    _, matrix = dense.moments(slice(None))
+    _, matrix = dense.moments()
     batches = dense.batches()
     directions = {
         "SGD": [gradient for gradient, _ in batches],

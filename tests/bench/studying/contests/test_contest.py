@@ -1,7 +1,9 @@
 """Which runs of a contest are planned and count, and which entry is the baseline of the others."""
 
 import random
+from collections import Counter
 
+import pytest
 from contest_cases import BASE, ENTRIES, SGD, entry, finish, runs_at
 
 from bench.studying.contests.contest import Contest, grouped
@@ -32,6 +34,36 @@ def test_runs_that_count_follow_the_search_at_its_best_rate():
     (entry,) = CONTEST.entries(finished)
     assert entry.config == BASE | {"lr": lr}
     assert entry.values("score") == [0, 1, 2]
+
+
+CLIMBING = Contest(
+    lambda _: [1.0, 2.0, 4.0], lambda outcome: (-outcome["loss"],), fails=lambda outcome: outcome["loss"] > 5
+)
+
+
+def climb(losses):
+    """The search with these losses by rate, and that of 9 for others; the search, and how often each rate was run."""
+    finished, counts = Finished(), Counter()
+    while missing := [run for run in CLIMBING.search(finished, BASE).runs if run not in finished]:
+        assert CLIMBING.search(finished, BASE).best is None
+        counts.update(round(run["lr"], 3) for run in missing)
+        finish(finished, missing, lambda run: {"loss": losses.get(round(run["lr"], 3), 9)})
+    return CLIMBING.search(finished, BASE), counts
+
+
+def test_search_goes_on_upwards_until_a_training_fails_and_takes_the_best_of_all():
+    losses = {1.0: 3, 1.414: 3, 2.0: 2, 2.828: 4, 4.0: 3, 5.657: 1, 8.0: 4, 16.0: 0}
+    search, counts = climb(losses)
+    assert search.best == pytest.approx(4 * HALF)  # beyond a minimum at 2
+    assert search.largest == pytest.approx(8)
+    assert set(counts) == {1, 1.414, 2, 2.828, 4, 5.657, 8, 11.314}
+    search, _ = climb(losses | {2.828: 9})
+    assert (search.best, search.largest) == (2, 2)
+
+
+def test_rate_that_was_tried_is_not_tried_again_because_of_rounding():
+    _, counts = climb({1.0: 3, 1.414: 2, 2.0: 1, 2.828: 0, 4.0: 3})
+    assert set(counts.values()) == {2}  # the seeds
 
 
 def test_values_are_in_the_order_of_the_seeds_in_whatever_order_the_runs_were_finished():

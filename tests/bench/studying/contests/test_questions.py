@@ -1,10 +1,9 @@
 """Which methods the questions compare in which settings, and which of their runs are planned and count."""
 
 import pytest
-from contest_cases import BASE, LAYOUT, entry, finish, in_columns, runs_at
+from contest_cases import BASE, LAYOUT, entry, finish, in_columns
 
 from bench.studying.contests import accuracies, generalisation
-from bench.studying.contests.tuning import HALF
 from bench.studying.question import Finished, Line, Scope
 from bench.studying.questions import batches, imbalance, labels, stability
 
@@ -97,23 +96,3 @@ def test_measure_that_decides_on_the_rates(question, measure):
         finish(finished, runs, lambda run: outcome | ({measure: 0.9} if run["lr"] in (0.1, 0.002) else {}))
     counted = {line.config["lr"] for line in finished if line.config["evaluate"] == "test"}
     assert counted <= {0.1, 0.002}
-
-
-def with_losses(finished, by_rate):
-    for lr, value in by_rate.items():
-        runs = runs_at((100, 101), lr=lr)
-        finish(finished, runs, lambda run, value=value: {"training_loss": value, "initial_loss": 2.3})
-
-
-def test_largest_rate_is_the_last_one_that_halves_the_loss():
-    finished = Finished()
-    first, second, third = 0.1 * HALF, 0.1 * HALF * HALF, 0.1 * HALF * HALF * HALF
-    runs, largest = stability.limit(finished, BASE, 0.1)
-    assert [run["lr"] for run in runs] == [first, first]
-    assert largest is None
-    with_losses(finished, {first: 0.5, second: 1.1, third: 1.2})
-    runs, largest = stability.limit(finished, BASE, 0.1)
-    assert [run["lr"] for run in runs] == [first, first, second, second, third, third]
-    assert largest == second
-    with_losses(finished, {second: None})
-    assert stability.limit(finished, BASE, 0.1)[1] == first
