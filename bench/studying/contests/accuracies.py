@@ -34,13 +34,13 @@ def table(found: Sequence[Column]) -> Table:
 def numbers(found: Sequence[Column]) -> dict[str, str]:
     """Differences, such as digits.mlp.clean.accuracy.spectral_0_5; of SGD, the accuracy.
 
-    Also the entries of the summary, such as clean.accuracy.spectral_0_5.mean, or above, or below.
+    Also the entries of the summary, such as clean.accuracy.spectral_0_5.mean, or least, largest, above, below.
     """
     texts = {
         slug(*key, name, number): str(getattr(summary, number))
         for key, of_key in summaries(found).items()
         for name, summary in of_key.items()
-        for number in ("mean", "above", "below")
+        for number in ("mean", "least", "largest", "above", "below")
     }
     for column in found:
         name, accuracy = column.baseline

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from math import exp, inf, log
+from statistics import geometric_mean
 from typing import Any
 
 from rgd_ext.commands.colours import GREY
@@ -105,13 +106,17 @@ def is_below_longer(name: str, comparisons: Mapping[str, Comparison]) -> bool:
 
 
 def summary(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """Of a method in the settled settings: their number, and in how many its loss is clearly above or below SGD's."""
+    """Of a method in the settled settings: their number, and in how many its loss is clearly above or below SGD's.
+
+    Also the geometric mean of the ratios, the least and the largest one.
+    """
     ratios = [ratio_to_baseline(each).mean for each in comparisons]
     clear = [each.difference.mean for each in comparisons if each.significant]
     return {
         "settings": str(len(comparisons)),
         "below": str(sum(each < 0 for each in clear)),
         "above": str(sum(each > 0 for each in clear)),
+        "mean": short(geometric_mean(ratios)),
         "least": short(min(ratios)),
         "largest": short(max(ratios)),
     }

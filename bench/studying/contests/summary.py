@@ -15,13 +15,21 @@ from .columns import Column
 
 @dataclass(frozen=True)
 class Summary:
-    """Of a method the mean of its differences over the tables, and in how many columns it is clearly above or below."""
+    """Differences of a method over the tables: mean, least, largest, and how many are clearly above or below."""
 
     comparisons: Sequence[Comparison]
 
     @property
     def mean(self) -> str:
         return f"{fmean(each.difference.mean for each in self.comparisons):+.1f}"
+
+    @property
+    def least(self) -> str:
+        return f"{min(each.difference.mean for each in self.comparisons):+.1f}"
+
+    @property
+    def largest(self) -> str:
+        return f"{max(each.difference.mean for each in self.comparisons):+.1f}"
 
     @property
     def above(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..contests.ratios import short
 from ..data import DIGITS, Sources
 from ..data.defects import described
 from ..descent import POLICIES, compare
@@ -32,7 +33,7 @@ SEEDS = range(10)
 MEANS = {
     "epsilon": "eps lambda_max(D)",
     "slope": "slope",
-    "epsilon of batches": "the same with B = 50: eps lambda_max(D_B)",
+    "epsilon of batches": "B = 50: eps lambda_max(D_B)",
     "slope of batches": "slope of the batch's loss",
     "slope beyond": "slope of the loss of all samples",
     "gain": "decrease / SGD's",
@@ -59,8 +60,9 @@ def run(config: Config, sources: Sources) -> dict[str, Any]:
 def answer(finished: Finished) -> Answer:
     """Epsilons, slopes and gains by setting, with intervals over the seeds.
 
-    The numbers are the least and the largest mean over the seeds of the settings and steps with one kind of labels, or
-    of all, such as clean.epsilon.rayleigh_0_5.largest and slope.spectral_0_5.least.
+    The numbers are the least and the largest of means over the seeds: of all settings and steps, such as
+    slope.spectral_0_5.least, of those at one step, such as slope.spectral_0_5.60.least, and of those with one kind of
+    labels at one step, such as slope.spectral_0_5.60.clean.least.
     """
     rows, means = [], {}
     for (data, labels), lines in finished.grouped("data", "labels").items():
@@ -68,15 +70,18 @@ def answer(finished: Finished) -> Answer:
             for name in POLICIES:
                 of_name = {each: mean([line.outcome[f"{each} {name}"][at] for line in lines]) for each in MEANS}
                 for each, interval in of_name.items():
-                    for key in ((each, name), (labels, each, name)):
-                        means.setdefault(key, []).append(interval.mean)
+                    for length in (2, 3, 4):
+                        means.setdefault((each, name, step, labels)[:length], []).append(interval.mean)
                 if step == SHOWN:
                     cells = [interval.text("{:.2f}".format) for interval in of_name.values()]
                     rows.append([data, described(labels), name, *cells])
-    least = {slug(*key, "least"): f"{min(values):.2f}" for key, values in means.items()}
-    largest = {slug(*key, "largest"): f"{max(values):.2f}" for key, values in means.items()}
+    numbers = {
+        slug(*key, word): short(of(values)) if key[0] == "gain" else f"{of(values):.2f}"
+        for key, values in means.items()
+        for word, of in (("least", min), ("largest", max))
+    }
     table = Table(("data", "labels", "policy", *MEANS.values()), rows)
-    return Answer({"table": table}, numbers=least | largest)
+    return Answer({"table": table}, numbers=numbers)
 
 
 QUESTION = Question("What descent does a policy promise, and what comes of it?", plan, run, answer)

@@ -131,7 +131,9 @@ def test_numbers_are_the_least_and_the_largest_means_of_the_settings():
     answer = QUESTION.answer(finished(outcomes))
     assert answer.numbers["slope.spectral_0_5.least"] == "1.50"
     assert answer.numbers["slope.spectral_0_5.largest"] == "7.00"
-    assert answer.numbers["clean.slope_of_batches.rayleigh_0_9.largest"] == "5.00"
+    assert answer.numbers["slope_of_batches.rayleigh_0_9.60.least"] == "5.00"
+    assert answer.numbers["slope_of_batches.rayleigh_0_9.60.largest"] == "7.00"
+    assert answer.numbers["slope_of_batches.rayleigh_0_9.60.clean.largest"] == "5.00"
     table = answer.tables["table"]
     assert [row[:3] for row in table.rows] == [
         ["digits", labels, name] for labels in ("clean labels", "40 % wrong labels (symmetric)") for name in POLICIES

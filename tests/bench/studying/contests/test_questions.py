@@ -43,6 +43,19 @@ def test_class_weights_are_compared_where_classes_differ_in_size_only():
     assert defects == {"imbalanced 50"}
 
 
+def test_losses_are_compared_at_rates_up_to_the_first_that_does_not_halve_them():
+    finished = Finished()
+    while runs := [run for run in stability.CONTEST.search(finished, BASE).runs if run not in finished]:
+        finish(
+            finished,
+            runs,
+            lambda run: {"training_loss": abs(run["lr"] - 0.1) + (run["lr"] > 0.5), "initial_loss": 2.3},
+        )
+    search = stability.CONTEST.search(finished, BASE)
+    assert search.largest == pytest.approx(0.4)
+    assert max(line.config["lr"] for line in finished) == pytest.approx(0.4 * 2**0.5)
+
+
 def test_quick_batches_have_one_kind_of_labels():
     assert {run["labels"] for run in batches.methods(Scope(quick=True, data=("digits",)))} == {"clean"}
 
