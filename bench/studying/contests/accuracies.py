@@ -87,6 +87,7 @@ def methods_in(found: Iterable[Column]) -> list[str]:
 def set_symlog_scale(axes: Any) -> None:
     """Make the x-axis linear from -2 to 2 and logarithmic beyond, so that 1 and 30 points are both readable."""
     axes.set_xscale("symlog", linthresh=2, linscale=1)
+    axes.margins(x=0.05)  # on this scale
     low, high = axes.get_xlim()
     ticks = [tick for tick in TICKS if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])

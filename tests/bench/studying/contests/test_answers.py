@@ -68,6 +68,15 @@ def test_figures_have_a_dot_for_each_method_at_its_ratio_or_difference():
         assert axes.containers[0].lines[0].get_xydata().tolist() == [[pytest.approx(value), 0]]
 
 
+def test_all_dots_are_inside_of_their_panel():
+    losing = entry((1.0, 1.0), (0.01, 0.01), method="clipping (median)")
+    figure = Figure()
+    accuracies.draw(figure, in_columns([SPECTRAL, SGD, losing]))
+    (axes,) = figure.axes
+    panel, left = axes.get_window_extent(), axes.transData.transform((-54, 0))[0]  # that of clipping, in pixels
+    assert left > panel.x0 + 0.04 * panel.width
+
+
 def test_figures_can_be_drawn_of_what_is_there():
     some = [*ENTRIES, *(entry(**changes) for changes in ({"labels": "pairwise 0.4"}, {"data": "mnist"}))]
     for entries in ([], some):
