@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -20,6 +21,19 @@ def images(count):
     """So many samples for it."""
     generator = torch.Generator().manual_seed(1)
     return Samples(torch.randn(count, 1, 2, 2, generator=generator), torch.arange(count) % 4)
+
+
+def largest(matrix):
+    """The largest eigenvalue."""
+    return torch.linalg.eigvalsh(matrix)[-1].item()
+
+
+def assert_left_alone(model, measure):
+    """That measuring the model changes neither its weights nor its gradients."""
+    before = [parameter.clone() for parameter in model.parameters()]
+    measure(model)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class Dense:
@@ -46,6 +60,18 @@ class Dense:
         """The mean of these samples' gradients, (d,), and their covariance, (d, d)."""
         gradients = self.gradients[index]
         return gradients.mean(0), torch.cov(gradients.T, correction=0)
+
+    def drawn(self, generator, size, draws):
+        """The moments of so many batches of that size, drawn without replacement."""
+        return [self.moments(torch.randperm(len(self.samples), generator=generator)[:size]) for _ in range(draws)]
+
+    def decrease(self, directions):
+        """The largest decrease of the mean loss, of many rates, by a step along each of these, on average over them."""
+
+        def after(rate):
+            return torch.stack([self.losses(self.x - rate * each).mean() for each in directions]).mean().item()
+
+        return self.losses(self.x).mean().item() - min(map(after, np.geomspace(1e-3, 20, 1000)))
 
     @property
     def hessian(self):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice, pairwise
 from typing import Any
 
@@ -97,6 +97,20 @@ def models_along(config: Config, task: Task, points: Collection[int]) -> Iterato
             step(batch.inputs, batch.labels)
             if number in points:
                 yield model
+
+
+def measured_along(
+    config: Config, sources: Sources, points: Collection[int], measure: Callable[..., dict[str, Any]]
+) -> dict[str, list[Any]]:
+    """What `measure` gives at each of these points of a training by `models_along`, as lists by name.
+
+    Args:
+        measure: of the model, the training samples and a generator that is no one's but its own.
+    """
+    task = task_of(config | {"evaluate": "test"}, sources)
+    generator = torch.Generator().manual_seed(config["seed"])  # not one of `seeds_of`, which the training uses
+    found = [measure(model, task.train, generator) for model in models_along(config, task, points)]
+    return {name: [each[name] for each in found] for name in found[0]}
 
 
 def _endless_batches(config: Config, samples: Samples) -> Iterator[Samples]:

@@ -9,7 +9,7 @@ from rgd_ext.commands.colours import GREY
 
 from ..plotting import COLOURS, dots, panels_of_methods
 from ..question import Table, slug
-from .columns import Column, by_table
+from .columns import Column, by_table, points
 from .summary import summaries, summary_table
 
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # percentage points
@@ -46,7 +46,7 @@ def numbers(found: Sequence[Column]) -> dict[str, str]:
         name, accuracy = column.baseline
         key = *column.table, *column.key
         texts[slug(*key, name)] = f"{accuracy:.1f}"
-        texts |= {slug(*key, name): f"{each.difference.mean:+.1f}" for name, each in column.comparisons.items()}
+        texts |= {slug(*key, name): points(each.difference.mean) for name, each in column.comparisons.items()}
     return texts
 
 

@@ -86,4 +86,9 @@ def by_table(found: Iterable[Column]) -> dict[tuple[Any, ...], list[Column]]:
 
 def text(comparison: Comparison) -> str:
     """A difference with its interval, and a star where it differs from 0 after Holm's correction."""
-    return comparison.difference.text("{:+.1f}".format) + " *" * comparison.significant
+    return comparison.difference.text(points) + " *" * comparison.significant
+
+
+def points(difference: float) -> str:
+    """Percentage points."""
+    return f"{difference:+.1f}"

@@ -11,20 +11,20 @@ from ..inference import Comparison, against
 from ..methods import METHODS
 from ..models import MODELS
 from ..question import Config, Finished, without
-from .tuning import best_of, climb, refine, search
+from .tuning import Outcome, Scores, best_of, climb, refine, search
 
 # Keys to sort entries of configurations by; others are ascending.
 SORT_KEYS: dict[str, Callable[[Any], Any]] = {"labels": sort_key, "model": list(MODELS).index}
 
 
 @dataclass(frozen=True)
-class Search:
-    """The search for the best rate of a method.
+class SearchResult:
+    """What a search for the best rate of a method has found.
 
     Attributes:
-        runs: what is planned now.
+        runs: those that it needs so far, finished or not.
         best: the best rate, or None before it is known.
-        largest: the largest rate from the best one upwards that trains, if the contest asks for it.
+        largest: the largest rate that trains, where the search has gone so far up, and None where none trains.
     """
 
     runs: list[Config]
@@ -46,32 +46,31 @@ class Contest:
     """
 
     first_rates: Callable[[Config], Sequence[float]]
-    scores: Callable[[dict[str, Any]], Sequence[float]]
+    scores: Scores
     in_search: Config = field(default_factory=dict)
-    fails: Callable[[dict[str, Any]], bool] | None = None
+    fails: Callable[[Outcome], bool] | None = None
     search_seeds: Sequence[int] = (100, 101)
 
-    def search(self, finished: Finished, base: Config) -> Search:
+    def search(self, finished: Finished, base: Config) -> SearchResult:
         """The search for a configuration without `lr` and `seed`."""
         searching = base | self.in_search
         on_grid, best = search(finished, searching, self.first_rates(base), self.search_seeds, self.scores)
         if best is None:
-            return Search(on_grid)
+            return SearchResult(on_grid)
         nearby, best = refine(finished, searching, best, self.search_seeds, self.scores)
         if best is None or self.fails is None:
-            return Search(on_grid + nearby, best)
-        tried = [best, *(run["lr"] for run in on_grid + nearby)]
-        upwards, trained = climb(finished, searching, tried, self.search_seeds, self.fails)
+            return SearchResult(on_grid + nearby, best)
+        tried = [run["lr"] for run in on_grid + nearby]
+        upwards, trained = climb(finished, searching, best, tried, self.search_seeds, self.fails)
         if trained is None:
-            return Search(on_grid + nearby + upwards)
-        _, best = best_of(finished, searching, trained, self.search_seeds, self.scores)
-        return Search(on_grid + nearby + upwards, best, trained[-1])
+            return SearchResult(on_grid + nearby + upwards)
+        _, best = best_of(finished, searching, [best, *trained], self.search_seeds, self.scores)
+        return SearchResult(on_grid + nearby + upwards, best, trained[-1] if trained else None)
 
     def plan(self, finished: Finished, base: Config, seeds: Iterable[int]) -> list[Config]:
         """The runs of the search, and then those that count."""
-        search = self.search(finished, base)
-        counting = [] if search.best is None else [base | {"lr": search.best, "seed": seed} for seed in seeds]
-        return search.runs + counting
+        found = self.search(finished, base)
+        return found.runs + ([] if found.best is None else [base | {"lr": found.best, "seed": seed} for seed in seeds])
 
     def entries(self, finished: Finished) -> list[Entry]:
         """All methods whose runs that count are finished.

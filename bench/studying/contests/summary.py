@@ -10,7 +10,7 @@ from typing import Any
 
 from ..inference import Comparison
 from ..question import Table
-from .columns import Column
+from .columns import Column, points
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Summary:
 
     @property
     def mean(self) -> str:
-        return f"{fmean(each.difference.mean for each in self.comparisons):+.1f}"
+        return points(fmean(self._differences))
 
     @property
     def least(self) -> str:
-        return f"{min(each.difference.mean for each in self.comparisons):+.1f}"
+        return points(min(self._differences))
 
     @property
     def largest(self) -> str:
-        return f"{max(each.difference.mean for each in self.comparisons):+.1f}"
+        return points(max(self._differences))
 
     @property
     def above(self) -> int:
@@ -38,6 +38,10 @@ class Summary:
     @property
     def below(self) -> int:
         return sum(each.significant and each.difference.mean < 0 for each in self.comparisons)
+
+    @property
+    def _differences(self) -> list[float]:
+        return [each.difference.mean for each in self.comparisons]
 
 
 def summaries(found: Sequence[Column]) -> dict[tuple[Any, ...], dict[str, Summary]]:

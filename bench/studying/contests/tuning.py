@@ -56,13 +56,13 @@ def search(
     """
     rates = list(rates)
     while True:
-        runs, best = _evaluated(finished, base, rates, seeds, scores)
-        if best is None or 0 < best < len(rates) - 1:
-            return runs, None if best is None else rates[best]
+        runs, best = best_of(finished, base, rates, seeds, scores)
+        if best is None or rates[0] < best < rates[-1]:
+            return runs, best
         if len(rates) == LIMIT:
             span = f"{rates[0]:g} to {rates[-1]:g}"
             raise RuntimeError(f"the best of {LIMIT} rates from {span} is at the edge, for {base}")
-        rates = [*rates, rates[-1] * FACTOR] if best else [rates[0] / FACTOR, *rates]
+        rates = [*rates, rates[-1] * FACTOR] if best == rates[-1] else [rates[0] / FACTOR, *rates]
 
 
 def refine(
@@ -76,47 +76,49 @@ def refine(
     return best_of(finished, base, [rate, *(rate * HALF**sign for sign in (-1, 1))], seeds, scores)
 
 
-def best_of(
-    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
-) -> tuple[list[Config], float | None]:
-    """The runs with these rates, and the best of them, as in `search`."""
-    runs, best = _evaluated(finished, base, rates, seeds, scores)
-    return runs, None if best is None else rates[best]
-
-
 def climb(
-    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], fails: Callable[[Outcome], bool]
+    finished: Finished,
+    base: Config,
+    rate: float,
+    tried: Sequence[float],
+    seeds: Sequence[int],
+    fails: Callable[[Outcome], bool],
 ) -> tuple[list[Config], list[float] | None]:
-    """The runs with rates from the first one upwards by half a factor, and those that train, once they are finished.
+    """The runs with a rate and with larger ones, by half a factor each, and those that train, once they are finished.
 
-    A rate trains if no seed fails, and the first one that does not train is the last one that is tried.
+    A rate trains if no seed fails, and the first one that does not train is the last one that is run.
 
     Args:
-        rates: the first one, which trains, and others that were tried. They are not tried again if only rounding is
-            between them and those on the way.
+        tried: other rates, which are not run again if only rounding is between them and those on the way.
+
+    Raises:
+        RuntimeError: if `LIMIT` rates train.
     """
     runs: list[Config] = []
-    trained = [rates[0]]
-    while True:
-        larger = HALF * trained[-1]
-        larger = next((rate for rate in rates if math.isclose(rate, larger)), larger)
-        of_rate = [base | {"lr": larger, "seed": seed} for seed in seeds]
+    trained: list[float] = []
+    while len(trained) < LIMIT:
+        of_rate = [base | {"lr": rate, "seed": seed} for seed in seeds]
         runs += of_rate
         if any(run not in finished for run in of_rate):
             return runs, None
         if any(fails(finished[run].outcome) for run in of_rate):
             return runs, trained
-        trained.append(larger)
+        trained.append(rate)
+        rate = next((other for other in tried if math.isclose(other, HALF * rate)), HALF * rate)
+    raise RuntimeError(f"all of {LIMIT} rates from {trained[0]:g} to {trained[-1]:g} train, for {base}")
 
 
-def _evaluated(
+def best_of(
     finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
-) -> tuple[list[Config], int | None]:
-    """The runs with these rates, and the index of the best mean scores, or None before they are finished."""
+) -> tuple[list[Config], float | None]:
+    """The runs with these rates, and the first rate with the best mean scores, or None before they are finished."""
     runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
     every = [run for of_rate in runs.values() for run in of_rate]
     if any(run not in finished for run in every):
         return every, None
-    of_rates = [[scores(finished[run].outcome) for run in runs[lr]] for lr in rates]
-    means = [tuple(map(statistics.mean, zip(*each, strict=True))) for each in of_rates]
-    return every, means.index(max(means))
+
+    def means(lr: float) -> tuple[float, ...]:
+        of_seeds = [scores(finished[run].outcome) for run in runs[lr]]
+        return tuple(map(statistics.mean, zip(*of_seeds, strict=True)))
+
+    return every, max(rates, key=means)

@@ -11,7 +11,8 @@ import numpy as np
 from ..data.defects import described
 from ..inference import Interval, mean
 from ..plotting import COLOURS, band, logarithmic
-from ..question import Finished, Line, Table, slug
+from ..question import Finished, Line, Table
+from ..ranges import ranges
 from .comparison import POINTS, SHARED
 
 QUANTITIES = {
@@ -76,13 +77,13 @@ def text(interval: Interval) -> str:
 
 def numbers(found: Sequence[Setting]) -> dict[str, str]:
     """The least and the largest of the settings' means by labels, quantity and step, such as clean.cosine.600.least."""
-    values: dict[tuple[str, str, int], list[float]] = {}
-    for setting in found:
-        for quantity in QUANTITIES:
-            for step, interval in setting.means(quantity).items():
-                values.setdefault((setting.labels, quantity, step), []).append(interval.mean)
-    least = {slug(*key, "least"): f"{min(means):.2f}" for key, means in values.items()}
-    return least | {slug(*key, "largest"): f"{max(means):.2f}" for key, means in values.items()}
+    means = [
+        ((setting.labels, quantity, step), interval.mean)
+        for setting in found
+        for quantity in QUANTITIES
+        for step, interval in setting.means(quantity).items()
+    ]
+    return ranges(means, shortest=3)
 
 
 def draw(figure: Any, found: Sequence[Setting]) -> None:

@@ -9,8 +9,7 @@ from ..curvature.comparison import POINTS, compare
 from ..curvature.summary import draw, numbers, settings, table
 from ..data import DIGITS, Sources
 from ..question import Answer, Config, Finished, Question, Scope
-from ..task import task_of
-from ..training import models_along
+from ..training import measured_along
 
 # The Hessian of a large convolutional network would take minutes at each point.
 MODELS = {DIGITS: ("small MLP", "small CNN"), "fashion-mnist": ("MLP",)}
@@ -34,9 +33,7 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
 
 def run(config: Config, sources: Sources) -> dict[str, Any]:
     """What `compare` gives at the `POINTS`, as lists."""
-    task = task_of(config | {"evaluate": "test"}, sources)
-    found = [compare(model, task.train) for model in models_along(config, task, POINTS)]
-    return {name: [each[name] for each in found] for name in found[0]}
+    return measured_along(config, sources, POINTS, lambda model, samples, _: compare(model, samples))
 
 
 def answer(finished: Finished) -> Answer:

@@ -31,7 +31,7 @@ LEFT_OUT = {"class weights", "focal loss(2)"}  # they are for unequal classes, w
 # A step takes 10 to 30 times as long as one of SGD, so it is compared in two settings only.
 UPGRAD, WITH_UPGRAD = "UPGrad", {(DIGITS, "MLP", labels) for labels in ("clean", "symmetric 0.4")}
 # A step of the CNN on larger images takes four times as long as one of the MLP, so only these are compared there.
-FEWER = (
+FEWER = {
     "SGD",
     "AdamW",
     "Spectral(0.5)",
@@ -42,7 +42,7 @@ FEWER = (
     "SAM(0.3)",
     "clipping (median)",
     "truncation(0.4)",
-)
+}
 LONGER = 2  # SGD is also trained with so many times the steps: about the time of SAM
 
 
@@ -60,10 +60,9 @@ def methods(scope: Scope) -> Iterator[Config]:
 
 def compared(data: str, model: str, labels: str) -> list[str]:
     """The methods for a model, data and labels, in the order of the catalogue."""
-    if model == "CNN" and data != DIGITS:
-        return list(FEWER)
     left_out = LEFT_OUT if (data, model, labels) in WITH_UPGRAD else {*LEFT_OUT, UPGRAD}
-    return [name for name in METHODS if name not in left_out]
+    wanted = FEWER if model == "CNN" and data != DIGITS else METHODS.keys() - left_out
+    return [name for name in METHODS if name in wanted]
 
 
 QUESTION = question(

@@ -5,16 +5,13 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import torch
-
 from ..data import DIGITS, Sources
 from ..question import Answer, Config, Finished, Question, Scope
 from ..sampling.comparison import POINTS, compare
 from ..sampling.figure import draw
 from ..sampling.settings import ALL, settings
 from ..sampling.summary import numbers, ratio_table, similarities
-from ..task import task_of
-from ..training import models_along
+from ..training import measured_along
 
 SAMPLES = {DIGITS: 1000, "fashion-mnist": 4096}
 LABELS = ("clean", "symmetric 0.4")
@@ -37,10 +34,7 @@ def plan(finished: Finished, scope: Scope) -> list[Config]:
 
 def run(config: Config, sources: Sources) -> dict[str, Any]:
     """What `compare` gives at the `POINTS`, as lists."""
-    task = task_of(config | {"evaluate": "test"}, sources)
-    generator = torch.Generator().manual_seed(config["seed"])  # not one of `seeds_of`, which the training uses
-    found = [compare(model, task.train, generator) for model in models_along(config, task, POINTS)]
-    return {name: [each[name] for each in found] for name in found[0]}
+    return measured_along(config, sources, POINTS, compare)
 
 
 def answer(finished: Finished) -> Answer:

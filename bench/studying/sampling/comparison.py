@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from ..data import Samples
-from .moments import Moments, of_batch, of_data_set
-from .steps import Loss
+from ..steps.loss import Loss
+from ..steps.moments import Moments, of_batch, of_data_set
 
 POINTS = (0, 60, 200)  # steps of a training after which batches are compared with the data set
 SIZES = (16, 64, 256, 1024)  # of batches; the last size is that of the data set

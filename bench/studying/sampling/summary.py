@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from ..contests.ratios import interval_text, ratio_text, ratio_to_baseline
 from ..inference import Comparison, mean
 from ..question import Table, slug
+from ..ranges import ranges
 from .comparison import SIZES
 from .decreases import Decreases, pooled
 from .settings import ALL, SIMILARITIES, Setting
@@ -58,14 +59,11 @@ def numbers(found: Sequence[Setting]) -> dict[str, str]:
     with one kind of labels at one step, such as eigenvalue.16.60.clean.least. The gains of all trainings together have
     their intervals, such as gain_batch.16.60.
     """
-    values: dict[tuple[object, ...], list[float]] = {}
-    for setting in found:
-        for quantity, value in setting.means.items():
-            key = (quantity, setting.size_name, setting.step, setting.labels)
-            for length in (2, 3, 4):
-                values.setdefault(key[:length], []).append(value)
-    least = {slug(*key, "least"): f"{min(group):.2f}" for key, group in values.items()}
-    largest = {slug(*key, "largest"): f"{max(group):.2f}" for key, group in values.items()}
+    means = [
+        ((quantity, setting.size_name, setting.step, setting.labels), value)
+        for setting in found
+        for quantity, value in setting.means.items()
+    ]
     together = {
         slug(f"gain {owner}", size, step): interval_text(ratio_to_baseline(comparison))
         for (step, size), decreases in over_trainings(found).items()
@@ -73,7 +71,7 @@ def numbers(found: Sequence[Setting]) -> dict[str, str]:
     }
     later = rank_correlation([setting for setting in found if setting.step])  # than the initial weights
     correlations = rank_correlation(found) | {slug("later", name): text for name, text in later.items()}
-    return least | largest | together | correlations
+    return ranges(means, shortest=2) | together | correlations
 
 
 def rank_correlation(found: Sequence[Setting]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dense import classifier, images
 
 @pytest.fixture
 def model():
-    return classifier()
+    return classifier().eval()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from dense import Dense
+from dense import Dense, assert_left_alone
 
 from bench.studying.curvature import comparison
 from bench.studying.curvature.comparison import compare
@@ -38,10 +38,7 @@ def test_comparison_is_that_of_the_dense_matrices(model, samples, monkeypatch):
 
 
 def test_comparison_leaves_the_model_alone(model, samples):
-    before = [parameter.clone() for parameter in model.parameters()]
-    compare(model, samples)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert_left_alone(model, lambda model: compare(model, samples))
 
 
 def test_run_is_a_pure_function_with_a_comparison_at_every_point():

@@ -1,35 +1,25 @@
 """D of batches beside that of the data set, against dense matrices in float64."""
 
-import copy
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from dense import Dense, classifier, images
+from dense import Dense, assert_left_alone, images, largest
 from matplotlib.figure import Figure
 from torch.func import jacrev
-from torch.nn.functional import cross_entropy
 
 from bench.studying.data import Sources
 from bench.studying.question import Finished, Line, Scope
-from bench.studying.questions import sampling
 from bench.studying.questions.sampling import QUESTION
 from bench.studying.sampling import comparison
 from bench.studying.sampling.comparison import OWNERS, SGD, compare
 from bench.studying.sampling.settings import OTHER_SIMILARITIES, SIMILARITIES, settings
-from bench.studying.sampling.steps import Loss
 from bench.studying.sampling.summary import numbers
-from bench.studying.task import task_of
-from bench.studying.training import batches_of, initial_model, models_along
+from bench.studying.steps.loss import Loss
 
 SIZE, DRAWS = 6, 3
 QUICK = QUESTION.plan(Finished(), Scope(quick=True, data=("digits",)))
-
-
-@pytest.fixture
-def model():
-    return classifier().eval()
 
 
 @pytest.fixture
@@ -44,19 +34,6 @@ def compared(model, samples, monkeypatch):
     return compare(model, samples, torch.Generator().manual_seed(2))
 
 
-class Drawn(Dense):
-    """With batches."""
-
-    def batches(self):
-        """Those of the batches that `compared` draws."""
-        generator = torch.Generator().manual_seed(2)
-        return [self.moments(torch.randperm(24, generator=generator)[:SIZE]) for _ in range(DRAWS)]
-
-
-def largest(matrix):
-    return torch.linalg.eigvalsh(matrix)[-1].item()
-
-
 def cosine(left, right):
     return (left @ right / left.norm() / right.norm()).item()
 
@@ -66,9 +43,9 @@ def corrected(gradient, matrix):
 
 
 def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
-    dense = Drawn(model, samples)
+    dense = Dense(model, samples)
     mean, matrix = dense.moments()
-    batches, wanted = dense.batches(), matrix @ mean
+    batches, wanted = dense.drawn(torch.Generator().manual_seed(2), SIZE, DRAWS), matrix @ mean
     expected = {
         "eigenvalue": [largest(of_batch) / largest(matrix) for _, of_batch in batches],
         "trace": [(of_batch.trace() / matrix.trace()).item() for _, of_batch in batches],
@@ -86,22 +63,17 @@ def test_similarities_are_those_of_the_dense_matrices(model, samples, compared):
 
 
 def test_decreases_are_those_at_the_best_of_many_rates(model, samples, compared):
-    dense = Drawn(model, samples)
+    dense = Dense(model, samples)
     _, matrix = dense.moments()
-    batches = dense.batches()
+    batches = dense.drawn(torch.Generator().manual_seed(2), SIZE, DRAWS)
     directions = {
         "SGD": [gradient for gradient, _ in batches],
         "batch": [corrected(*batch) for batch in batches],
         "other": [corrected(gradient, other) for (gradient, _), (_, other) in pairwise([*batches, batches[0]])],
         "data": [corrected(gradient, matrix) for gradient, _ in batches],
     }
-    before = dense.losses(dense.x).mean()
     for name, of_name in directions.items():
-        decreases = [
-            (before - torch.stack([dense.losses(dense.x - rate * each).mean() for each in of_name]).mean()).item()
-            for rate in np.geomspace(0.01, 10, 400)
-        ]
-        assert compared[f"decrease {name}"][0] == pytest.approx(max(decreases), rel=5e-3), name
+        assert compared[f"decrease {name}"][0] == pytest.approx(dense.decrease(of_name), rel=5e-3), name
 
 
 def test_all_samples_in_a_batch_give_the_data_set_itself(compared):
@@ -111,7 +83,7 @@ def test_all_samples_in_a_batch_give_the_data_set_itself(compared):
 
 
 def test_the_mean_loss_has_no_slope_at_the_best_rate(model, samples):
-    dense = Drawn(model, samples)
+    dense = Dense(model, samples)
     directions = -dense.gradients[:2].float() + 3 * dense.gradients.mean(0).float()
     rate, decrease = Loss(model, samples).best_step(directions, 0.1)
 
@@ -125,26 +97,7 @@ def test_the_mean_loss_has_no_slope_at_the_best_rate(model, samples):
 
 
 def test_comparison_leaves_the_model_alone(model, samples):
-    before = [parameter.clone() for parameter in model.parameters()]
-    compare(model, samples, torch.Generator().manual_seed(2))
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_models_are_those_of_a_training_at_a_constant_rate():
-    config = QUICK[0]
-    task = task_of(config | {"evaluate": "test"}, Sources())
-    model = initial_model(config, task)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    states = [copy.deepcopy(model.state_dict())]
-    for batch in batches_of(config, task.train):
-        optimizer.zero_grad()
-        cross_entropy(model(batch.inputs), batch.labels).backward()
-        optimizer.step()
-    states.append(model.state_dict())
-    found = [copy.deepcopy(each.state_dict()) for each in models_along(config, task, (0, 60))]
-    assert config["steps"] == 60
-    torch.testing.assert_close(found, states)
+    assert_left_alone(model, lambda model: compare(model, samples, torch.Generator().manual_seed(2)))
 
 
 def test_run_is_a_pure_function_of_the_configuration():
@@ -153,14 +106,6 @@ def test_run_is_a_pure_function_of_the_configuration():
     torch.rand(1)
     assert QUESTION.run(config, Sources()) == first
     assert {np.shape(values) for values in first.values()} == {(2, 2)}  # points, and batches of 16 and of all samples
-
-
-def test_draws_depend_on_the_seed(monkeypatch):
-    monkeypatch.setattr(sampling, "compare", lambda _, __, generator: {"seed": generator.initial_seed()})
-    assert [sampling.run(QUICK[0] | {"seed": seed}, Sources()) for seed in (3, 4)] == [
-        {"seed": [3] * 2},
-        {"seed": [4] * 2},
-    ]
 
 
 def finished(decreases, seeds=(0, 1), **entries):

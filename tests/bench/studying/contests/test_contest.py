@@ -7,7 +7,7 @@ import pytest
 from contest_cases import BASE, ENTRIES, SGD, entry, finish, runs_at
 
 from bench.studying.contests.contest import Contest, grouped
-from bench.studying.contests.tuning import HALF
+from bench.studying.contests.tuning import HALF, LIMIT
 from bench.studying.question import Finished
 
 CONTEST = Contest(lambda _: [1.0, 2.0, 4.0], lambda outcome: (outcome["score"],), {"evaluate": "validation"})
@@ -60,6 +60,18 @@ def test_search_goes_on_upwards_until_a_training_fails_and_takes_the_best_of_all
     del losses[2.828]
     search, _ = climb(losses)
     assert (search.best, search.largest) == (2, 2)
+
+
+def test_where_no_rate_trains_there_is_no_largest_one():
+    search, counts = climb({1.0: 9, 1.414: 9, 2.0: 6, 2.828: 9, 4.0: 9})
+    assert (search.best, search.largest) == (2, None)
+    assert set(counts) == {1, 1.414, 2, 2.828, 4}
+
+
+def test_climb_without_an_end_fails():
+    rates = range(-60, 61)
+    with pytest.raises(RuntimeError, match=rf"all of {LIMIT} rates from 2 to 5792.62 train, for \{{'data'"):
+        climb({round(2 * HALF**power, 3): abs(power) / 100 for power in rates})
 
 
 def test_rate_that_was_tried_is_not_tried_again_because_of_rounding():

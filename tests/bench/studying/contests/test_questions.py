@@ -38,6 +38,14 @@ def test_cnn_on_larger_images_has_fewer_methods_of_the_catalogue():
     assert found["digits", "CNN"] == of_mlp
 
 
+def test_both_data_sets_have_clean_labels_and_both_kinds_of_wrong_ones():
+    found = {}
+    for base in labels.methods(FULL):
+        found.setdefault((base["data"], base["model"]), set()).add(base["labels"])
+    assert len(found) == 4
+    assert all(kinds >= {"clean", "symmetric 0.4", "pairwise 0.4"} for kinds in found.values())
+
+
 def test_class_weights_are_compared_where_classes_differ_in_size_only():
     defects = {run["labels"] for run in imbalance.methods(FULL) if run["method"] == "class weights"}
     assert defects == {"imbalanced 50"}
