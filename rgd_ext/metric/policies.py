@@ -221,9 +221,9 @@ class Trace(_Fraction):
 class Rayleigh(_Fraction):
     """epsilon = fraction |g|^2 / (g^T D g), so that the direction is one of descent for fraction < 1.
 
-    Then <g, (I - eps D) g> = (1 - fraction) |g|^2. That is of the batch: with few samples and a fraction near 1, the
-    loss of all samples may rise. Epsilon may exceed the bound of eq. (6), since the Rayleigh quotient of g is at most
-    lambda_max.
+    Then <g, (I - eps D) g> = (1 - fraction) |g|^2 for g and D of the batch; with a small batch and a fraction near 1, a
+    step may raise the loss of all samples. Epsilon may exceed the bound of eq. (6), since the Rayleigh quotient of g is
+    at most lambda_max.
 
     Raises:
         ValueError: if `fraction` is not finite.

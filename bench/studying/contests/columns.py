@@ -90,5 +90,5 @@ def text(comparison: Comparison) -> str:
 
 
 def points(difference: float) -> str:
-    """Percentage points."""
-    return f"{difference:+.1f}"
+    """Percentage points; what rounds to zero has a plus."""
+    return f"{round(difference, 1) + 0:+.1f}"

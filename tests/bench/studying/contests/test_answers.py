@@ -6,7 +6,7 @@ import pytest
 from contest_cases import ENTRIES, SGD, SPECTRAL, entry, in_columns
 from matplotlib.figure import Figure
 
-from bench.studying.contests import accuracies, losses
+from bench.studying.contests import accuracies, columns, losses
 from bench.studying.contests.columns import Layout
 from bench.studying.methods import METHODS
 from bench.studying.question import slug
@@ -169,6 +169,10 @@ def test_larger_rates_than_that_of_the_baseline_are_counted():
     others = [entry(batch_size=7), entry(method="Spectral(0.5)", batch_size=7)]
     rates = {SGD: 0.4, SPECTRAL: 0.8, others[0]: 0.4, others[1]: 0.4}
     assert losses.larger_rates([*rates], rates.get)["spectral_0_5.faster"] == "1"
+
+
+def test_what_rounds_to_zero_has_a_plus():
+    assert [columns.points(value) for value in (-0.04, 0.04, -0.06)] == ["+0.0", "+0.0", "-0.1"]
 
 
 def test_slugs_are_words_for_placeholders():
