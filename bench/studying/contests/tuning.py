@@ -28,8 +28,7 @@ def grid(middle: float, rates: int = 5) -> list[float]:
 def usual_rates(base: Config) -> list[float]:
     """Of a configuration without `lr`, seven around a rate at which the methods train well on digits.
 
-    With pairwise wrong labels, also three smaller ones: accuracy may have one maximum among these, where wrong labels
-    are not learnt, and a lower one at the edge of stability.
+    With pairwise wrong labels, also three smaller ones, for the same reason as in `search`.
     """
     middle = 0.002 if base["method"] == "AdamW" else 0.05 if base["momentum"] else 0.4
     rates = grid(middle, 7)
@@ -42,7 +41,9 @@ def search(
 ) -> tuple[list[Config], float | None]:
     """The runs of the search, and the rate with the best mean scores, or None before they are finished.
 
-    Where the best rate is the smallest or the largest one, the grid gets another rate beyond it.
+    Where the best rate is the smallest or the largest one, the grid gets another rate beyond it. So it does where the
+    smallest one is better than the next: with wrong labels, accuracy may have one maximum among rates so small that
+    these are hardly learnt, and another one at the edge of stability.
 
     Args:
         finished: runs that are finished.
@@ -57,7 +58,10 @@ def search(
     rates = list(rates)
     while True:
         runs, best = best_of(finished, base, rates, seeds, scores)
-        if best is None or rates[0] < best < rates[-1]:
+        if best is None:
+            return runs, None
+        _, of_smallest = best_of(finished, base, rates[1::-1], seeds, scores)
+        if best != rates[-1] and rates[0] not in (best, of_smallest):
             return runs, best
         if len(rates) == LIMIT:
             span = f"{rates[0]:g} to {rates[-1]:g}"

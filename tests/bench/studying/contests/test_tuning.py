@@ -58,6 +58,20 @@ def test_edge_is_never_chosen(optimum, runs):
     assert tuned(optimum) == (optimum, runs)
 
 
+def test_grid_is_widened_towards_a_second_maximum_among_small_rates():
+    scores = {1: 5, 2: 4, 4: 6, 8: 3, 0.5: 7, 0.25: 7, 0.125: 2}
+    finished = Finished()
+
+    def asked():
+        return search(finished, {}, [1.0, 2.0, 4.0, 8.0], (0,), lambda outcome: (outcome["score"],))
+
+    while missing := [run for run in asked()[0] if run not in finished]:
+        for run in missing:
+            finished.add(Line(run, {"score": scores[run["lr"]]}, 0.0, {}))
+    assert asked()[1] == 0.25
+    assert len(finished) == len(scores)
+
+
 def test_rates_that_diverge_are_not_chosen():
     assert tuned(1.0, diverges_from=0.5) == (0.25, 10)
 
