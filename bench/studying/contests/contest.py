@@ -11,7 +11,7 @@ from ..inference import Comparison, against
 from ..methods import METHODS
 from ..models import MODELS
 from ..question import Config, Finished, without
-from .tuning import Outcome, Scores, best_of, climb, refine, search
+from .tuning import Outcome, Scores, best_of, climb, maxima, refine, search
 
 # Keys to sort entries of configurations by; others are ascending.
 SORT_KEYS: dict[str, Callable[[Any], Any]] = {"labels": sort_key, "model": list(MODELS).index}
@@ -57,7 +57,9 @@ class Contest:
         on_grid, best = search(finished, searching, self.first_rates(base), self.search_seeds, self.scores)
         if best is None:
             return SearchResult(on_grid)
-        nearby, best = refine(finished, searching, best, self.search_seeds, self.scores)
+        grid = sorted({run["lr"] for run in on_grid})
+        peaks = maxima(finished, searching, grid, self.search_seeds, self.scores)
+        nearby, best = refine(finished, searching, peaks, self.search_seeds, self.scores)
         if best is None or self.fails is None:
             return SearchResult(on_grid + nearby, best)
         tried = [run["lr"] for run in on_grid + nearby]

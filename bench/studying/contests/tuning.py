@@ -69,15 +69,32 @@ def search(
         rates = [*rates, rates[-1] * FACTOR] if best == rates[-1] else [rates[0] / FACTOR, *rates]
 
 
+def maxima(
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
+) -> list[float]:
+    """The best rate of a finished grid, which is increasing, and the best other one that is better than its neighbours.
+
+    With two maxima, the grid may come nearer to the lower one than to the higher one.
+    """
+    _, means = scored(finished, base, rates, seeds, scores)
+    best = max(rates, key=means.__getitem__)
+    inner = [
+        at
+        for below, at, above in zip(rates, rates[1:], rates[2:], strict=False)
+        if means[at] > max(means[below], means[above])
+    ]
+    return [best, *sorted(set(inner) - {best}, key=means.__getitem__)[-1:]]
+
+
 def refine(
-    finished: Finished, base: Config, rate: float, seeds: Sequence[int], scores: Scores
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
 ) -> tuple[list[Config], float | None]:
-    """The runs with a rate and half a factor below and above it, and the best of the three, as in `search`.
+    """The runs with each of these rates and half a factor below and above it, and the best of all, as in `search`.
 
     At the edge of stability, accuracies and losses change much within a factor of two, so that the distance of a
     method's edge from the grid would decide on what it seems to gain.
     """
-    return best_of(finished, base, [rate, *(rate * HALF**sign for sign in (-1, 1))], seeds, scores)
+    return best_of(finished, base, [near for at in rates for near in (at, at * HALF**-1, at * HALF)], seeds, scores)
 
 
 def climb(
@@ -116,13 +133,17 @@ def best_of(
     finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
 ) -> tuple[list[Config], float | None]:
     """The runs with these rates, and the first rate with the best mean scores, or None before they are finished."""
+    runs, means = scored(finished, base, rates, seeds, scores)
+    return runs, max(rates, key=means.__getitem__) if means else None
+
+
+def scored(
+    finished: Finished, base: Config, rates: Sequence[float], seeds: Sequence[int], scores: Scores
+) -> tuple[list[Config], dict[float, tuple[float, ...]]]:
+    """The runs with these rates, and the mean scores by rate, or none before they are finished."""
     runs = {lr: [base | {"lr": lr, "seed": seed} for seed in seeds] for lr in rates}
     every = [run for of_rate in runs.values() for run in of_rate]
     if any(run not in finished for run in every):
-        return every, None
-
-    def means(lr: float) -> tuple[float, ...]:
-        of_seeds = [scores(finished[run].outcome) for run in runs[lr]]
-        return tuple(map(statistics.mean, zip(*of_seeds, strict=True)))
-
-    return every, max(rates, key=means)
+        return every, {}
+    of_rates = {lr: [scores(finished[run].outcome) for run in of_rate] for lr, of_rate in runs.items()}
+    return every, {lr: tuple(map(statistics.mean, zip(*each, strict=True))) for lr, each in of_rates.items()}

@@ -36,7 +36,7 @@ def branches(finished: Finished, base: Config, rate: float, sizes: tuple[int, ..
         yield from on_grid
         if best is None:
             return
-        nearby, lr = refine(finished, of_search, best, [seed], scores)
+        nearby, lr = refine(finished, of_search, [best], [seed], scores)
         yield from nearby
         if lr is not None:
             yield of_size | counting | {"lr": lr}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench.studying.contests.tuning import LIMIT, grid, refine, search, usual_rates
+from bench.studying.contests.tuning import LIMIT, grid, maxima, refine, search, usual_rates
 from bench.studying.question import Finished, Line
 
 LARGEST = re.escape(f"{2.0**22:g}")
@@ -89,13 +89,34 @@ def test_next_score_decides_between_equal_ones():
 )
 def test_rate_is_refined_by_half_a_factor(scores, best):
     finished = Finished()
-    runs, found = refine(finished, {}, 1.0, (0, 1), lambda outcome: (outcome["score"],))
+    runs, found = refine(finished, {}, [1.0], (0, 1), lambda outcome: (outcome["score"],))
     assert found is None
     assert [run["lr"] for run in runs[::2]] == pytest.approx([1, 2**-0.5, 2**0.5])
     for number, run in enumerate(runs):
         # For each seed alone, another rate is the best one.
         finished.add(Line(run, {"score": scores[number // 2] + 9 * (-1) ** number * (number // 2)}, 0.0, {}))
-    assert refine(finished, {}, 1.0, (0, 1), lambda outcome: (outcome["score"],))[1] == pytest.approx(best)
+    assert refine(finished, {}, [1.0], (0, 1), lambda outcome: (outcome["score"],))[1] == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        ((1, 2, 3, 2, 1), [3]),
+        ((1, 3, 2, 4, 1), [4, 2]),
+        ((4, 6, 3, 5, 2, 4, 3), [2, 4]),
+        ((5, 2, 3, 1), [1, 3]),
+        ((1, 2, 2, 1), [2]),
+    ],
+    ids=str,
+)
+def test_maxima_are_the_best_rate_and_the_best_other_one_between_worse_neighbours(scores, found):
+    finished = Finished()
+    for lr, score in enumerate(scores, 1):
+        # For each seed alone, another rate is the best one.
+        for seed in (0, 1):
+            finished.add(Line({"lr": lr, "seed": seed}, {"score": score + 9 * lr * (-1) ** seed}, 0.0, {}))
+    rates = range(1, len(scores) + 1)
+    assert maxima(finished, {}, rates, (0, 1), lambda outcome: (outcome["score"],)) == found
 
 
 def test_search_without_an_end_fails():
