@@ -36,6 +36,15 @@ def test_runs_that_count_follow_the_search_at_its_best_rate():
     assert entry.values("score") == [0, 1, 2]
 
 
+def test_both_of_two_maxima_are_refined():
+    finished = Finished()
+    scores = {1.0: 0, 2.0: 7, 4.0: 1, 8.0: 6, 16.0: 0}
+    contest = Contest(lambda _: list(scores), lambda outcome: (outcome["score"],))
+    while missing := [run for run in contest.search(finished, BASE).runs if run not in finished]:
+        finish(finished, missing, lambda run: {"score": scores.get(run["lr"], 9 if run["lr"] > 8 else 5)})
+    assert contest.search(finished, BASE).best == 8 * HALF
+
+
 CLIMBING = Contest(
     lambda _: [1.0, 2.0, 4.0], lambda outcome: (-outcome["loss"],), fails=lambda outcome: outcome["loss"] > 5
 )
