@@ -53,19 +53,21 @@ def search(
         scores: of an outcome; the larger the better. The second one decides between rates with the same first one.
 
     Raises:
-        RuntimeError: if the best one of `LIMIT` rates is still at the edge.
+        RuntimeError: if `LIMIT` rates are not enough for that.
     """
     rates = list(rates)
     while True:
         runs, best = best_of(finished, base, rates, seeds, scores)
         if best is None:
             return runs, None
-        _, of_smallest = best_of(finished, base, rates[1::-1], seeds, scores)
+        _, of_smallest = best_of(finished, base, rates[1::-1], seeds, scores)  # of equal ones the first, the larger one
         if best != rates[-1] and rates[0] not in (best, of_smallest):
             return runs, best
         if len(rates) == LIMIT:
             span = f"{rates[0]:g} to {rates[-1]:g}"
-            raise RuntimeError(f"the best of {LIMIT} rates from {span} is at the edge, for {base}")
+            raise RuntimeError(
+                f"the best of {LIMIT} rates from {span}, or of the smallest two, is at the edge, for {base}"
+            )
         rates = [*rates, rates[-1] * FACTOR] if best == rates[-1] else [rates[0] / FACTOR, *rates]
 
 
