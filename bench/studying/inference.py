@@ -21,7 +21,7 @@ class Interval:
     low: float
     high: float
 
-    def text(self, number: Callable[[float], str]) -> str:
+    def text(self, number: Callable[[float], str] = "{:.2f}".format) -> str:
         """The mean, and in brackets the ends, each as `number` writes it."""
         middle, low, high = map(number, (self.mean, self.low, self.high))
         return f"{middle} ({low} to {high})"

@@ -57,11 +57,11 @@ def search(
     """
     rates = list(rates)
     while True:
-        runs, best = best_of(finished, base, rates, seeds, scores)
-        if best is None:
+        runs, means = scored(finished, base, rates, seeds, scores)
+        if not means:
             return runs, None
-        _, of_smallest = best_of(finished, base, rates[1::-1], seeds, scores)  # of equal ones the first, the larger one
-        if best != rates[-1] and rates[0] not in (best, of_smallest):
+        best = max(rates, key=means.__getitem__)
+        if best not in (rates[0], rates[-1]) and means[rates[0]] <= means[rates[1]]:
             return runs, best
         if len(rates) == LIMIT:
             span = f"{rates[0]:g} to {rates[-1]:g}"

@@ -66,13 +66,9 @@ def table(found: Sequence[Setting]) -> Table:
         means = {quantity: setting.means(quantity) for quantity in QUANTITIES}
         for step in setting.steps:
             if step in SHOWN:
-                cells = [text(means[quantity][step]) for quantity in QUANTITIES]
+                cells = [means[quantity][step].text() for quantity in QUANTITIES]
                 rows.append([setting.name, described(setting.labels), str(step), *cells])
     return Table(("model", "labels", "step", *QUANTITIES.values()), rows)
-
-
-def text(interval: Interval) -> str:
-    return interval.text("{:.2f}".format)
 
 
 def numbers(found: Sequence[Setting]) -> dict[str, str]:

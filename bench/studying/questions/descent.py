@@ -58,11 +58,11 @@ def answer(finished: Finished) -> Answer:
     rows, values = [], []
     for data, labels, step, policy, means in settings(finished):
         if step == SHOWN:
-            rows.append([data, described(labels), policy, *(each.text("{:.2f}".format) for each in means.values())])
+            rows.append([data, described(labels), policy, *(each.text() for each in means.values())])
         values += [((quantity, policy, step, labels), each.mean) for quantity, each in means.items()]
     table = Table(("data", "labels", "policy", *QUANTITIES.values()), rows)
-    # A gain may be less than a hundredth.
-    gains, others = ([pair for pair in values if (pair[0][0] == "gain") == is_gain] for is_gain in (True, False))
+    others = [(key, value) for key, value in values if key[0] != "gain"]
+    gains = [(key, value) for key, value in values if key[0] == "gain"]  # which may be less than a hundredth
     return Answer({"table": table}, numbers=ranges(others, shortest=2) | ranges(gains, shortest=2, text=short))
 
 

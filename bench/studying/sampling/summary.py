@@ -24,7 +24,7 @@ def similarities(found: Sequence[Setting]) -> Table:
     for setting in found:
         if setting.step == SHOWN and setting.size_name != ALL:
             means = [mean(setting.values(quantity)) for quantity in SIMILARITIES]
-            cells = [each.text("{:.2f}".format) for each in means]
+            cells = [each.text() for each in means]
             rows.append([*setting.training, setting.size_name, *cells])
     return Table(("data", "labels", "B", *SIMILARITIES.values()), rows)
 

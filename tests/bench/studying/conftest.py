@@ -11,4 +11,4 @@ def model():
 
 @pytest.fixture
 def samples():
-    return images(12)
+    return images(24)

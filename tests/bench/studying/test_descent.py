@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dense import Dense, assert_left_alone, images, largest
+from dense import Dense, assert_left_alone, largest
 
 from bench.studying.data import Sources
 from bench.studying.question import Finished, Line, Scope
@@ -13,11 +13,6 @@ from bench.studying.steps.descent import POLICIES, compare
 
 SIZE, DRAWS = 6, 3
 QUICK = QUESTION.plan(Finished(), Scope(quick=True, data=("digits",)))
-
-
-@pytest.fixture
-def samples():
-    return images(24)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dense import Dense, assert_left_alone, images, largest
+from dense import Dense, assert_left_alone, largest
 from matplotlib.figure import Figure
 from torch.func import jacrev
 
@@ -20,11 +20,6 @@ from bench.studying.steps.loss import Loss
 
 SIZE, DRAWS = 6, 3
 QUICK = QUESTION.plan(Finished(), Scope(quick=True, data=("digits",)))
-
-
-@pytest.fixture
-def samples():
-    return images(24)
 
 
 @pytest.fixture
