@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rgd_ext
 from rgd_ext.__main__ import main
@@ -92,8 +93,37 @@ for command in {COMMANDS}:
     assert found == [" ".join(["usage: python -m rgd_ext", *command]) for command in COMMANDS]
 
 
-def test_info_prints_the_version_and_the_build(capsys):
+def info(capsys):
+    """What `info` prints, by name."""
     assert main(["info"]) == 0
-    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    return dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_info_prints_the_version_the_build_and_what_runs(capsys):
+    lines = info(capsys)
     assert lines["rgd_ext"] == rgd_ext.__version__
     assert set(rgd_ext.build_info()) < set(lines)
+    assert f"torch {torch.__version__}, {torch.get_num_threads()} threads" in lines["running"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "cuda", "gpu", "slower"),
+    [
+        (False, None, False, "RGD_EXT_BUILD=cpu"),
+        (True, None, False, "none"),
+        (True, None, True, "RGD_EXT_BUILD=cuda"),
+        (True, "13.0", True, "none"),
+    ],
+)
+def test_info_says_what_is_slower_and_how_to_mend_it(compiled, cuda, gpu, slower, capsys, monkeypatch):
+    build = rgd_ext.build_info() | {"compiled": compiled, "cuda": cuda}
+    monkeypatch.setattr(rgd_ext, "build_info", lambda: build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert slower in info(capsys)["slower"]
+
+
+def test_info_lists_the_optional_packages_that_are_missing():
+    lines = run("from rgd_ext.__main__ import main; main(['info'])", without=["scipy", "rich"]).stdout.splitlines()
+    assert [line.split(None, 1)[1] for line in lines if line.startswith("missing")] == [
+        "rich, scipy: pip install 'rgd_ext[all]'"
+    ]
