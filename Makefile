@@ -7,15 +7,23 @@ BIN := $(VENV)/bin
 BUILT := build/.built
 CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint lint-python lint-format lint-types lint-cpp bench cpp sanitize cuda clean FORCE
+# The tests of `make wheel`, which take a minute.
+QUICK := tests/ops tests/metric tests/binary tests/test_optim.py tests/test_gradients.py tests/test_monitor.py \
+    $(addprefix tests/capture/test_,models.py small_layers.py steps.py)
+
+.PHONY: demo test wheel lint lint-python lint-format lint-types lint-cpp bench cpp sanitize cuda clean FORCE
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
 
 # The two workers share the processors, so threads that wait must not spin.
-test: export OMP_WAIT_POLICY = passive
+test wheel: export OMP_WAIT_POLICY = passive
 test: $(BUILT)
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST)
+
+# Source distribution, wheel and a test of the wheel; for wheels of another torch: TORCH=torch==2.11.0 VENV=.venv-2.11.
+wheel: $(VENV)/.requirements
+	tools/wheel.sh $(BIN)/python $(TORCH) $(or $(PYTEST),$(QUICK))
 
 # .pre-commit-config.yaml runs the same ones.
 lint: lint-python lint-format lint-types lint-cpp
@@ -53,7 +61,7 @@ cuda:
 	RGD_EXT_BUILD=cuda $(MAKE) -C build/cuda test VENV=$(abspath .venv-cuda) TORCH=torch==2.14.1
 
 clean:
-	rm -rf build $(VENV) .venv-cuda rgd_ext/_C*.so *.egg-info
+	rm -rf build $(VENV) .venv-cuda rgd_ext/_C*.so rgd_ext/_C.json *.egg-info
 
 # What was asked for last: another choice builds anew.
 build/.choice: FORCE
@@ -66,6 +74,6 @@ $(VENV)/.requirements: requirements-dev.txt Makefile build/.choice
 	touch $@
 
 $(BUILT): $(VENV)/.requirements setup.py pyproject.toml $(shell find csrc -type f)
-	rm -f rgd_ext/_C*.so
+	rm -f rgd_ext/_C*.so rgd_ext/_C.json
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

@@ -1,12 +1,14 @@
-"""The user's build: `pip install --no-build-isolation .`. Metadata stands in pyproject.toml.
+"""The user's build: `pip install --no-build-isolation .`. Metadata stands in pyproject.toml, but for the dependencies.
 
 RGD_EXT_BUILD chooses what is compiled:
     auto (default)  CUDA kernels where torch has CUDA and nvcc is there, else CPU kernels, else (no C++ compiler) none
     cuda | cpu      exactly that, or an error; FORCE_CUDA=1 stands for cuda, as in other extensions
     none            pure Python: every operator runs its plain PyTorch definition
 TORCH_CUDA_ARCH_LIST chooses the GPU architectures: by default those of the GPUs that are there, else those of torch.
+A compiled installation requires the release of torch that it was compiled with.
 """
 
+import json
 import os
 import re
 import shutil
@@ -115,7 +117,8 @@ def chosen_build() -> str:
     except ImportError:
         fail(
             "torch is not installed where this build runs",
-            "First `pip install torch`, then `pip install --no-build-isolation .` (or set RGD_EXT_BUILD=none).",
+            "First `pip install torch`, then `pip install --no-build-isolation .`; or name a release of torch,"
+            " `pip install . -C torch=2.13.0`; or set RGD_EXT_BUILD=none.",
         )
     if choice == "cpu":
         return choice
@@ -133,16 +136,22 @@ def chosen_build() -> str:
 
 
 def build_arguments(build: str) -> dict:
-    """The arguments of `setup` that compile `rgd_ext._C`."""
+    """The arguments of `setup` that depend on what is compiled."""
     if build == "none":
-        return {}
+        return {"install_requires": ["torch>=2.11", "numpy"]}
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    class CudaFirst(BuildExtension):
-        """Compiles the CUDA sources first, because they take longest; setuptools would sort all sources by name."""
+    class Build(BuildExtension):
+        """Records beside the module what it fits, to be read before it is loaded."""
+
+        def run(self):
+            super().run()
+            fits = {"torch": torch.__version__, "cuda": torch.version.cuda if build == "cuda" else None}
+            Path(self.get_ext_fullpath("rgd_ext._C")).with_name("_C.json").write_text(json.dumps(fits))
 
         def build_extension(self, extension):
+            """Compile the CUDA sources first: they take longest. setuptools would sort all sources by name."""
             compile_all = self.compiler.compile
             self.compiler.compile = lambda sources, **options: compile_all(
                 sorted(sources, key=lambda source: not source.endswith(".cu")), **options
@@ -163,7 +172,11 @@ def build_arguments(build: str) -> dict:
     else:
         sources = [source for source in SOURCES if source not in CUDA_SOURCES]
         extension = CppExtension("rgd_ext._C", sources, **arguments)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": CudaFirst}}
+    release = ".".join(torch.__version__.split(".")[:2])
+    dependencies = [f"torch=={release}.*", "numpy"]
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}, "install_requires": dependencies}
 
 
-setup(**build_arguments(chosen_build()))
+# A source distribution, and what pip has to know before it installs torch for a build, are the same for all builds.
+is_describing = sys.argv[-1] == "egg_info" or "sdist" in sys.argv
+setup(**build_arguments("none" if is_describing else chosen_build()))

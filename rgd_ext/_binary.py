@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 
 import torch
 
 from . import ops  # noqa: F401  kernels are registered for operators that exist
 
-_REMEDY = "Build it again: pip install --no-build-isolation --force-reinstall --no-deps ."
+_REMEDY = (
+    "Install its wheel for this torch, or build it again in a checkout:"
+    " pip install --no-build-isolation --force-reinstall --no-deps ."
+)
 
 
-def check_torch(compiled: str, running: str) -> None:
-    """Raise ImportError unless both are the same minor release: the C++ interface changes with each."""
+def check_fit(compiled: str, cuda: str | None) -> None:
+    """Check the torch that runs against the one that the extension was compiled for.
+
+    The C++ interface changes with each minor release of torch, and CUDA's with each major release.
+
+    Args:
+        compiled: the version of torch that it was compiled for.
+        cuda: the CUDA version that its CUDA kernels were compiled for; None without CUDA kernels.
+
+    Raises:
+        ImportError: if another one runs.
+    """
+    running = torch.__version__
     if compiled.split(".")[:2] != running.split(".")[:2]:
         raise ImportError(f"rgd_ext was compiled for torch {compiled}, but torch {running} is installed. {_REMEDY}")
+    if cuda is not None and cuda.split(".")[0] != (torch.version.cuda or "").split(".")[0]:
+        found = f"is for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        raise ImportError(f"rgd_ext was compiled for CUDA {cuda}, but the installed torch {running} {found}. {_REMEDY}")
 
 
 if importlib.util.find_spec("rgd_ext._C") is not None:
+    # With another torch the linker would complain of symbols first, so setup.py has noted what the extension fits.
+    _note = Path(__file__).with_name("_C.json")
+    if not _note.exists():
+        raise ImportError(f"{_note}, which belongs to the compiled extension of rgd_ext, is missing. {_REMEDY}")
+    _fits = json.loads(_note.read_text())
+    check_fit(_fits["torch"], _fits["cuda"])
     try:
         from . import _C as _C
     except ImportError as error:
         raise ImportError(
             f"the compiled extension of rgd_ext does not load with torch {torch.__version__}: {error}. {_REMEDY}"
         ) from error
-    check_torch(_C.build_info()["torch"], torch.__version__)
 else:
     _C = None  # type: ignore[assignment]  # to type checkers, which read its stub, it is always there
 

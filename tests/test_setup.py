@@ -1,15 +1,18 @@
-"""setup.py refuses what it cannot build. `--version` runs all of its decisions and builds nothing."""
+"""What is packed, what a build needs, and what setup.py refuses: `--version` runs its decisions and builds nothing."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
 
 
 def refusal(**variables):
@@ -53,3 +56,67 @@ def test_cuda_sources_are_compiled_first(tmp_path):
 @needs_cuda
 def test_architectures_that_are_too_old_are_refused():
     assert "TORCH_CUDA_ARCH_LIST names 7.5" in refusal(RGD_EXT_BUILD="cuda", TORCH_CUDA_ARCH_LIST="7.5;9.0")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what is packed, in which builds may leave files."""
+    folder = tmp_path_factory.mktemp("checkout")
+    leave = shutil.ignore_patterns("__pycache__", "_C.json", "*.so", "wheel.sh")
+    for name in ("csrc", "rgd_ext", "tools"):
+        shutil.copytree(ROOT / name, folder / name, ignore=leave)
+    for name in ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def hook(checkout, call):
+    """What a hook of the build backend returns, in a process without torch."""
+    code = f"""
+import json, sys
+sys.modules["torch"] = None
+sys.path.insert(0, "tools")
+import build_backend
+result = build_backend.{call}
+print(json.dumps(result))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_a_build_installs_the_torch_that_the_user_names(checkout, kind):
+    found = hook(checkout, f"get_requires_for_build_{kind}({{'torch': '2.13.0'}})")
+    assert {"torch==2.13.0", "ninja"} <= {*found}
+
+
+@pytest.mark.parametrize("settings", ["", "{'editable_mode': 'strict'}"])
+def test_a_build_installs_no_torch_that_nobody_named(checkout, settings):
+    assert not [name for name in hook(checkout, f"get_requires_for_build_wheel({settings})") if "torch" in name]
+
+
+def test_the_source_distribution_has_all_that_a_build_needs_and_no_tests(checkout, tmp_path):
+    name = hook(checkout, f"build_sdist({str(tmp_path)!r})")
+    with tarfile.open(tmp_path / name) as archive:
+        packed = {Path(*Path(path).parts[1:]) for path in archive.getnames()}
+    needed = {path.relative_to(checkout) for path in checkout.rglob("*.*") if path.is_file()}
+    needed = {path for path in needed if not path.parts[0].endswith(".egg-info")}
+    assert Path("csrc", "grads.h") in needed
+    assert Path("rgd_ext", "_C.pyi") in needed
+    assert needed <= packed
+    assert not [path for path in packed if path.parts[:1] in (("tests",), ("bench",))]
+
+
+def test_a_build_without_torch_says_how_to_name_one(checkout):
+    code = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RGD_EXT_BUILD", "FORCE_CUDA")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "pip install . -C torch=2.13.0" in done.stderr

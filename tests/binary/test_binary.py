@@ -1,26 +1,72 @@
 """What is built, what importing it brings along, and what happens when it does not fit."""
 
+import json
+import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
 
 import rgd_ext
-from rgd_ext._binary import check_torch
+from rgd_ext._binary import check_fit
 
 
 def test_build_info():
     info = rgd_ext.build_info()
     assert set(info) == {"compiled", "cuda", "architectures", "torch", "compiler"}
     assert info["compiled"] == (info["compiler"] is not None)
-    check_torch(info["torch"], torch.__version__)
+    check_fit(info["torch"], info["cuda"])
 
 
-def test_kernels_for_another_torch_are_refused():
-    check_torch("2.13.0", "2.13.1+cu130")
-    with pytest.raises(ImportError, match=r"compiled for torch 2\.13\.0, but torch 2\.14\.1 .*pip install"):
-        check_torch("2.13.0", "2.14.1")
+@pytest.mark.parametrize("version", ["2.13.0", "2.13.1+cu130"])
+def test_another_patch_of_the_same_torch_fits(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    check_fit("2.13.0", None)
+
+
+def test_another_patch_of_the_same_cuda_fits(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    check_fit(torch.__version__, "13.0")
+
+
+@pytest.mark.parametrize(
+    ("running", "found"), [("12.8", r"is for CUDA 12\.8\."), (None, r"has no CUDA\.")], ids=["another", "none"]
+)
+def test_kernels_for_another_cuda_are_refused(monkeypatch, running, found):
+    monkeypatch.setattr(torch.version, "cuda", running)
+    with pytest.raises(ImportError, match=rf"for CUDA 13\.0, but the installed torch .* {found} .*pip install"):
+        check_fit(torch.__version__, "13.0")
+
+
+def failed_import(folder, note):
+    """The last line of `import rgd_ext`, with an extension that no linker loads and what the build has noted of it."""
+    package = folder / "rgd_ext"
+    shutil.copytree(Path(rgd_ext.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*"))
+    package.joinpath(f"_C{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    if note is not None:
+        package.joinpath("_C.json").write_text(json.dumps(note))
+    done = subprocess.run([sys.executable, "-c", "import rgd_ext"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("note", "said"),
+    [
+        ({"torch": "2.0.1", "cuda": None}, "rgd_ext was compiled for torch 2.0.1, but torch "),
+        ({"torch": torch.__version__, "cuda": "9.1"}, "rgd_ext was compiled for CUDA 9.1, but the installed torch "),
+        ({"torch": torch.__version__, "cuda": None}, "the compiled extension of rgd_ext does not load with torch "),
+        (None, "_C.json, which belongs to the compiled extension of rgd_ext, is missing."),
+    ],
+    ids=["another torch", "another CUDA", "broken", "no note"],
+)
+def test_an_extension_that_does_not_fit_is_refused_in_one_line_before_it_is_loaded(tmp_path, note, said):
+    line = failed_import(tmp_path, note)
+    assert said in line
+    assert line.endswith("pip install --no-build-isolation --force-reinstall --no-deps .")
 
 
 def test_operators_are_defined_whatever_is_built():
