@@ -19,22 +19,12 @@ from torch import Tensor
 from .capture import Preconditioner
 from .metric import Stats
 from .metric.noise import NoiseScale
+from .metric.recorded import PREFIX, RECORDED
 
-STATS = {
-    "epsilon": "epsilon",
-    "lambda_max": "largest_eigenvalue",
-    "trace": "trace",
-    "rayleigh": "rayleigh",
-    "cosine": "cosine",
-    "effective_sample_size": "effective_sample_size",
-    "grad_norm": "grad_norm",
-    "direction_norm": "direction_norm",
-    "negative_weights": "negative_weights",
-}
 # From running means over the rows.
 NOISE = ("noise_scale", "grad_snr")
 QUANTILES = ("weight_min", "weight_25", "weight_median", "weight_75", "weight_max")
-COLUMNS = ("step", "batch_size", "loss", *STATS, *NOISE, *QUANTILES)
+COLUMNS = ("step", "batch_size", "loss", *RECORDED, *NOISE, *QUANTILES)
 _LARGEST_STEP = 2**53  # of those that a float64 tells from their neighbours
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 
@@ -159,7 +149,7 @@ class Monitor:
         self._step, self._logged, self._noise = step + 1, weakref.ref(stats), noise
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(f"rgd/{name}", value, step)
+                self.writer.add_scalar(PREFIX + name, value, step)
 
     def _append(self, row: str) -> None:
         line, size = row.encode(), os.fstat(self._file.fileno()).st_size
@@ -191,7 +181,7 @@ class Monitor:
 def _measure(stats: Stats, loss: float | Tensor | None) -> dict[str, float]:
     """The values of the columns that have one, read from the device in one transfer."""
     weights = stats.weights * stats.batch_size
-    scalars = {name: getattr(stats, attribute) for name, attribute in STATS.items()}
+    scalars = {name: getattr(stats, attribute) for name, attribute in RECORDED.items()}
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise ValueError(f"loss is of shape {tuple(loss.shape)}: pass the loss of the step, one number")

@@ -1,4 +1,4 @@
-"""A strategy of Lightning: several processes train a captured LightningModule, without a wrapper around it."""
+"""For Lightning: a callback that trains a captured LightningModule, and a strategy for several processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch.distributed import ProcessGroup
 from ..capture import Preconditioner
 from ..capture.captures import handle_of, is_captured
 from ..distributed import Group
+from ..metric.recorded import RunningRecord
 
 try:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
 except ModuleNotFoundError:  # only the package under its old name is installed
-    from pytorch_lightning import Trainer  # type: ignore[assignment]  # the same classes
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]  # the same classes
     from pytorch_lightning.strategies import DDPStrategy  # type: ignore[assignment]
 
 _NOT_CAPTURED = (
@@ -29,6 +30,21 @@ _WITHOUT_GROUP = (
     "the model was captured without process_group, so that each of the {} processes would train one of its own: pass"
     " process_group=torch.distributed.group.WORLD to rgd_ext.RGD or rgd_ext.precondition in configure_optimizers"
 )
+_NOTHING_CAPTURED = (
+    "RGDCallback finds no captured module in the {}: capture it in configure_optimizers, `rgd_ext.RGD(self, lr=0.1)`,"
+    " or rgd_ext.precondition"
+)
+_UNSCALED_FIRST = (
+    "RGDCallback with accumulate_grad_batches={} and precision '{}', with which Lightning unscales gradients before a"
+    " callback can write them: pass strategy=RGDStrategy(), which writes them earlier, also in one process; or"
+    " precision='bf16-mixed'"
+)
+
+
+def _handles_of(module: nn.Module) -> dict[Preconditioner, str]:
+    """The handles of a module and of its parts, with the name of the part that each of them captures."""
+    found = ((handle_of(part), name) for name, part in module.named_modules())
+    return {handle: name for handle, name in reversed([*found]) if handle is not None}
 
 
 class RGDStrategy(DDPStrategy):
@@ -77,7 +93,7 @@ class RGDStrategy(DDPStrategy):
         Group(world).broadcast("the module of rank 0", [*module.parameters(), *module.buffers()])
         super().setup_optimizers(trainer)
         self._check_captured(module)
-        self._handles = list({handle: None for handle in map(handle_of, module.modules()) if handle is not None})
+        self._handles = list(_handles_of(module))
         if self.world_size > 1 and not all(handle.has_group for handle in self._handles):
             raise ValueError(_WITHOUT_GROUP.format(self.world_size))
         self._is_collecting = self._is_deferring = False
@@ -117,3 +133,74 @@ class RGDStrategy(DDPStrategy):
                 handle.defer(False)
             self._is_deferring = False
         super().teardown()
+
+
+class RGDCallback(Callback):
+    """Has each step of Lightning take one direction, that of all its micro-batches, and logs its statistics.
+
+    With `accumulate_grad_batches` backwards only collect, and the direction of their union is written before gradients
+    are clipped; with `RGDStrategy` the strategy does that. The statistics reach the loggers of the Trainer in each step
+    in which it logs, by the names "rgd/" and those of the columns of `rgd_ext.Monitor`; those of a captured part "net"
+    begin with "rgd/net/". The noise scale is from running means over these steps.
+
+    In manual optimization `handle.defer()` and `handle.write()` are yours to call.
+
+    Raises:
+        ValueError: from `Trainer.fit`, if nothing in the LightningModule is captured, or for accumulation with a
+            GradScaler, as with precision="16-mixed".
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[Preconditioner, tuple[str, RunningRecord]] = {}
+        self._is_deferring = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is captured.
+
+        Raises:
+            ValueError: see the class.
+        """
+        names = _handles_of(pl_module)
+        if not names:
+            raise ValueError(_NOTHING_CAPTURED.format(type(pl_module).__name__))
+        parts = {handle: f"{name.replace('.', '/')}/" if name else "" for handle, name in names.items()}
+        self._records = {handle: (part, RunningRecord()) for handle, part in parts.items()}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Have backwards collect where the Trainer accumulates, which may change from epoch to epoch.
+
+        Raises:
+            ValueError: for accumulation with a GradScaler.
+        """
+        accumulates = trainer.accumulate_grad_batches > 1 and not isinstance(trainer.strategy, RGDStrategy)
+        if accumulates == self._is_deferring:
+            return
+        if accumulates and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ValueError(_UNSCALED_FIRST.format(trainer.accumulate_grad_batches, trainer.precision))
+        self._defer(accumulates)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write what was collected, and log the statistics."""
+        every = cast("int", trainer.log_every_n_steps)  # type: ignore[attr-defined]  # which Lightning sets elsewhere
+        for handle, (part, record) in self._records.items():
+            if self._is_deferring:
+                handle.write()
+            if handle.stats is not None and every > 0 and (trainer.global_step + 1) % every == 0:
+                pl_module.log_dict(record.of(handle.stats, part))
+
+    def on_train_end(self, *args: Any) -> None:
+        """Forget what a training that has stopped between two steps has collected."""
+        if self._is_deferring:
+            for handle in self._records:
+                handle.drop()
+            self._defer(False)
+        self._records = {}
+
+    def on_exception(self, *args: Any) -> None:
+        """As `on_train_end`."""
+        self.on_train_end()
+
+    def _defer(self, on: bool) -> None:
+        for handle in self._records:
+            handle.defer(on)
+        self._is_deferring = on
