@@ -68,9 +68,11 @@ build/.choice: FORCE
 	@mkdir -p build
 	@echo '$(RGD_EXT_BUILD) $(TORCH) $(abspath $(VENV))' | cmp -s - $@ || echo '$(RGD_EXT_BUILD) $(TORCH) $(abspath $(VENV))' > $@
 
-$(VENV)/.requirements: requirements-dev.txt Makefile build/.choice
+# The package without kernels, for the extra that it names; `$(BUILT)` compiles them.
+$(VENV)/.requirements: requirements-dev.txt pyproject.toml Makefile build/.choice
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) -r requirements-dev.txt
+	RGD_EXT_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[trainers]'
 	touch $@
 
 $(BUILT): $(VENV)/.requirements setup.py pyproject.toml $(shell find csrc -type f)
