@@ -99,6 +99,33 @@ def language_model(seed):
     return transformers.LlamaForCausalLM(config).double()
 
 
+# What models of transformers are for, and their sizes, all without dropout.
+HEADS = {"gpt2": "CausalLM", "bert": "SequenceClassification", "vit": "ImageClassification"}
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
+
+
+def transformer(name):
+    """A tiny model of transformers for that task."""
+    import transformers
+
+    shape = {"image_size": 4, "patch_size": 2, "num_channels": 1} if name == "vit" else {"vocab_size": 16}
+    options = SIZES | shape | dict.fromkeys(DROPOUTS, 0.0) | {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.AutoConfig.for_model(name, **options)
+    return getattr(transformers, f"AutoModelFor{HEADS[name]}").from_config(config)
+
+
+class Logits(nn.Module):
+    """A model of transformers as a function of one tensor."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(**{self.model.main_input_name: x}).logits
+
+
 def assert_same_as(outcomes, name, expected, **tolerance):
     """The parameters of both processes have the same bits, and are those of one process to rounding."""
     first, second = (outcome[name]["parameters"] for outcome in outcomes)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from trainers import BATCH, CLIP, DATA, RATE, VALIDATION, mlp, policy
 
 import rgd_ext
-from rgd_ext.integrations.lightning import RGDStrategy
+from rgd_ext.integrations.lightning import RGDCallback, RGDStrategy
 
 
 class Model(pl.LightningModule):
@@ -110,12 +110,19 @@ class Manual(Model):
         self.lr_schedulers().step()
 
 
-def fitted(model, epochs, resume=None, save=None, precision="64-true", accumulate=2, clip=CLIP):
+class Wrapped(Model):
+    """For the strategy "ddp": what it has wrapped is captured."""
+
+    def configure_optimizers(self):
+        return rgd_ext.RGD(self.trainer.model, lr=RATE, momentum=self.momentum, epsilon=policy())
+
+
+def fitted(model, epochs, resume=None, save=None, precision="64-true", accumulate=2, clip=CLIP, strategy=None):
     """The parameters of a model after a training, and what it has logged."""
     trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=RGDStrategy(), max_epochs=epochs, precision=precision,
+        accelerator="cpu", devices=2, strategy=strategy or RGDStrategy(), max_epochs=epochs, precision=precision,
         accumulate_grad_batches=accumulate, gradient_clip_val=clip, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[RGDCallback()], log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(model, DataLoader(DATA, BATCH), DataLoader(VALIDATION, BATCH), ckpt_path=resume, weights_only=False)
     if save is not None:
@@ -139,6 +146,7 @@ def outcomes(rank, folder):
     fitted(model, 1)
     found["stopped"] = fitted(model, 1)
     found["bfloat16"] = fitted(Model(seed=rank, momentum=0).float(), 1, precision="bf16-mixed")
+    found["wrapped"] = fitted(Wrapped(seed=rank), 1, strategy="ddp")
     found["not captured"] = refusal_of(NotCaptured(seed=rank))
     found["without a group"] = refusal_of(WithoutGroup(seed=rank))
     return found

@@ -55,6 +55,16 @@ def test_a_second_fit_captures_the_model_anew(outcomes):
     assert_same_as(outcomes, "fit twice", in_one(1, fits=2))
 
 
+def test_under_the_strategy_ddp_the_callback_writes_the_direction_of_the_union(outcomes):
+    assert_same_as(outcomes, "wrapped", in_one(1))  # the schedule begins after the epoch
+
+
+def test_the_callback_logs_the_statistics_of_all_samples(outcomes):
+    whole, in_parts = ([outcome[name]["logged"] for outcome in outcomes] for name in ("whole", "in parts"))
+    assert whole[0]["rgd/batch_size"] == in_parts[0]["rgd/net/batch_size"] == 6  # the last batch of each has 3
+    assert whole[0]["rgd/trace"] == whole[1]["rgd/trace"] > 0
+
+
 def test_a_part_may_be_captured_for_any_optimizer_and_the_rest_becomes_that_of_rank_0(outcomes):
     frozen = torch.zeros(2, dtype=torch.float64)
     assert_same_as(outcomes, "in parts", [frozen, *in_one(1, accumulate=1, momentum=0)])

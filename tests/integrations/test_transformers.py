@@ -52,3 +52,9 @@ def test_label_smoothing_equals_that_of_one_process(outcomes):
 
 def test_bfloat16_equals_autocast_in_one_process(outcomes):
     assert_same_as(outcomes, "bfloat16", in_one(outcomes, "bfloat16", dtype=torch.float32), rtol=0, atol=1e-6)
+
+
+def test_both_log_the_statistics_of_all_samples(outcomes):
+    first, second = ([row for row in each["whole"]["log"] if "rgd/trace" in row] for each in outcomes)
+    assert first == second
+    assert [row["rgd/batch_size"] for row in first] == [16, 8, 16, 8]  # of two batches of 4, and one, in each

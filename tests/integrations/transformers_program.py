@@ -7,25 +7,7 @@ import torch
 import transformers
 from trainers import BATCH, CLIP, RATE, language_model, policy, save_outcomes, texts
 
-import rgd_ext
-
-
-class RGDTrainer(transformers.Trainer):
-    """As docs/distributed.md has it."""
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.model_wrapped = self.accelerator.prepare(self.model)
-            options = {"epsilon": policy(), "momentum": 0.9, "process_group": torch.distributed.group.WORLD}
-            self.optimizer = rgd_ext.RGD(self.model_wrapped, lr=self.args.learning_rate, **options)
-            self.optimizer.preconditioner.defer()
-        return self.optimizer
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            rgd_ext.handle_of(self.model).write()
-        return loss
+from rgd_ext.integrations.transformers import RGDTrainer, StatsCallback
 
 
 class Noting(RGDTrainer):
@@ -44,14 +26,18 @@ def trainer_of(seed, folder, dtype=torch.float64, **options):
     arguments = transformers.TrainingArguments(
         str(folder), use_cpu=True, per_device_train_batch_size=BATCH, gradient_accumulation_steps=2,
         max_grad_norm=CLIP, num_train_epochs=2, learning_rate=RATE, save_strategy="steps", save_steps=1,
-        report_to=[], disable_tqdm=True, **options,
+        report_to=[], disable_tqdm=True, logging_steps=1, **options,
     )  # fmt: skip
-    return Noting(language_model(seed).to(dtype), arguments, train_dataset=texts())
+    sgd = torch.optim.SGD, {"lr": RATE, "momentum": 0.9}
+    options = {"precondition": {"epsilon": policy()}, "optimizer_cls_and_kwargs": sgd}
+    trainer = Noting(language_model(seed).to(dtype), arguments, train_dataset=texts(), **options)
+    trainer.add_callback(StatsCallback(trainer))
+    return trainer
 
 
 def outcome(trainer):
     parameters = [p.detach().clone() for p in trainer.model.parameters()]
-    return {"parameters": parameters, "batches": trainer.batches}
+    return {"parameters": parameters, "batches": trainer.batches, "log": trainer.state.log_history}
 
 
 def outcomes(rank, folder):
