@@ -1,9 +1,15 @@
-"""Instance-wise UPGrad: a small MLP on handwritten digits, with TorchJD's weights for the per-sample gradients g_i.
+"""TorchJD: instance-wise UPGrad, a weighting of the per-sample gradients, on handwritten digits.
+
+    python examples/upgrad.py     # needs scikit-learn and torchjd[quadprog-projector]
 
 A step along the mean gradient increases the losses of samples whose gradients conflict with it. UPGrad projects each
 g_i onto the cone of directions that increase none, and takes the mean of the projections, which is also longer than the
 mean gradient. Both runs count increases of more than 0.001, to first order, from the Gramian, without which the mean
-would take less time. It needs scikit-learn and torchjd[quadprog-projector].
+would take less time. It prints:
+
+    direction   test accuracy  ms per step  losses increased
+    mean                88.8%         0.70            21.99%
+    UPGrad              89.6%         4.07             0.00%
 """
 
 import argparse
@@ -17,14 +23,7 @@ from torchjd.linalg import QuadprogProjector
 
 import rgd_ext
 
-BATCH_SIZE, LR, INCREASE = 32, 0.05, 0.001
-
-
-def digits() -> tuple[torch.Tensor, ...]:
-    """Images (N, 64) and labels (N,) to train on, then those to test with."""
-    images, labels = map(torch.tensor, load_digits(return_X_y=True))
-    images = images.float() / 8 - 1
-    return images[:-500], labels[:-500], images[-500:], labels[-500:]
+LR, INCREASE = 0.05, 0.001
 
 
 def counting(weighting: Weighting, shares: list[float]) -> rgd_ext.weights.FromGramian:
@@ -32,38 +31,30 @@ def counting(weighting: Weighting, shares: list[float]) -> rgd_ext.weights.FromG
 
     def weights_of(gram: torch.Tensor) -> torch.Tensor:
         weights = weighting(gram)
-        changes = -LR * (gram @ weights)  # -lr <g_i, direction>
-        shares.append((changes > INCREASE).float().mean().item())
+        shares.append((-LR * (gram @ weights) > INCREASE).float().mean().item())  # -lr <g_i, direction>
         return weights
 
     return rgd_ext.weights.FromGramian(weights_of)
 
 
-def train(weighting: Weighting, steps: int) -> tuple[float, float, float]:
-    """Test accuracy, milliseconds of a step (median), and the mean share of samples whose losses a step increases."""
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=300)
+steps = parser.parse_args().steps
+torch.set_num_threads(1)  # the tensors are too small for a second one
+images, labels = map(torch.tensor, load_digits(return_X_y=True))
+images = images.float() / 8 - 1
+projector = QuadprogProjector(norm_eps=0, reg_eps=1e-6)  # by default it regularises more, and small increases are left
+print(f"{'direction':<10}{'test accuracy':>15}{'ms per step':>13}{'losses increased':>18}")
+for name, weighting in {"mean": MeanWeighting(), "UPGrad": UPGradWeighting(projector=projector)}.items():
     torch.manual_seed(0)
-    x, y, x_test, y_test = digits()
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-    shares, milliseconds = [], []
-    optimizer = torch.optim.SGD(model.parameters(), LR)
+    optimizer, shares, times = torch.optim.SGD(model.parameters(), LR), [], []
     with rgd_ext.precondition(model, weights=counting(weighting, shares)):
-        for batch in torch.randint(len(x), (steps, BATCH_SIZE)):
+        for batch in torch.randint(len(images) - 500, (steps, 32)):
             begin = time.perf_counter()
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()  # the direction is in .grad
+            torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             optimizer.step()
-            milliseconds.append(1e3 * (time.perf_counter() - begin))
-    accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
-    return accuracy, statistics.median(milliseconds), statistics.mean(shares)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
-    torch.set_num_threads(1)  # the tensors are too small for a second one
-    # By default TorchJD regularises the projection more, and small increases are then left.
-    projector = QuadprogProjector(norm_eps=0, reg_eps=1e-6)
-    print(f"{'direction':<10}{'test accuracy':>15}{'ms per step':>13}{'losses increased':>18}")
-    for name, weighting in {"mean": MeanWeighting(), "UPGrad": UPGradWeighting(projector=projector)}.items():
-        print("{:<10}{:>15.1%}{:>13.2f}{:>18.2%}".format(name, *train(weighting, steps)))
+            times.append(1e3 * (time.perf_counter() - begin))
+    accuracy = (model(images[-500:]).argmax(1) == labels[-500:]).float().mean()
+    print(f"{name:<10}{accuracy:>15.1%}{statistics.median(times):>13.2f}{statistics.mean(shares):>18.2%}")

@@ -1,32 +1,77 @@
-"""The programs in examples/ run and print a table."""
+"""The programs in examples/ run, and print a table that shows what they say."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from data_files import idx_files, write, zipped
 
 ROOT = Path(__file__).parents[1]
+MNIST = "the folder of Fashion-MNIST"  # stands for small files like it
 
 
 class Example(NamedTuple):
-    """The packages that a program imports besides ours, the arguments of a short run, and what starts the program."""
+    """A program.
+
+    Attributes:
+        needs: the packages that it imports besides ours.
+        short: the arguments of a short run.
+        launcher: what starts it.
+        shows: checks the rows of the table of a short run.
+        is_of_a_trainer: whether it is short, and has the table that it prints in its docstring.
+    """
 
     needs: list[str]
     short: list[str]
     launcher: tuple[str, ...] = ()
+    shows: Callable[[list[list[str]]], None] = lambda rows: None
+    is_of_a_trainer: bool = True
+
+
+def resumed(rows):
+    """The last row is that of a resumed run, and equals that of the whole run before it."""
+    assert rows[-1][1:] == rows[-2][1:] != rows[-3][1:]
+
+
+def equal(rows):
+    assert all(row[1:] == rows[0][1:] for row in rows)
+
+
+def only_adapters_changed(rows):
+    model, with_adapters, without_adapters = ([float(loss) for loss in losses] for _, *losses in rows)
+    assert without_adapters == model
+    assert with_adapters[1] < model[1]
+
+
+def exact_and_falling(rows):
+    for _, _, error, first, last in rows:
+        assert float(error) < 3e-3
+        assert float(last) < float(first)
+
+
+def falling(rows):
+    assert float(rows[-1][1]) < float(rows[0][1])
 
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"
 EXAMPLES = {
+    "fashion_mnist": Example(["numpy"], [MNIST, "--epochs", "2"], shows=falling),
+    "lightning_trainer": Example(["lightning", "sklearn"], [], shows=resumed),
+    "transformers_trainer": Example(["transformers", "accelerate"], ["--steps", "4"], shows=resumed),
+    "accelerate_loop": Example(["accelerate", "sklearn"], [], shows=equal),
+    "peft_lora": Example(["peft", "transformers"], ["--steps", "10"], shows=only_adapters_changed),
+    "timm_models": Example(["torchvision", "timm"], ["--steps", "12"], shows=exact_and_falling),
     "distributed": Example([], ["--epochs", "2"], TORCHRUN),
     "upgrad": Example(["sklearn", "torchjd", "quadprog", "qpsolvers"], ["--steps", "5"]),
-    "poisson": Example([], ["--steps", "2"]),
-    "suspicious_labels": Example(["sklearn"], ["--epochs", "1"]),
+    "poisson": Example([], ["--steps", "2"], is_of_a_trainer=False),
+    "suspicious_labels": Example(["sklearn"], ["--epochs", "1"], is_of_a_trainer=False),
 }
 
 
@@ -47,13 +92,28 @@ def command_of(name, *arguments):
     return [sys.executable, *EXAMPLES[name].launcher, f"examples/{name}.py", *arguments]
 
 
+@pytest.fixture(scope="session")
+def mnist(tmp_path_factory):
+    return str(write(tmp_path_factory.mktemp("mnist"), zipped(idx_files())))
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.stem)
-def test_an_example_prints_a_table_of_numbers(path):
-    _, *rows = table_of(path.stem, *EXAMPLES[path.stem].short)
+def test_an_example_prints_a_table_of_numbers(path, mnist):
+    example = EXAMPLES[path.stem]
+    head, *rows = table_of(path.stem, *(mnist if argument == MNIST else argument for argument in example.short))
     assert len(rows) > 1
     for _, *numbers in rows:
         assert len(numbers) == len(rows[0]) - 1
         assert all(float(number.rstrip("%")) >= 0 for number in numbers)
+    example.shows(rows)
+    if example.is_of_a_trainer:
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert head in [line.split() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.is_of_a_trainer])
+def test_an_example_of_a_trainer_is_short(name):
+    assert len((ROOT / f"examples/{name}.py").read_text().splitlines()) <= 60
 
 
 def test_poisson_is_solved_better_than_by_adam():
