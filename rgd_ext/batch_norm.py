@@ -21,6 +21,9 @@ REMEDIES_IN_UNIT = (
     " rgd_ext.convert_batch_norm(model), or leave it outside of that module"
 )
 
+# Those that normalise and do nothing else.
+_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
+
 
 def batch_norms(module: nn.Module, name: str = "") -> dict[str, _BatchNorm]:
     """The batch normalisation layers in `module`, itself included, by name."""
@@ -50,12 +53,20 @@ def convert_batch_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
 
     Raises:
         TypeError: if `model` is not a module.
-        ValueError: if `num_groups` is not positive.
+        ValueError: if `num_groups` is not positive, or if a batch normalisation has a forward of its own, which may do
+            more than normalise, as the activation of timm's BatchNormAct2d does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     if num_groups < 1:
         raise ValueError(f"num_groups is {num_groups}: pass a positive number")
+    for name, layer in batch_norms(model).items():
+        if type(layer).forward not in _FORWARDS:
+            kind = type(layer).__name__
+            raise ValueError(
+                f"module '{name or kind}' ({kind}) has a forward of its own, of which group normalisation might leave"
+                " something out: replace it by a module of yours, or call .eval() on it for frozen statistics"
+            )
     if isinstance(model, _BatchNorm):
         return _group_norm(model, num_groups)
     model = copy.deepcopy(model)

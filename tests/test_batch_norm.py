@@ -53,3 +53,27 @@ def test_bad_input_is_refused_by_its_value():
         rgd_ext.convert_batch_norm(3)
     with pytest.raises(ValueError, match="num_groups is 0"):
         rgd_ext.convert_batch_norm(network(), 0)
+
+
+class Rectified(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d, it does more than normalise."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Renamed(nn.BatchNorm2d):
+    """Another name for the same."""
+
+
+def test_a_batch_norm_that_does_more_is_refused_by_its_name():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(Rectified(6)))
+    with pytest.raises(ValueError, match=r"module '1\.0' \(Rectified\) has a forward of its own.*\.eval\(\)"):
+        rgd_ext.convert_batch_norm(model)
+    model[1][0].eval()
+    assert rgd_ext.verify(model.double(), torch.randn(4, 3, 8, 8).double())
+
+
+def test_a_batch_norm_under_another_name_is_replaced():
+    assert type(rgd_ext.convert_batch_norm(Renamed(6))) is nn.GroupNorm
+    assert type(rgd_ext.convert_batch_norm(nn.SyncBatchNorm(6))) is nn.GroupNorm
