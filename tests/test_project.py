@@ -1,7 +1,6 @@
 """What the files of the project say of each other is so: versions, commands of workflows, templates of issues."""
 
 import re
-from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,3 @@ def test_the_citation_is_of_this_version():
 def test_the_changelog_has_this_version():
     version = rgd_ext.__version__.partition("+")[0]
     assert re.search(rf"^## {re.escape(version)}( |$)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-
-
-def test_a_compiled_installation_requires_its_release_of_torch():
-    requirement = next(line for line in metadata("rgd_ext").get_all("Requires-Dist") if line.startswith("torch"))
-    release = ".".join(rgd_ext.build_info()["torch"].split(".")[:2])
-    assert requirement == (f"torch=={release}.*" if rgd_ext.build_info()["compiled"] else "torch>=2.11")

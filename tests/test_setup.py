@@ -70,17 +70,18 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def hook(checkout, call):
-    """What a hook of the build backend returns, in a process without torch."""
+def hook(checkout, call, torch=None, build="auto"):
+    """What a hook of the build backend returns, in a process with this module for torch: None as if it were missing."""
     code = f"""
 import json, sys
-sys.modules["torch"] = None
+sys.modules["torch"] = {torch}
 sys.path.insert(0, "tools")
 import build_backend
 result = build_backend.{call}
 print(json.dumps(result))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    environment = os.environ | {"RGD_EXT_BUILD": build}
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -120,3 +121,14 @@ runpy.run_path("setup.py")
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "pip install . -C torch=2.13.0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("build", "required"),
+    [("cpu", f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"), ("none", "torch>=2.11")],
+)
+def test_a_compiled_installation_requires_its_release_of_torch(checkout, tmp_path, build, required):
+    call = f"prepare_metadata_for_build_wheel({str(tmp_path)!r})"
+    name = hook(checkout, call, torch="__import__('torch')", build=build)
+    lines = (tmp_path / name / "METADATA").read_text().splitlines()
+    assert [line for line in lines if line.startswith("Requires-Dist: torch")][:1] == [f"Requires-Dist: {required}"]
