@@ -57,9 +57,9 @@ def build_info() -> dict[str, object]:
     """What this installation was built with.
 
     Returns:
-        "compiled": whether there are compiled kernels; "cuda": the CUDA version they were compiled with, or None;
-        "architectures": the GPU architectures in them; "torch": the torch version they were compiled for, or the one
-        that runs; "compiler": the C++ compiler, or None.
+        "compiled" says whether there are compiled kernels. "cuda" is the CUDA version that they were compiled with, or
+        None, and "architectures" has the GPU architectures in them. "torch" is the version of torch that they were
+        compiled for, or the one that runs, and "compiler" the C++ compiler, or None.
     """
     if _C is None:
         return {"compiled": False, "cuda": None, "architectures": [], "torch": torch.__version__, "compiler": None}

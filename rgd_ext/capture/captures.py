@@ -140,8 +140,8 @@ def precondition(
             their directions, which is another direction at half of the traffic.
 
     Returns:
-        The handle: `.stats`, `.align()`, `.record()`, `.plan()`, `.paused()`, `.accumulate()`, `.defer()`, `.remove()`;
-        a context manager.
+        The handle, which has `stats`, `align()`, `record()`, `plan()`, `paused()`, `accumulate()`, `defer()` and
+        `remove()`, and is a context manager.
 
     Raises:
         TypeError: if `model` is not a module, `epsilon` not a policy, `weights` not a callable or given together

@@ -35,7 +35,7 @@ class PerParameter(Mapping[str, ParameterStats]):
     |g|^2 and tr D add up over parameters; norms and noise scales do not. P is the number of names.
 
     Args:
-        batch_size: B.
+        batch_size: the number of samples, B.
         items: |g|^2 and tr D, scalars, of the part of the gradients that belongs to each parameter, by its name.
 
     Attributes:

@@ -67,7 +67,7 @@ class Statistics:
     number synchronises.
 
     Attributes:
-        batch_size: B.
+        batch_size: the number of samples, B.
         moments: the statistics that need no Gramian.
         grams: the Gramians, or None where they are not needed and the layers do not compute them anyway.
         ulp: the part of D that may be rounding error where all gradients agree, relative to the largest |g_i|^2; see
@@ -156,9 +156,9 @@ class Statistics:
 
     @property
     def unbiased_squared_grad_norm(self) -> Tensor:
-        """An unbiased estimate of |mu|^2, with mu the gradient over all data, a scalar: |g|^2 - tr Sigma / B.
+        """An unbiased estimate of |mu|^2, with mu the gradient over all data, a scalar.
 
-        It may be negative where noise dominates, and is NaN for one sample.
+        It is |g|^2 - tr Sigma / B, with tr Sigma estimated; negative where noise dominates, and NaN for one sample.
         """
         return unbiased(self.batch_size, self.squared_grad_norm, self.trace)[1]
 
@@ -264,7 +264,8 @@ class Stats(Statistics):
         squared_direction_norm: |sum_i w_i g_i|^2; it may be None if the Gramian is there.
 
     Attributes:
-        weights, epsilon: the arguments.
+        weights: as given.
+        epsilon: as given.
         per_parameter: the statistics of each parameter by its name, or None where they were not asked for.
     """
 

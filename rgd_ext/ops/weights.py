@@ -36,8 +36,8 @@ def gram_moments(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         gram: K = G G^T, shape (B, B), float64 or float32.
 
     Returns:
-        In float64: |g|^2, a scalar; the alignments a_i = <g_i - g, g>, shape (B,); |g_i - g|^2, shape (B,); and the
-        centred Gramian <g_i - g, g_j - g>, shape (B, B).
+        |g|^2, a scalar; the alignments a_i = <g_i - g, g>, shape (B,); |g_i - g|^2, shape (B,); and the centred
+        Gramian <g_i - g, g_j - g>, shape (B, B). All are in float64.
 
     Raises:
         ValueError, TypeError: as `largest_eigenvalue`.
