@@ -11,7 +11,7 @@ CPP := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' 
 QUICK := tests/ops tests/metric tests/binary tests/test_optim.py tests/test_gradients.py tests/test_monitor.py \
     $(addprefix tests/capture/test_,models.py small_layers.py steps.py)
 
-.PHONY: demo test wheel lint lint-python lint-format lint-types lint-cpp bench cpp sanitize cuda clean FORCE
+.PHONY: demo test wheel lint lint-python lint-format lint-types lint-cpp docs bench cpp sanitize cuda clean FORCE
 
 demo: $(BUILT)
 	$(BIN)/python -m rgd_ext demo
@@ -39,6 +39,10 @@ lint-types: $(VENV)/.requirements
 
 lint-cpp: $(VENV)/.requirements
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# The site, in build/docs. It is read anew each time, since Sphinx warns only of pages that it reads.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs build/docs
 
 bench: $(BUILT)
 	$(BIN)/python -m bench kernels
@@ -73,6 +77,10 @@ $(VENV)/.requirements: requirements-dev.txt pyproject.toml Makefile build/.choic
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) -r requirements-dev.txt
 	RGD_EXT_BUILD=none $(BIN)/pip install --quiet --no-build-isolation --editable '.[trainers]'
+	touch $@
+
+$(VENV)/.docs: docs/requirements.txt $(BUILT)
+	$(BIN)/pip install --quiet -r docs/requirements.txt
 	touch $@
 
 $(BUILT): $(VENV)/.requirements setup.py pyproject.toml $(shell find csrc -type f)

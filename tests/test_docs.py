@@ -16,11 +16,15 @@ from rgd_ext.commands.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-GUIDES = sorted(ROOT.glob("docs/*.md"))
+GUIDES = sorted(ROOT.glob("docs/**/*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), *GUIDES]
 MODULES = [
     m.name for m in pkgutil.walk_packages(rgd_ext.__path__, "rgd_ext.") if not m.name.endswith(("__main__", "_C"))
 ]
+
+
+def label(page):
+    return str(page.relative_to(ROOT))
 
 
 def is_importable(name):
@@ -47,8 +51,20 @@ def test_examples_in_the_readme_run(code):
     exec(compile(code, README, "exec"), {})
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in GUIDES if page.name != "trainers.md"], ids=label)
 def test_blocks_of_a_guide_run_one_after_the_other(page):
+    run_blocks(page)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the trainers
+def test_blocks_about_trainers_run_one_after_the_other(tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)  # where they leave logs
+    run_blocks(ROOT / "docs/trainers.md")
+
+
+def run_blocks(page):
     namespace = {}
     with mock.patch.dict(os.environ):  # which later tests would see
         for code in blocks(page, "python"):
@@ -70,7 +86,7 @@ def anchors(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_links_lead_to_files_and_headings(page):
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
         target = page.parent / path if path else page
@@ -78,7 +94,7 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_names_and_files_in_a_page_exist(page):
     for name in filter(is_importable, re.findall(r"\brgd_ext(?:\.\w+)+", page.read_text())):
         pkgutil.resolve_name(name)
@@ -86,7 +102,7 @@ def test_names_and_files_in_a_page_exist(page):
         assert (ROOT / path).is_file(), path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_names_that_a_page_places_in_a_file_are_there(page):
     text = page.read_text()
     for name, path in re.findall(r"`([\w.]+)`(?:\*\*)?\s+(?:there\s+)?(?:in|of|\()\s*`([\w/]+\.\w+)`", text):
@@ -94,7 +110,7 @@ def test_names_that_a_page_places_in_a_file_are_there(page):
         assert re.search(rf"^ *(?:def |class |struct )?{word}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=label)
 def test_commands_in_a_page_exist(page):
     text = page.read_text()
     targets = re.findall(r"^([\w ]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -108,3 +124,11 @@ def test_commands_in_a_page_exist(page):
 def test_public_names_have_docstrings():
     for name in rgd_ext.__all__:
         assert getattr(rgd_ext, name).__doc__, name
+
+
+@pytest.mark.parametrize("module", [rgd_ext, rgd_ext.ops, rgd_ext.geometry], ids=lambda module: module.__name__)
+def test_the_reference_has_every_public_name(module):
+    text = "".join(page.read_text() for page in ROOT.glob("docs/api/*.md"))
+    documented = re.findall(r"^\.\. (?:auto|py:)\w+:: ([\w.]+)", text, re.MULTILINE)
+    assert len(documented) == len({*documented})
+    assert {f"{module.__name__}.{name}" for name in module.__all__} <= {*documented}

