@@ -1,9 +1,9 @@
 """The site that `make docs` makes of docs/*.md, of README, CONTRIBUTING and CHANGELOG, and of the docstrings."""
 
 import re
-import tomllib
 from pathlib import Path
 
+import tomllib
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 
