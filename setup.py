@@ -121,6 +121,8 @@ def chosen_build() -> str:
             " `pip install . -C torch=2.13.0`; or set RGD_EXT_BUILD=none.",
         )
     if choice == "cpu":
+        if cxx_compiler() is None:
+            fail("CPU kernels were asked for, but no C++ compiler was found", "Install g++ or clang++, or set CXX.")
         return choice
     missing = missing_for_cuda()
     if choice == "cuda" and missing:
@@ -178,5 +180,5 @@ def build_arguments(build: str) -> dict:
 
 
 # A source distribution, and what pip has to know before it installs torch for a build, are the same for all builds.
-is_describing = sys.argv[-1] == "egg_info" or "sdist" in sys.argv
+is_describing = sys.argv[-1] == "egg_info" or {"sdist", "bdist_wheel"} & {*sys.argv} == {"sdist"}
 setup(**build_arguments("none" if is_describing else chosen_build()))

@@ -39,10 +39,13 @@ def check_fit(compiled: str, cuda: str | None) -> None:
 if importlib.util.find_spec("rgd_ext._C") is not None:
     # With another torch the linker would complain of symbols first, so setup.py has noted what the extension fits.
     _note = Path(__file__).with_name("_C.json")
-    if not _note.exists():
-        raise ImportError(f"{_note}, which belongs to the compiled extension of rgd_ext, is missing. {_REMEDY}")
-    _fits = json.loads(_note.read_text())
-    check_fit(_fits["torch"], _fits["cuda"])
+    try:
+        _compiled = {name: json.loads(_note.read_text())[name] for name in ("torch", "cuda")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ImportError(
+            f"{_note}, which says what the compiled extension of rgd_ext fits, cannot be read. {_REMEDY}"
+        ) from error
+    check_fit(_compiled["torch"], _compiled["cuda"])
     try:
         from . import _C as _C
     except ImportError as error:

@@ -53,27 +53,30 @@ def convert_batch_norm(model: nn.Module, num_groups: int = 32) -> nn.Module:
 
     Raises:
         TypeError: if `model` is not a module.
-        ValueError: if `num_groups` is not positive, or if a batch normalisation has a forward of its own, which may do
-            more than normalise, as the activation of timm's BatchNormAct2d does.
+        ValueError: if `num_groups` is not positive, or if a batch normalisation has forward hooks or a forward of its
+            own, which may do more than normalise, as timm's BatchNormAct2d does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a torch.nn.Module")
     if num_groups < 1:
         raise ValueError(f"num_groups is {num_groups}: pass a positive number")
     for name, layer in batch_norms(model).items():
-        if type(layer).forward not in _FORWARDS:
+        hooks = len(layer._forward_hooks) + len(layer._forward_pre_hooks)
+        if hooks or getattr(layer.forward, "__func__", None) not in _FORWARDS:
             kind = type(layer).__name__
             raise ValueError(
-                f"module '{name or kind}' ({kind}) has a forward of its own, of which group normalisation might leave"
-                " something out: replace it by a module of yours, or call .eval() on it for frozen statistics"
+                f"module '{name or kind}' ({kind}) has {'forward hooks' if hooks else 'a forward of its own'}, of which"
+                " group normalisation would leave something out: replace it by a module of yours, or leave the model as"
+                " it is and call .eval() on its batch normalisations, for frozen statistics"
             )
     if isinstance(model, _BatchNorm):
         return _group_norm(model, num_groups)
     model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
+    norms = {layer: _group_norm(layer, num_groups) for layer in batch_norms(model).values()}
+    for module in [*model.modules()]:
+        for name, child in module._modules.items():  # a module may be a child under several names
             if isinstance(child, _BatchNorm):
-                setattr(module, name, _group_norm(child, num_groups))
+                setattr(module, name, norms[child])
     return model
 
 

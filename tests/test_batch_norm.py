@@ -77,3 +77,24 @@ def test_a_batch_norm_that_does_more_is_refused_by_its_name():
 def test_a_batch_norm_under_another_name_is_replaced():
     assert type(rgd_ext.convert_batch_norm(Renamed(6))) is nn.GroupNorm
     assert type(rgd_ext.convert_batch_norm(nn.SyncBatchNorm(6))) is nn.GroupNorm
+
+
+def test_a_batch_norm_at_two_places_stays_one():
+    norm = nn.BatchNorm2d(6)
+    converted = rgd_ext.convert_batch_norm(nn.Sequential(norm, nn.Sequential(nn.ReLU(), norm), norm))
+    assert type(converted[0]) is nn.GroupNorm
+    assert converted[0] is converted[1][1] is converted[2]
+
+
+def rectify(module, inputs, output):
+    return output.relu()
+
+
+def test_what_is_attached_to_a_batch_norm_is_not_left_out():
+    hooked, changed = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+    hooked.register_forward_hook(rectify)
+    changed.forward = nn.ReLU().forward
+    with pytest.raises(ValueError, match=r"'0' \(BatchNorm2d\) has forward hooks"):
+        rgd_ext.convert_batch_norm(nn.Sequential(hooked))
+    with pytest.raises(ValueError, match=r"'0' \(BatchNorm2d\) has a forward of its own"):
+        rgd_ext.convert_batch_norm(nn.Sequential(changed))

@@ -35,6 +35,10 @@ def test_cuda_that_cannot_be_built_is_refused(variables, tmp_path):
     assert "nvcc was not found" in error if torch.version.cuda else "built without CUDA" in error
 
 
+def test_cpu_kernels_without_a_compiler_are_refused():
+    assert "no C++ compiler was found. Install g++" in refusal(RGD_EXT_BUILD="cpu", CXX="no-such-compiler")
+
+
 needs_cuda = pytest.mark.skipif(
     torch.version.cuda is None or shutil.which("nvcc") is None, reason="needs nvcc and torch with CUDA"
 )
@@ -90,6 +94,14 @@ print(json.dumps(result))
 def test_a_build_installs_the_torch_that_the_user_names(checkout, kind):
     found = hook(checkout, f"get_requires_for_build_{kind}({{'torch': '2.13.0'}})")
     assert {"torch==2.13.0", "ninja"} <= {*found}
+
+
+@pytest.mark.parametrize("release", ["", "nonsense", "torch==2.13.0", ["2.13.0", "2.14.1"]])
+def test_a_torch_that_is_no_release_is_refused(checkout, release):
+    code = f"import sys; sys.path.insert(0, 'tools'); import build_backend as b; b._named({{'torch': {release!r}}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"torch is {release!r} in the settings of the build: pass a release, -C torch=2.13.0" in done.stderr
 
 
 @pytest.mark.parametrize("settings", ["", "{'editable_mode': 'strict'}"])

@@ -6,12 +6,19 @@ Without that, torch is no build requirement: the compiled kernels fit one releas
 which one will be there when they are loaded.
 """
 
+import re
+
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the other hooks
 
 
 def _named(settings):
-    return [f"torch=={settings['torch']}", "ninja"] if settings and "torch" in settings else []
+    if not settings or "torch" not in settings:
+        return []
+    release = settings["torch"]
+    if not isinstance(release, str) or not re.fullmatch(r"\d+(\.\d+)*(\.\*)?(\+\w+)?", release):
+        raise SystemExit(f"rgd_ext: torch is {release!r} in the settings of the build: pass a release, -C torch=2.13.0")
+    return [f"torch=={release}", "ninja"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

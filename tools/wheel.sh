@@ -5,7 +5,11 @@
 # the tests install. RGD_EXT_BUILD chooses what is compiled, and LABEL, such as `torch2.13.cpu`, distinguishes the file
 # names of wheels for several releases of torch: it becomes the local part of the version.
 set -euo pipefail
-python=$(realpath -s "$1") torch=$2
+if [[ $# -lt 2 ]] || ! command -v "$1" >/dev/null; then
+    echo "wheel.sh: pass a python and a requirement of torch, such as .venv/bin/python torch==2.13.0" >&2
+    exit 2
+fi
+python=$(realpath -s "$(command -v "$1")") torch=$2
 shift 2
 cd "$(dirname "$0")/.."
 out=$PWD/build/wheel
@@ -29,7 +33,7 @@ fi
 "$python" -m venv "$out/venv"
 wheel=("$out"/dist/*.whl)
 "$out/venv/bin/pip" install --quiet --constraint requirements-dev.txt \
-    "$torch" "$wheel[all]" pytest pytest-xdist hypothesis expecttest torchjd
+    "$torch" "$wheel[all]" pytest pytest-xdist hypothesis expecttest
 # Where the package is not beside its tests.
 rm -r "$out/source/rgd_ext" "$out"/source/*.egg-info
 cd "$out/source"

@@ -288,6 +288,11 @@ class Preconditioner:
             self._union = BatchUnion(is_deferred=True, stepped_of=self.context.parameters.stepped_of) if on else None
             self.context.switch(self._direction if self._union is None else self._collection(self._union))
 
+    @property
+    def is_deferring(self) -> bool:
+        """Whether backwards only collect, since `defer`."""
+        return self._union is not None and self._union.is_deferred
+
     def write(self) -> None:
         """Add the direction of the union of all batches since the last `write` to `.grad`, with `defer` on.
 
@@ -299,7 +304,7 @@ class Preconditioner:
             ValueError: for gradient hooks on parameters.
             Exception: of a policy or a rule of yours. What was collected is kept then, for another `write`.
         """
-        if self._union is None or not self._union.is_deferred:
+        if not self.is_deferring or self._union is None:
             raise RuntimeError(NOT_DEFERRED if self._union is None else INSIDE_BLOCK)
         self._write(self._union)
 

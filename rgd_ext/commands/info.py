@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import distribution
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from .errors import OPTIONAL
+
+_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def add(commands) -> None:
@@ -21,7 +25,8 @@ def run(options: argparse.Namespace) -> None:
     from .. import __version__, build_info
 
     build = build_info()
-    facts = {"rgd_ext": __version__, **build, "running": _running(), "missing": _missing(), "slower": _slower(build)}
+    facts = {"rgd_ext": __version__, "folder": _FOLDER, **build}
+    facts |= {"running": _running(), "missing": _missing(), "slower": _slower(build)}
     for name, value in facts.items():
         if isinstance(value, bool):
             value = "yes" if value else "no"
@@ -48,12 +53,18 @@ def _missing() -> str:
 
 def _slower(build: dict[str, object]) -> str:
     """What the installation goes without, with the remedy."""
+    installed = Path(str(distribution("rgd_ext").locate_file("rgd_ext"))).resolve()
+    if not build["compiled"] and installed != _FOLDER and (installed / "_C.json").exists():
+        return (
+            "all models, small ones most: this is a source without compiled kernels, in place of the package that is"
+            f" installed in {installed}. Run Python in another folder"
+        )
     if not build["compiled"]:
         return (
             "all models, small ones most: nothing was compiled for this torch."
             " Install a wheel for it, or build with a C++ compiler (RGD_EXT_BUILD=cpu)"
         )
-    if build["cuda"] is None and torch.cuda.is_available():
+    if build["cuda"] is None and torch.version.cuda and torch.cuda.is_available():
         return (
             "models on the GPU: the CUDA kernels were not compiled."
             " Install a wheel with them, or build with nvcc (RGD_EXT_BUILD=cuda)"

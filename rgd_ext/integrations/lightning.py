@@ -34,6 +34,10 @@ _NOTHING_CAPTURED = (
     "RGDCallback finds no captured module in the {}: capture it in configure_optimizers, `rgd_ext.RGD(self, lr=0.1)`,"
     " or rgd_ext.precondition"
 )
+_DEFERS = (
+    "the handle of the {} defers, and RGDCallback calls defer() and write() itself: leave out your calls of both, or"
+    " leave out the callback"
+)
 _UNSCALED_FIRST = (
     "RGDCallback with accumulate_grad_batches={} and precision '{}', with which Lightning unscales gradients before a"
     " callback can write them: pass strategy=RGDStrategy(), which writes them earlier, also in one process; or"
@@ -44,6 +48,7 @@ _UNSCALED_FIRST = (
 def _handles_of(module: nn.Module) -> dict[Preconditioner, str]:
     """The handles of a module and of its parts, with the name of the part that each of them captures."""
     found = ((handle_of(part), name) for name, part in module.named_modules())
+    # Parts come after what contains them: reversed, so that the name of the outermost stays.
     return {handle: name for handle, name in reversed([*found]) if handle is not None}
 
 
@@ -141,13 +146,14 @@ class RGDCallback(Callback):
     With `accumulate_grad_batches` backwards only collect, and the direction of their union is written before gradients
     are clipped; with `RGDStrategy` the strategy does that. The statistics reach the loggers of the Trainer in each step
     in which it logs, by the names "rgd/" and those of the columns of `rgd_ext.Monitor`; those of a captured part "net"
-    begin with "rgd/net/". The noise scale is from running means over these steps.
+    begin with "rgd/net/". The noise scale is from running means over these steps. Under a GradScaler they are those of
+    the scaled loss.
 
-    In manual optimization `handle.defer()` and `handle.write()` are yours to call.
+    In manual optimization `handle.defer()` and `handle.write()` are yours to call, before the step of the optimizer.
 
     Raises:
-        ValueError: from `Trainer.fit`, if nothing in the LightningModule is captured, or for accumulation with a
-            GradScaler, as with precision="16-mixed".
+        ValueError: from `Trainer.fit`, if nothing in the LightningModule is captured, if a handle defers already, or
+            for accumulation with a GradScaler, as with precision="16-mixed".
     """
 
     def __init__(self) -> None:
@@ -163,6 +169,8 @@ class RGDCallback(Callback):
         names = _handles_of(pl_module)
         if not names:
             raise ValueError(_NOTHING_CAPTURED.format(type(pl_module).__name__))
+        if pl_module.automatic_optimization and any(handle.is_deferring for handle in names):
+            raise ValueError(_DEFERS.format(type(pl_module).__name__))
         parts = {handle: f"{name.replace('.', '/')}/" if name else "" for handle, name in names.items()}
         self._records = {handle: (part, RunningRecord()) for handle, part in parts.items()}
 
@@ -182,10 +190,12 @@ class RGDCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write what was collected, and log the statistics."""
         every = cast("int", trainer.log_every_n_steps)  # type: ignore[attr-defined]  # which Lightning sets elsewhere
+        # In manual optimization Lightning counts batches, not steps, and logs the last values that it was given.
+        is_logged = every > 0 and (not pl_module.automatic_optimization or (trainer.global_step + 1) % every == 0)
         for handle, (part, record) in self._records.items():
             if self._is_deferring:
                 handle.write()
-            if handle.stats is not None and every > 0 and (trainer.global_step + 1) % every == 0:
+            if is_logged and handle.stats is not None:
                 pl_module.log_dict(record.of(handle.stats, part))
 
     def on_train_end(self, *args: Any) -> None:

@@ -59,9 +59,11 @@ def failed_import(folder, note):
         ({"torch": "2.0.1", "cuda": None}, "rgd_ext was compiled for torch 2.0.1, but torch "),
         ({"torch": torch.__version__, "cuda": "9.1"}, "rgd_ext was compiled for CUDA 9.1, but the installed torch "),
         ({"torch": torch.__version__, "cuda": None}, "the compiled extension of rgd_ext does not load with torch "),
-        (None, "_C.json, which belongs to the compiled extension of rgd_ext, is missing."),
+        (None, "which says what the compiled extension of rgd_ext fits, cannot be read."),
+        ({"torch": torch.__version__}, "which says what the compiled extension of rgd_ext fits, cannot be read."),
+        ("x", "which says what the compiled extension of rgd_ext fits, cannot be read."),
     ],
-    ids=["another torch", "another CUDA", "broken", "no note"],
+    ids=["another torch", "another CUDA", "broken", "no note", "half a note", "another note"],
 )
 def test_an_extension_that_does_not_fit_is_refused_in_one_line_before_it_is_loaded(tmp_path, note, said):
     line = failed_import(tmp_path, note)

@@ -102,6 +102,8 @@ def info(capsys):
 def test_info_prints_the_version_the_build_and_what_runs(capsys):
     lines = info(capsys)
     assert lines["rgd_ext"] == rgd_ext.__version__
+    assert lines["folder"] == str(Path(rgd_ext.__file__).parent)
+    assert lines["compiled"] == ("yes" if rgd_ext.build_info()["compiled"] else "no")
     assert set(rgd_ext.build_info()) < set(lines)
     assert f"torch {torch.__version__}, {torch.get_num_threads()} threads" in lines["running"]
 
@@ -119,7 +121,22 @@ def test_info_says_what_is_slower_and_how_to_mend_it(compiled, cuda, gpu, slower
     build = rgd_ext.build_info() | {"compiled": compiled, "cuda": cuda}
     monkeypatch.setattr(rgd_ext, "build_info", lambda: build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert slower in info(capsys)["slower"]
+
+
+def test_info_says_that_a_checkout_hides_the_installed_package(capsys, monkeypatch, tmp_path):
+    (tmp_path / "rgd_ext").mkdir()
+    (tmp_path / "rgd_ext" / "_C.json").touch()
+
+    class Installed:
+        def locate_file(self, name):
+            return tmp_path / name
+
+    build = rgd_ext.build_info() | {"compiled": False}
+    monkeypatch.setattr(rgd_ext, "build_info", lambda: build)
+    monkeypatch.setattr("rgd_ext.commands.info.distribution", lambda name: Installed())
+    assert f"installed in {tmp_path / 'rgd_ext'}. Run Python in another folder" in info(capsys)["slower"]
 
 
 def test_info_lists_the_optional_packages_that_are_missing():

@@ -76,9 +76,9 @@ def fit(model, *callbacks, resume=None, **options):
     return trainer
 
 
-def by_hand(epochs=1, accumulate=2, model=None):
+def by_hand(epochs=1, accumulate=2):
     """The parameters after the same training without Lightning."""
-    model = mlp(0) if model is None else model
+    model = mlp(0)
     optimizer = rgd_ext.RGD(model, lr=RATE, momentum=0.9, epsilon=policy())
     for _ in range(epochs):
         for start in range(0, len(BATCHES), accumulate):
@@ -142,6 +142,54 @@ def test_statistics_are_logged_in_the_steps_in_which_the_trainer_logs():
     epsilons = [logged.get("rgd/epsilon") for logged in log.logged]
     assert epsilons[0] is None
     assert epsilons[1] == epsilons[2] != epsilons[3]
+
+
+def test_nothing_is_logged_where_the_trainer_logs_nothing():
+    log = Logging()
+    fit(Model(), log, log_every_n_steps=0)
+    assert not [name for logged in log.logged for name in logged if name.startswith("rgd/")]
+
+
+class Uneven(Part):
+    """Its optimizer steps after every second batch, by hand."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        if index == 0:
+            rgd_ext.handle_of(self.net).defer()
+        self.manual_backward(super().training_step(batch))
+        if index % 2:
+            rgd_ext.handle_of(self.net).write()
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def test_in_manual_optimization_the_statistics_of_the_last_step_are_logged():
+    log = Logging()
+    fit(Uneven(), log, accumulate=1, log_every_n_steps=4, gradient_clip_val=None)
+    assert log.logged[3]["rgd/net/trace"].item() == pytest.approx(log.stats[3].trace.item(), rel=1e-6)
+    assert log.stats[3] is not log.stats[1]
+
+
+class Writing(Model):
+    """Defers and writes by itself."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        optimizer.preconditioner.defer()
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer):
+        rgd_ext.handle_of(self).write()
+
+
+def test_a_module_that_defers_by_itself_is_refused():
+    with pytest.raises(ValueError, match=r"handle of the Writing defers, .* leave out the callback"):
+        fit(Writing())
+    model = Writing()
+    trainer_of(accumulate=2).fit(model, DataLoader(DATA, BATCH))  # the remedy
+    assert_same(model, by_hand())
 
 
 class Stopping(pl.Callback):

@@ -136,6 +136,33 @@ def test_a_training_that_stopped_within_a_step_leaves_nothing_to_the_next(tmp_pa
     assert rgd_ext.handle_of(model).stats.batch_size == len(data)
 
 
+def test_after_the_training_backwards_write_by_themselves(tmp_path):
+    model, data = model_of("bert"), samples_of("bert")
+    trainer_of(tmp_path, model, data).train()
+    model.zero_grad()
+    model(torch.stack([sample["input_ids"] for sample in data[:2]])).logits.sum().backward()
+    assert rgd_ext.handle_of(model).stats.batch_size == 2
+    assert model.classifier.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options", [rgd_ext.Rayleigh(0.3), {"eps": 0.3}, {"process_group": None}], ids=["policy", "unknown", "group"]
+)
+def test_options_that_the_capture_has_not_are_refused_at_once(options, tmp_path):
+    with pytest.raises(TypeError, match=r"precondition is .*: pass a dict with options of batch_dim, .*epsilon"):
+        trainer_of(tmp_path, model_of("bert"), samples_of("bert"), others={"precondition": options})
+
+
+def test_a_model_that_the_user_has_captured_is_refused(tmp_path):
+    model, data = model_of("bert"), samples_of("bert")
+    handle = rgd_ext.precondition(model)
+    trainer = trainer_of(tmp_path, model, data)
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification is captured already.*\.remove\(\)"):
+        trainer.train()
+    handle.remove()  # the remedy
+    assert step_of(trainer).count_nonzero()
+
+
 def test_a_second_trainer_takes_the_capture_over_with_its_own_options(tmp_path):
     model, data = model_of("bert"), samples_of("bert")
     trainer_of(tmp_path, model, data).train()
@@ -172,7 +199,7 @@ def test_an_optimizer_that_has_captured_the_model_is_refused(tmp_path):
     model = model_of("bert")
     others = {"optimizer_cls_and_kwargs": None, "optimizers": (rgd_ext.RGD(model, lr=1.0), None)}
     trainer = trainer_of(tmp_path, model, samples_of("bert"), others=others)
-    with pytest.raises(ValueError, match="type RGD and has captured the model itself"):
+    with pytest.raises(ValueError, match="type RGD, which captures a model itself"):
         trainer.train()
 
 
