@@ -40,12 +40,13 @@ if importlib.util.find_spec("rgd_ext._C") is not None:
     # With another torch the linker would complain of symbols first, so setup.py has noted what the extension fits.
     _note = Path(__file__).with_name("_C.json")
     try:
-        _compiled = {name: json.loads(_note.read_text())[name] for name in ("torch", "cuda")}
+        _fits = json.loads(_note.read_text())
+        _compiled, _cuda = _fits["torch"], _fits["cuda"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ImportError(
             f"{_note}, which says what the compiled extension of rgd_ext fits, cannot be read. {_REMEDY}"
         ) from error
-    check_fit(_compiled["torch"], _compiled["cuda"])
+    check_fit(_compiled, _cuda)
     try:
         from . import _C as _C
     except ImportError as error:

@@ -304,7 +304,7 @@ class Preconditioner:
             ValueError: for gradient hooks on parameters.
             Exception: of a policy or a rule of yours. What was collected is kept then, for another `write`.
         """
-        if not self.is_deferring or self._union is None:
+        if self._union is None or not self._union.is_deferred:
             raise RuntimeError(NOT_DEFERRED if self._union is None else INSIDE_BLOCK)
         self._write(self._union)
 

@@ -90,7 +90,7 @@ class RGDTrainer(transformers.Trainer):
             ValueError, TypeError: see the class.
         """
         earlier = _handle_of(self)
-        handle = self._captured() if earlier is None or earlier is not self._handle else earlier
+        handle = self._captured(earlier) if earlier is None or earlier is not self._handle else earlier
         handle.defer()
         optimizer = super().create_optimizer(*args, **kwargs)
         own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -109,12 +109,11 @@ class RGDTrainer(transformers.Trainer):
             self._handle.write()
         return loss
 
-    def _captured(self) -> Preconditioner:
+    def _captured(self, earlier: Preconditioner | None) -> Preconditioner:
         if getattr(self.optimizer, "preconditioner", None) is not None:
             raise ValueError(_OWN_CAPTURE.format(type(self.optimizer).__name__))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(_SHARDED)
-        earlier = _handle_of(self)
         if earlier is not None and not earlier.has_owner:
             raise ValueError(_CAPTURED.format(type(self.model).__name__))
         model, group = cast("nn.Module", self.model), None

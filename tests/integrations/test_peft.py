@@ -32,6 +32,14 @@ def loss_of(logits):
     return logits.sin().square().mean()
 
 
+def assert_exact(model, tokens):
+    """The direction of what is trained is that of explicit gradients."""
+    expected = weak_field(per_sample_gradients(model, loss_of, [tokens]))
+    with rgd_ext.precondition(model):
+        loss_of(model(tokens)).backward()
+    assert_close(flat_grad(model), expected)
+
+
 @pytest.fixture
 def tokens():
     return torch.randint(16, (5, 6))
@@ -39,11 +47,7 @@ def tokens():
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_direction_of_adapters_is_that_of_explicit_gradients(name, tokens):
-    model = adapted(name)
-    expected = weak_field(per_sample_gradients(model, loss_of, [tokens]))
-    with rgd_ext.precondition(model):
-        loss_of(model(tokens)).backward()
-    assert_close(flat_grad(model), expected)
+    assert_exact(adapted(name), tokens)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -60,10 +64,7 @@ def test_dora_is_captured_as_a_unit(tokens):
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.Linear):
             rgd_ext.register_rule(module, rgd_ext.unit)
-    expected = weak_field(per_sample_gradients(model, loss_of, [tokens]))
-    with rgd_ext.precondition(model):
-        loss_of(model(tokens)).backward()
-    assert_close(flat_grad(model), expected)
+    assert_exact(model, tokens)
 
 
 @pytest.mark.parametrize("name", LAYERS)
