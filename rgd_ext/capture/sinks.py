@@ -21,6 +21,7 @@ from ..distributed import AcrossRanks, Exchange, OwnSamples, is_dtensor, is_larg
 from ..gradients import squared_norm
 from ..metric import ParameterVector, PerParameter, Solver, Stats
 from ..planning.planner import Planner
+from .grad_writer import GradWriter
 from .parameters import UNKNOWN, WatchedParameters
 from .precision import full_precision
 
@@ -120,7 +121,7 @@ class WriteDirection(Sink):
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
         self.per_parameter, self.exchange = per_parameter, exchange
-        self._needs_gram = True
+        self._needs_gram, self._grads = True, GradWriter(solver.rule.is_additive)
         self.stats: Stats | None = None
 
     def begin(self, batch_size: int) -> None:
@@ -195,7 +196,7 @@ class WriteDirection(Sink):
             else:
                 found = self.exchange.finish(contributions, self._solve)
                 parameters, direction, self.stats = found or ([], [], None)
-        _add_to_grads(parameters, direction)
+        self._grads.add(parameters, direction)
         self._workspace.release()
 
     def _solve(self, grads: Contributions | AcrossRanks | OwnSamples) -> tuple[list[Tensor], Stats]:
@@ -257,17 +258,6 @@ class WriteDirection(Sink):
     def clear(self) -> None:
         """Free the memory for gradients."""
         self._workspace.clear()
-
-
-def _add_to_grads(parameters: list[nn.Parameter], direction: list[Tensor]) -> None:
-    for parameter, step in zip(parameters, direction, strict=True):
-        if parameter.grad is None:
-            # A view made here could not be changed in place where autograd records.
-            parameter.grad = step.detach() if step._is_view() else step
-        elif parameter.grad.is_sparse and not step.is_sparse:
-            parameter.grad = step + parameter.grad
-        else:
-            parameter.grad += step
 
 
 class HandOver(Sink):

@@ -1,4 +1,4 @@
-"""Optimizer steps are refused as long as the direction of collected backwards is not written."""
+"""What captures have to say before an optimizer steps: errors, and warnings."""
 
 from __future__ import annotations
 
@@ -10,40 +10,30 @@ from functools import cache, wraps
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-_NOT_WRITTEN = (
-    "an optimizer's step along a direction that is not written yet: handle.defer() has collected its backwards. Call"
-    " handle.write() before the step, and before gradients are clipped or unscaled; handle.drop() forgets them"
-)
-_IN_BLOCK = (
-    "an optimizer's step inside a block of handle.accumulate(), which writes the direction of the backwards collected"
-    " when it ends: call step() after the block"
-)
 
-
-class PendingDirection(ABC):
-    """A direction whose contributions have been collected, and which is not written yet."""
-
-    @property
-    @abstractmethod
-    def is_deferred(self) -> bool:
-        """Whether `handle.write()` will write it, and not the end of a block."""
+class StepCheck(ABC):
+    """What is to be checked before steps of the optimizers of some parameters."""
 
     @abstractmethod
     def stepped(self) -> Sequence[nn.Parameter]:
-        """The parameters that have contributions, as optimizers step them."""
+        """The parameters that a step concerns, as optimizers have them; none if there is nothing to check."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise an error, or warn, before a step of one of them."""
 
     @abstractmethod
     def drop(self) -> None:
-        """Forget the contributions."""
+        """Forget what was found in earlier backwards: the gradients are set to zero."""
 
 
 # A list, which is nearly always empty, since small models would wait for a WeakSet.
-_pending: list[weakref.ref[PendingDirection]] = []
+_checks: list[weakref.ref[StepCheck]] = []
 
 
-def refuse_steps(direction: PendingDirection) -> None:
-    """Refuse steps of torch's optimizers as long as `direction` has contributions to their parameters."""
-    _pending.append(weakref.ref(direction, _pending.remove))
+def check_steps(check: StepCheck) -> None:
+    """From now on, as long as it lives, ask `check` before the steps of torch's optimizers."""
+    _checks.append(weakref.ref(check, _checks.remove))
     _hook_steps()
 
 
@@ -52,13 +42,13 @@ def _hook_steps() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
-def pending_directions(optimizer: Optimizer) -> list[PendingDirection]:
-    """The pending directions that have contributions to parameters of `optimizer`."""
-    found = [direction for reference in _pending if (direction := reference())]
+def checks_of(optimizer: Optimizer) -> list[StepCheck]:
+    """The checks that concern parameters of `optimizer`."""
+    found = [check for reference in _checks if (check := reference())]
     if not found:
         return found
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    return [direction for direction in found if not own.isdisjoint(direction.stepped())]
+    return [check for check in found if not own.isdisjoint(check.stepped())]
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -82,5 +72,5 @@ def _with_check(closure: Callable[[], object], optimizer: Optimizer) -> Callable
 
 
 def _check(optimizer: Optimizer) -> None:
-    for direction in pending_directions(optimizer):
-        raise RuntimeError(_NOT_WRITTEN if direction.is_deferred else _IN_BLOCK)
+    for check in checks_of(optimizer):
+        check.check()

@@ -9,8 +9,8 @@ from torch import nn
 from ..contributions.factor import Dense, Factor
 from ..contributions.ledger import Contributions
 from ..contributions.merge import concatenate_batches, sum_uses
-from . import steps
 from .sinks import CallNumbers
+from .steps import StepCheck, check_steps
 
 NESTED_BLOCKS = "accumulate() blocks cannot be nested: backwards of the outer one are already collected"
 DEFERRED = (
@@ -28,6 +28,14 @@ LOST = (
 NOT_DEFERRED = (
     "write() while the handle does not defer, so that every backward writes its direction itself: call handle.defer()"
     " before the backwards"
+)
+_NOT_WRITTEN = (
+    "an optimizer's step along a direction that is not written yet: handle.defer() has collected its backwards. Call"
+    " handle.write() before the step, and before gradients are clipped or unscaled; handle.drop() forgets them"
+)
+_IN_BLOCK = (
+    "an optimizer's step inside a block of handle.accumulate(), which writes the direction of the backwards collected"
+    " when it ends: call step() after the block"
 )
 _SEVERAL = (
     "this backward goes through calls of the model whose backwards were collected as those of separate samples before,"
@@ -89,7 +97,7 @@ class _Samples:
         return sum_uses(found) if found else Dense(parameter.new_zeros(self.size, *parameter.shape))
 
 
-class BatchUnion(steps.PendingDirection):
+class BatchUnion(StepCheck):
     """The contributions of several backwards, whose direction is to be written.
 
     Backwards through one call of the model belong to the same samples, and their contributions are added; other
@@ -107,17 +115,21 @@ class BatchUnion(steps.PendingDirection):
         self._is_deferred, self._is_torn = is_deferred, False
         self._stepped_of = stepped_of
         self._samples: list[_Samples] = []
-        steps.refuse_steps(self)
+        check_steps(self)
 
     def __bool__(self) -> bool:
         return bool(self._samples)
 
     @property
     def is_deferred(self) -> bool:
+        """Whether `handle.write()` will write the direction, and not the end of a block."""
         return self._is_deferred
 
     def stepped(self) -> Sequence[nn.Parameter]:
         return self._stepped_of(self.parameters())
+
+    def check(self) -> None:
+        raise RuntimeError(_NOT_WRITTEN if self.is_deferred else _IN_BLOCK)
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that have contributions."""

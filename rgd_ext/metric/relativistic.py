@@ -33,6 +33,7 @@ class Relativistic(Rule):
         self._share = EigenvalueShare(self.policy.every) if self.policy.every > 1 else None
         if isinstance(self.policy, Spectral) and inverse == "weak-field":
             self.eigenvalue_method = self.policy.across_ranks
+        self.is_additive = isinstance(self.policy, Fixed) and self.policy.value == 0
 
     def __repr__(self) -> str:
         return f"{self.policy}, inverse={self.inverse!r}"

@@ -29,9 +29,11 @@ class Rule(ABC):
             their samples.
         only_sample_norms: whether `sample_norms` are all that it reads of the Gramian, so that several processes send
             these alone.
+        is_additive: whether the directions of batches are known to add up to that of their union.
     """
 
     is_mean = False
+    is_additive = False
     eigenvalue_method: EigenvalueMethod | None = None
     only_sample_norms = False
 
@@ -84,6 +86,7 @@ class Observation(EqualWeights):
     """The mean gradient, for the sake of the statistics."""
 
     is_mean = True
+    is_additive = True
 
     def __repr__(self) -> str:
         return "plain gradients"

@@ -76,6 +76,11 @@ def fit(model, *callbacks, resume=None, **options):
     return trainer
 
 
+def test_lightning_without_the_callback_warns_where_it_accumulates():
+    with pytest.warns(UserWarning, match=r"sum of 2 directions.*RGDCallback"):
+        trainer_of().fit(Model(), DataLoader(DATA, BATCH))
+
+
 def by_hand(epochs=1, accumulate=2):
     """The parameters after the same training without Lightning."""
     model = mlp(0)

@@ -93,6 +93,13 @@ def test_a_step_with_accumulation_checkpointing_and_label_smoothing_is_that_of_o
     assert rgd_ext.handle_of(model).stats.batch_size == len(data)
 
 
+def test_the_plain_trainer_warns_where_it_accumulates(tmp_path):
+    model = model_of("bert")
+    trainer = transformers.Trainer(model, arguments_of(tmp_path), train_dataset=samples_of("bert"))
+    with rgd_ext.precondition(model), pytest.warns(UserWarning, match=r"sum of 2 directions.*use RGDTrainer"):
+        trainer.train()
+
+
 def test_the_statistics_of_each_step_are_logged_beside_its_loss(tmp_path):
     model = model_of("bert")
     trainer = trainer_of(tmp_path, model, samples_of("bert", 8 * BATCH), max_steps=3)

@@ -1,0 +1,136 @@
+"""A step along the sum of several directions, as gradient accumulation makes it without a word to the handle, warns."""
+
+import pytest
+import torch
+from capturing import double, loss_of
+from models import mlp
+from oracle import assert_close, flat_grad, weak_field
+from torch import nn
+from union_cases import backwards, batches, union_of
+
+import rgd_ext
+
+SUM = r"sum of 2 directions.*rgd_ext\.handle_of\(model\)\.accumulate\(\)"
+
+
+@pytest.fixture(params=["RGD", "AdamW"])
+def optimizer(request, model, handle):
+    parameters = model.parameters()
+    return rgd_ext.RGD(parameters, lr=0.1) if request.param == "RGD" else torch.optim.AdamW(parameters)
+
+
+def clip(model, optimizer):
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def unscale(model, optimizer):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.unscale_(optimizer)
+
+
+@pytest.mark.parametrize("before_step", [None, clip, unscale])
+def test_a_step_along_a_sum_warns_once(before_step, model, handle, optimizer):
+    for is_first in (True, False):
+        optimizer.zero_grad()
+        backwards(model, batches())
+        if before_step:
+            before_step(model, optimizer)
+        if is_first:
+            with pytest.warns(UserWarning, match=SUM) as caught:
+                optimizer.step()
+            assert caught[0].filename == __file__
+        else:
+            optimizer.step()
+
+
+def test_the_remedy_of_the_warning_gives_the_direction_of_the_batch(model, optimizer):
+    parts = batches()
+    expected = weak_field(union_of(model, parts))
+    with rgd_ext.handle_of(model).accumulate():
+        backwards(model, parts)
+    assert_close(flat_grad(model), expected)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_gradients_that_are_set_to_zero_are_no_part_of_a_sum(set_to_none, model, optimizer):
+    for part in batches() * 2:
+        optimizer.zero_grad(set_to_none)
+        backwards(model, [part])
+        optimizer.step()
+
+
+def test_a_sum_that_was_dropped_is_not_stepped_along(model, handle, optimizer):
+    backwards(model, batches())
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def test_gradients_that_were_never_set_to_zero_are_part_of_a_sum(model, handle, optimizer):
+    first, second = batches()
+    backwards(model, [first])
+    optimizer.step()
+    backwards(model, [second])
+    with pytest.warns(UserWarning, match=r"optimizer\.zero_grad\(\) before each"):
+        optimizer.step()
+
+
+def test_a_closure_that_adds_up_directions_warns(model, handle, optimizer):
+    def closure():
+        optimizer.zero_grad()
+        backwards(model, batches())
+        return torch.tensor(0.0)
+
+    with pytest.warns(UserWarning, match=SUM):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("capture", [rgd_ext.observe, lambda model: rgd_ext.precondition(model, epsilon=0.0)])
+def test_plain_gradients_may_add_up(capture):
+    model = mlp().double()
+    with capture(model):
+        backwards(model, batches())
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_weighted_gradients_add_up_to_a_sum():
+    model = mlp().double()
+    with rgd_ext.precondition(model, weights=rgd_ext.weights.Clip(1.0)):
+        backwards(model, batches())
+        with pytest.warns(UserWarning, match=SUM):
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+class Heads(nn.Module):
+    """Two outputs of one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(6, 4), nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+
+    def forward(self, x, head):
+        return self.heads[head](self.trunk(x).tanh())
+
+
+def test_directions_add_up_where_they_meet():
+    model = Heads().double()
+    parts = [[p for name, p in model.named_parameters() if name.startswith(part)] for part in ("trunk", "heads.0")]
+    trunk, head = (torch.optim.SGD(part, lr=0.1) for part in parts)
+    with rgd_ext.precondition(model):
+        for index in range(2):
+            loss_of(model(double(5, 6), index)).backward()
+        with pytest.warns(UserWarning, match=SUM):
+            trunk.step()
+        model.zero_grad()
+        for module in model.heads:
+            loss_of(module(double(5, 4))).backward()
+        head.step()
+
+
+def test_steps_of_other_parameters_do_not_warn(model, handle):
+    other = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    backwards(model, batches())
+    other.step()
+    with pytest.warns(UserWarning, match=SUM):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
