@@ -9,9 +9,22 @@ import json
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+# What benchmarks compare with or train, by the names of distributions.
+PACKAGES = (
+    "rgd_ext",
+    "opacus",
+    "backpack-for-pytorch",
+    "torchjd",
+    "curvlinops-for-pytorch",
+    "torch-levenberg-marquardt",
+    "transformers",
+)
 
 
 def output_of(*command: str) -> str | None:
@@ -86,11 +99,21 @@ def machine() -> dict[str, object]:
     }
 
 
+def version(distribution: str) -> str | None:
+    """The version of an installed package; None where it is missing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, object]:
-    """The machine and what rgd_ext was built with."""
+    """The machine, what rgd_ext was built with, the versions of packages that are compared with it, and the day."""
     import rgd_ext
 
-    return machine() | {"build": rgd_ext.build_info()}
+    versions = {name: found for name in PACKAGES if (found := version(name))}
+    about = {"build": rgd_ext.build_info(), "python": platform.python_version(), "packages": versions}
+    return machine() | about | {"date": datetime.now(timezone.utc).date().isoformat()}
 
 
 if __name__ == "__main__":

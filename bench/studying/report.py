@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import string
 import tempfile
-import textwrap
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
-from .question import Answer, Finished, Question, Table
+from ..measuring.pages import Template, markdown, wrapped
+from .question import Answer, Finished, Question
 from .store import Store
 
 TEMPLATE = Path(__file__).with_name("study.md")
 PAGE, FIGURES = "study.md", "study"  # the page, and the folder of its figures, in the folder of the documentation
-COLUMNS = 120  # of a line of the page
 WIDTH = 10.0  # inches
 # The entry of a PNG's metadata that tells from which lines it was drawn.
 LINES = "Lines"
-
-
-class Template(string.Template):
-    """Placeholders such as ${follow.runs}, with the name of the question first."""
-
-    idpattern = r"[a-z][a-z0-9_.]*"
 
 
 def answers(questions: Mapping[str, Question], folder: Path) -> dict[str, Answer]:
@@ -71,7 +62,7 @@ def page(found: Mapping[str, Answer], template: str) -> str:
     texts = {}
     for name, answer in found.items():
         texts |= {f"{name}.{number}": text for number, text in answer.numbers.items()}
-        texts |= {f"{name}.{table}": markdown(rows) for table, rows in answer.tables.items()}
+        texts |= {f"{name}.{table}": markdown(rows.header, rows.rows) for table, rows in answer.tables.items()}
     try:
         return wrapped(Template(template).substitute(texts))
     except KeyError as error:
@@ -79,19 +70,6 @@ def page(found: Mapping[str, Answer], template: str) -> str:
             f"the page needs {error}, which the lines do not give: `python -m bench study` runs what is missing, in the"
             " folders named by --data too"
         ) from error
-
-
-def wrapped(text: str) -> str:
-    """The text with the lines of its paragraphs filled anew, since numbers and their placeholders differ in length."""
-    blocks = text.split("\n\n")
-    fill = partial(textwrap.fill, width=COLUMNS, break_long_words=False, break_on_hyphens=False)
-    return "\n\n".join(fill(block) if block[:1].isalpha() or block.startswith("**") else block for block in blocks)
-
-
-def markdown(table: Table) -> str:
-    """The table in Markdown."""
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def checksum(path: Path) -> str:
