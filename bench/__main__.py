@@ -9,6 +9,7 @@ import torch
 
 from . import (
     cluster,
+    compare,
     distributed,
     fit,
     kernels,
@@ -62,6 +63,7 @@ def main() -> None:
     command.add_argument("--json", metavar="PATH", help="also write the numbers of the tables")
     command.add_argument("--plot", metavar="PATH.png", help="also draw the ratios (needs matplotlib)")
     command.set_defaults(run=cluster.run)
+    compare.add(commands)
     study.add(commands)
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
     command.set_defaults(run=table1.run)

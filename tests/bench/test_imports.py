@@ -12,6 +12,7 @@ MODULES = {path: ("bench", *path.relative_to(BENCH).with_suffix("").parts) for p
 BELOW = {
     "measuring": set(),
     **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu", "simulating", "studying")},
+    "comparing": {"measuring", "training"},
     "distributing": {"measuring", "simulating", "training"},
 }
 

@@ -1,0 +1,46 @@
+"""The table of cost, from the record of `python -m bench steps`."""
+
+from __future__ import annotations
+
+from ..measuring.timing import ratio
+from .cells import Footnotes, code
+
+MODELS = ("MLP 784-1024-1024-10, B = 128", "ResNet-GN 0.3M, B = 64", "GPT 4 x 256, T = 128, B = 16")
+# The arms of `steps`, and their columns here.
+ARMS = {
+    "RGD Spectral": "rgd_ext, Spectral",
+    "RGD Rayleigh": "rgd_ext, Rayleigh",
+    "Opacus, Rayleigh": "Opacus",
+    "vmap(grad), Rayleigh": "torch.func",
+    "BackPACK, Rayleigh": "BackPACK",
+    "TorchJD, Spectral": "TorchJD",
+}
+HEADER = ["training step", *ARMS.values()]
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def rows(record: dict, notes: Footnotes) -> list[list[str]]:
+    """Time and peak memory of each arm, divided by those of SGD.
+
+    Raises:
+        ValueError: if the record lacks a model.
+    """
+    models = {model["model"]: model for model in record["models"]}
+    found = []
+    for name in MODELS:
+        if name not in models:
+            raise ValueError(f"the record of the training steps lacks {name!r}: run `python -m bench steps`")
+        model = models[name]
+        found.append([name, *(cell(model, arm, notes) for arm in ARMS)])
+    return found
+
+
+def cell(model: dict, arm: str, notes: Footnotes) -> str:
+    """Median ratio of times and ratio of peaks; "refused" where an arm was left out, "-" where it took no part."""
+    if arm in model["milliseconds"]:
+        time = ratio(model["milliseconds"], arm, "SGD")[0]
+        return f"{number(time)} / {number(model['peak_bytes'][arm] / model['peak_bytes']['SGD'])}"
+    return "refused" + notes.mark(f"refused, {code(model['left_out'][arm])}") if arm in model["left_out"] else "-"

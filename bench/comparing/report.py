@@ -1,0 +1,68 @@
+"""The comparison page: a template with prose, filled in with the tables of the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..measuring.pages import Template, markdown, wrapped
+from . import cells, cost, documented
+from .cells import Footnotes
+from .packages import PACKAGES
+
+TEMPLATE = Path(__file__).with_name("comparison.md")
+PAGE = "comparison.md"  # in the folder of the documentation
+
+
+def versions(environment: dict) -> dict[str, str]:
+    """The version of each package, by its name in the tables.
+
+    Raises:
+        ValueError: if the record lacks one.
+    """
+    installed = environment["packages"] | {"torch": environment["torch"].partition("+")[0]}
+    missing = [package.distribution for package in PACKAGES.values() if package.distribution not in installed]
+    if missing:
+        raise ValueError(f"the record was made without {', '.join(missing)}")
+    return {name: installed[package.distribution] for name, package in PACKAGES.items()}
+
+
+def page(features: dict, steps: dict, template: str) -> str:
+    """The page as Markdown.
+
+    Args:
+        features: the record of `python -m bench compare`.
+        steps: the record of `python -m bench steps`.
+        template: with placeholders.
+    """
+    measured, notes = features["environment"], Footnotes()
+    known = versions(measured)
+    gives = ["compared", *(package.gives for package in PACKAGES.values())]
+    header = ["", *(f"{name} {version}" for name, version in known.items())]
+    documented_header = ["", *(f"{name} {known.get(name, '')}".rstrip() for name in documented.COLUMNS)]
+    texts = {
+        "features": markdown(header, [gives, *cells.rows(features["cases"], notes)]),
+        "cost": markdown(cost.HEADER, cost.rows(steps, notes)),
+        "documented": markdown(documented_header, documented.rows()),
+        "date": measured["date"],
+        "python": measured["python"],
+        "torch": measured["torch"],
+        "transformers": measured["packages"]["transformers"],
+        "commit": measured["commit"],
+        "cpu": measured["cpu"],
+        "fastdp": documented.COMMIT,
+        "steps": about(steps["environment"]),
+    }
+    return wrapped(Template(template).substitute(texts, footnotes=notes.markdown()))
+
+
+def about(environment: dict) -> str:
+    """Where and with what the training steps were measured."""
+    text = f"{environment['threads']} cores of an {environment['cpu']}, torch {environment['torch']}, commit"
+    text += f" {environment['commit']}"
+    if "packages" not in environment:
+        return f"{text}, whose `bench/requirements.txt` has the versions of the packages"
+    return f"{text}, {environment['date']}, {', '.join(versions_of(environment['packages']))}"
+
+
+def versions_of(packages: dict[str, str]) -> list[str]:
+    return [f"{name} {version}" for name, version in packages.items()]

@@ -1,0 +1,119 @@
+"""The page and the command of the comparison with other packages."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import compare
+from bench.comparing import cost, documented
+from bench.comparing.attempts import EXACT, REFUSED, WRONG, Attempt
+from bench.comparing.cases import CASES
+from bench.comparing.cells import Footnotes, cell
+from bench.comparing.packages import PACKAGES
+from bench.comparing.packages.found import Found
+from bench.comparing.report import versions
+
+RECORD = json.loads(compare.RESULTS.read_text())
+ROOT = Path(__file__).parents[2]
+
+
+def test_page_of_the_documentation_agrees_with_the_records():
+    assert (compare.DOCUMENTATION / "comparison.md").read_text() == compare.page()
+
+
+def test_record_has_every_case_and_every_way_that_was_needed():
+    assert [result["case"] for result in RECORD["cases"]] == list(CASES)
+    assert RECORD["failures"] == []
+    for result in RECORD["cases"]:
+        assert list(result["attempts"]) == list(PACKAGES)
+        for package, attempts in result["attempts"].items():
+            ways = list(PACKAGES[package].ways)
+            assert list(attempts) == ways[: len(attempts)], (result["case"], package)
+            last = attempts[ways[len(attempts) - 1]]
+            assert last["outcome"] == EXACT or len(attempts) == len(ways)
+
+
+def test_versions_of_the_record_are_those_of_the_requirements():
+    pinned = dict(re.findall(r"^([\w-]+)\S*==(\S+)$", (ROOT / "bench/requirements.txt").read_text(), re.MULTILINE))
+    measured = RECORD["environment"]["packages"]
+    compared = {package.distribution for package in PACKAGES.values()} - {"rgd_ext", "torch"} | {"transformers"}
+    assert {name: measured[name] for name in compared} == {name: pinned[name] for name in compared}
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in ("torchjd", "transformers"):
+        assert re.search(rf'"{name}==([\d.]+)', project)[1] == pinned[name]
+
+
+def test_cells_name_the_better_option_and_share_footnotes():
+    notes = Footnotes()
+    refused = Attempt(REFUSED, about="ValueError: a `batch`")
+    assert cell({"": Attempt(EXACT, 1e-16)}, 1e-9, notes) == "exact"
+    assert cell({"": Attempt(EXACT, 1e-3)}, 3e-2, notes) == "within 0.03"
+    assert cell({"": refused, "other": Attempt(EXACT, 0.0)}, 1e-9, notes) == "refused, exact by option[^1]"
+    assert cell({"": refused}, 1e-9, notes) == "refused[^2]"
+    assert cell({"": refused}, 1e-9, notes) == "refused[^2]"
+    assert cell({"": Attempt(WRONG, 0.123), "other": refused}, 1e-9, notes) == "wrong: 0.12[^3]"
+    replaced = Attempt(EXACT, 0.0, another_model=True)
+    assert cell({"": refused, "other": replaced}, 1e-9, notes) == "refused, of another model by option[^4]"
+    lines = notes.markdown().splitlines()
+    assert lines[0] == "[^1]: refused, `ValueError: a 'batch'`; by other: exact"
+    assert lines[2] == "[^3]: wrong: 0.12; no better by other"
+
+
+def test_cost_is_divided_by_that_of_sgd():
+    arms = {"SGD": [1.0, 2.0], "RGD Spectral": [1.5, 3.0], "Opacus, Rayleigh": [40.0]}
+    peaks = {"SGD": 100, "RGD Spectral": 110, "Opacus, Rayleigh": 1720}
+    model = {"milliseconds": arms, "peak_bytes": peaks, "left_out": {"BackPACK, Rayleigh": "ValueError: no"}}
+    notes = Footnotes()
+    assert cost.cell(model, "RGD Spectral", notes) == "1.50 / 1.10"
+    assert cost.cell(model, "Opacus, Rayleigh", notes) == "40 / 17"
+    assert cost.cell(model, "BackPACK, Rayleigh", notes) == "refused[^1]"
+    assert cost.cell(model, "TorchJD, Spectral", notes) == "-"
+
+
+def test_documented_rows_have_a_cell_for_every_package():
+    assert set(documented.COLUMNS) == {*PACKAGES, documented.FASTDP}
+    assert {len(cells) for cells in documented.ROWS.values()} == {len(documented.COLUMNS)}
+
+
+def test_a_record_without_a_package_makes_no_page():
+    environment = RECORD["environment"] | {"packages": {"rgd_ext": "1"}}
+    with pytest.raises(ValueError, match="the record was made without opacus, backpack-for-pytorch"):
+        versions(environment)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs `python -m bench compare` with all paths in a folder."""
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.json")
+    monkeypatch.setattr(compare, "DOCUMENTATION", tmp_path)
+    return compare.run
+
+
+def test_single_cases_are_printed_and_nothing_is_written(run, tmp_path, capsys):
+    assert run(["MLP"], False, False) == []
+    assert "MLP" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named_before_anything_runs(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(compare, "version", lambda name: None if name == "opacus" else "1")
+    (failure,) = run(None, False, False)
+    assert failure == "opacus: not installed; pip install -r bench/requirements.txt"
+    assert not list(tmp_path.iterdir())
+
+
+def test_ours_that_is_wrong_is_a_failure(run, monkeypatch):
+    def wrong(problem):
+        return Found({"gradients": 2 * problem.rows()}, problem.model)
+
+    monkeypatch.setitem(PACKAGES, "rgd_ext", replace(PACKAGES["rgd_ext"], ways={"": wrong}))
+    assert run(["MLP"], False, False) == ["MLP: rgd_ext is wrong"]
+
+
+def test_report_is_written_from_the_records(run, tmp_path):
+    compare.RESULTS.write_text(json.dumps(RECORD))
+    assert run(None, False, True) == []
+    assert (tmp_path / "comparison.md").read_text() == compare.page()
