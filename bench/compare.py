@@ -74,7 +74,7 @@ def attempt(only: Sequence[str] | None) -> list[str]:
 
     def report(result: Result) -> None:
         notes = Footnotes()
-        cells = [cell(attempts, result.tolerance, notes).partition("[")[0] for attempts in result.attempts.values()]
+        cells = [cell(attempts, result.success, notes).partition("[")[0] for attempts in result.attempts.values()]
         show(["", *packages], [[[result.case, *cells]]], "per-sample gradients, or what is computed from them")
         if any(attempt.outcome == WRONG for attempt in result.attempts["rgd_ext"].values()):
             failures.append(f"{result.case}: rgd_ext is wrong")

@@ -56,10 +56,10 @@ class Attempt:
 
 @dataclass
 class Result:
-    """All attempts on a case, by package and way."""
+    """All attempts on a case, by package and way; and what the table says of those that succeed."""
 
     case: str
-    tolerance: float
+    success: str
     attempts: dict[str, dict[str, Attempt]] = field(default_factory=dict)
 
 
@@ -119,7 +119,7 @@ def judge(problem: Problem, found: Found, case: Case) -> Attempt:
 
 def tried(name: str, case: Case, packages: dict[str, Package]) -> Result:
     """All packages on a case. The other ways of a package are tried where the first one is not exact."""
-    result = Result(name, case.tolerance)
+    result = Result(name, case.success)
     for package, about in packages.items():
         attempts = result.attempts[package] = {}
         for way, function in about.ways.items():

@@ -62,6 +62,13 @@ class Case:
     def tolerance(self) -> float:
         return ROUNDED if self.half else EXACT
 
+    @property
+    def success(self) -> str:
+        """What the table says where a package does what is asked of it."""
+        if self.kept:
+            return "kept"
+        return f"within {self.tolerance:g}" if self.half else "exact"
+
 
 def labels(*shape: int, classes: int = CLASSES) -> Tensor:
     return torch.randint(classes, shape)
@@ -110,7 +117,7 @@ CASES = {
     "positions looked up once for all samples": Case(lambda: texts(sequences.Positions())),
     "embedding tied to the head": Case(lambda: language(sequences.Tied())),
     "GPT-2 of transformers": Case(lambda: language(sequences.GPT2())),
-    "the same, `position_ids` for each sample": Case(lambda: language(sequences.GPT2(positions_for_each=True))),
+    "GPT-2 with `position_ids` for each sample": Case(lambda: language(sequences.GPT2(positions_for_each=True))),
     "layer called twice": Case(lambda: vectors(models.Twice())),
     "`nn.Parameter` in a product": Case(lambda: vectors(models.Product())),
     "layer that no package knows": Case(lambda: vectors(own_layer())),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from ..measuring.pages import COLUMNS
 from .attempts import ABSENT, EXACT, LONGEST, OTHER, REFUSED, WRONG, Attempt
-from .cases import EXACT as EXACT_TOLERANCE
 from .packages import PACKAGES
 from .reference import CONTRIBUTIONS, DERIVATIVES, TOKENS
 
@@ -39,12 +38,12 @@ class Footnotes:
         return "\n".join(textwrap.fill(note, **fill) for note in notes)
 
 
-def short(attempt: Attempt, tolerance: float) -> str:
+def short(attempt: Attempt, success: str) -> str:
     """An attempt in a few words, for the table."""
     if attempt.another_model:
         return "of another model"
     if attempt.outcome == EXACT:
-        return "exact" if tolerance <= EXACT_TOLERANCE else f"within {tolerance:g}"
+        return success
     if attempt.outcome == OTHER:
         return MEANINGS[attempt.meaning][0] if attempt.meaning in MEANINGS else "changed"
     if attempt.outcome == WRONG:
@@ -52,9 +51,9 @@ def short(attempt: Attempt, tolerance: float) -> str:
     return {REFUSED: "refused", ABSENT: "-"}[attempt.outcome]
 
 
-def long(attempt: Attempt, tolerance: float) -> str:
+def long(attempt: Attempt, success: str) -> str:
     """An attempt in a few words, for a footnote."""
-    text = short(attempt, tolerance)
+    text = short(attempt, success)
     if attempt.outcome == REFUSED:
         text = f"refused, {code(attempt.about)}"
     elif attempt.outcome == ABSENT:
@@ -74,14 +73,14 @@ def code(text: str) -> str:
     return f"`{text.replace('`', chr(39)).strip()}{cut}`"
 
 
-def cell(attempts: Mapping[str, Attempt], tolerance: float, notes: Footnotes) -> str:
+def cell(attempts: Mapping[str, Attempt], success: str, notes: Footnotes) -> str:
     """What the first way gives, whether another one is better, and the mark of the footnote with both."""
     (_, first), *others = attempts.items()
     better = max(others, key=lambda other: rank(other[1]), default=None)
-    text, told = short(first, tolerance), long(first, tolerance)
+    text, told = short(first, success), long(first, success)
     if better and rank(better[1]) > rank(first):
-        text += f", {short(better[1], tolerance)} by option"
-        told += f"; by {better[0]}: {long(better[1], tolerance)}"
+        text += f", {short(better[1], success)} by option"
+        told += f"; by {better[0]}: {long(better[1], success)}"
     elif others:
         told += f"; no better by {', '.join(way for way, _ in others)}"
     return text + ("" if first.outcome == EXACT else notes.mark(told))
@@ -98,10 +97,9 @@ def rows(results: list[dict], notes: Footnotes) -> list[list[str]]:
     """The table of features, from the JSON of the results."""
     found = []
     for result in results:
-        tolerance = result["tolerance"]
         cells = []
         for package in PACKAGES:
             attempts = {way: Attempt(**attempt) for way, attempt in result["attempts"][package].items()}
-            cells.append(cell(attempts, tolerance, notes))
+            cells.append(cell(attempts, result["success"], notes))
         found.append([result["case"], *cells])
     return found

@@ -126,4 +126,4 @@ def test_models_that_are_wrapped_or_replaced_are_noticed():
     assert attempt(kept, wrapping).meaning == "0.0.weight"
     found = attempt(CASES["MLP"], replacing)
     assert found.another_model
-    assert short(found, 1e-9) == "of another model"
+    assert short(found, "exact") == "of another model"

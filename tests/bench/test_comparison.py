@@ -49,14 +49,14 @@ def test_versions_of_the_record_are_those_of_the_requirements():
 def test_cells_name_the_better_option_and_share_footnotes():
     notes = Footnotes()
     refused = Attempt(REFUSED, about="ValueError: a `batch`")
-    assert cell({"": Attempt(EXACT, 1e-16)}, 1e-9, notes) == "exact"
-    assert cell({"": Attempt(EXACT, 1e-3)}, 3e-2, notes) == "within 0.03"
-    assert cell({"": refused, "other": Attempt(EXACT, 0.0)}, 1e-9, notes) == "refused, exact by option[^1]"
-    assert cell({"": refused}, 1e-9, notes) == "refused[^2]"
-    assert cell({"": refused}, 1e-9, notes) == "refused[^2]"
-    assert cell({"": Attempt(WRONG, 0.123), "other": refused}, 1e-9, notes) == "wrong: 0.12[^3]"
+    assert cell({"": Attempt(EXACT, 1e-16)}, "exact", notes) == "exact"
+    assert cell({"": Attempt(EXACT, 1e-3)}, "within 0.03", notes) == "within 0.03"
+    assert cell({"": refused, "other": Attempt(EXACT, 0.0)}, "exact", notes) == "refused, exact by option[^1]"
+    assert cell({"": refused}, "exact", notes) == "refused[^2]"
+    assert cell({"": refused}, "exact", notes) == "refused[^2]"
+    assert cell({"": Attempt(WRONG, 0.123), "other": refused}, "exact", notes) == "wrong: 0.12[^3]"
     replaced = Attempt(EXACT, 0.0, another_model=True)
-    assert cell({"": refused, "other": replaced}, 1e-9, notes) == "refused, of another model by option[^4]"
+    assert cell({"": refused, "other": replaced}, "exact", notes) == "refused, of another model by option[^4]"
     lines = notes.markdown().splitlines()
     assert lines[0] == "[^1]: refused, `ValueError: a 'batch'`; by other: exact"
     assert lines[2] == "[^3]: wrong: 0.12; no better by other"
