@@ -68,9 +68,10 @@ def long(attempt: Attempt, success: str) -> str:
 
 
 def code(text: str) -> str:
-    """The text as code in a table or a footnote."""
-    cut = "…" if len(text.partition(": ")[2]) >= LONGEST or len(text) == LONGEST else ""
-    return f"`{text.replace('`', chr(39)).strip()}{cut}`"
+    """The text as code in a table or a footnote, without the word in which it was cut off."""
+    if len(text.partition(": ")[2]) >= LONGEST or len(text) == LONGEST:
+        text = f"{text.rpartition(' ')[0]} …"
+    return f"`{text.replace('`', chr(39))}`"
 
 
 def cell(attempts: Mapping[str, Attempt], success: str, notes: Footnotes) -> str:

@@ -118,7 +118,7 @@ def test_models_that_are_wrapped_or_replaced_are_noticed():
         return Found({"gradients": problem.rows()}, nn.Sequential(problem.model))
 
     def replacing(problem):
-        other = replace(problem, model=mlp())
+        other = replace(problem, model=mlp(nn.ReLU()))
         return Found({"gradients": other.rows()}, other.model, instead=other.model)
 
     kept = CASES["type and `state_dict` of the model kept"]

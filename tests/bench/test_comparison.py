@@ -11,7 +11,7 @@ from bench import compare
 from bench.comparing import cost, documented
 from bench.comparing.attempts import EXACT, REFUSED, WRONG, Attempt
 from bench.comparing.cases import CASES
-from bench.comparing.cells import Footnotes, cell
+from bench.comparing.cells import LONGEST, Footnotes, cell, code
 from bench.comparing.packages import PACKAGES
 from bench.comparing.packages.found import Found
 from bench.comparing.report import versions
@@ -60,6 +60,12 @@ def test_cells_name_the_better_option_and_share_footnotes():
     lines = notes.markdown().splitlines()
     assert lines[0] == "[^1]: refused, `ValueError: a 'batch'`; by other: exact"
     assert lines[2] == "[^3]: wrong: 0.12; no better by other"
+
+
+def test_messages_that_were_cut_off_end_with_a_whole_word():
+    whole = ("word " * LONGEST)[: LONGEST - 2]
+    assert code(f"ValueError: {whole}cu").endswith("word …`")
+    assert code("ValueError: all of it") == "`ValueError: all of it`"
 
 
 def test_cost_is_divided_by_that_of_sgd():
@@ -117,3 +123,11 @@ def test_report_is_written_from_the_records(run, tmp_path):
     compare.RESULTS.write_text(json.dumps(RECORD))
     assert run(None, False, True) == []
     assert (tmp_path / "comparison.md").read_text() == compare.page()
+
+
+def test_cost_measures_the_training_steps_first(run, monkeypatch):
+    called = []
+    monkeypatch.setattr(compare.steps, "run", lambda *arguments: called.append(arguments) or ["no time"])
+    monkeypatch.setattr(compare, "attempt", lambda only: [])
+    assert run(None, True, False) == ["no time"]
+    assert called == [("cpu", False, str(compare.STEPS), [""])]
