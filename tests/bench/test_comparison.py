@@ -57,6 +57,8 @@ def test_cells_name_the_better_option_and_share_footnotes():
     assert cell({"": Attempt(WRONG, 0.123), "other": refused}, "exact", notes) == "wrong: 0.12[^3]"
     replaced = Attempt(EXACT, 0.0, another_model=True)
     assert cell({"": refused, "other": replaced}, "exact", notes) == "refused, of another model by option[^4]"
+    exact = Attempt(EXACT, 0.0)
+    assert cell({"": refused, "new": replaced, "same": exact}, "exact", notes) == "refused, exact by option[^5]"
     lines = notes.markdown().splitlines()
     assert lines[0] == "[^1]: refused, `ValueError: a 'batch'`; by other: exact"
     assert lines[2] == "[^3]: wrong: 0.12; no better by other"
