@@ -1,8 +1,9 @@
 """What other packages find for models that people train: per-sample gradients, or what they compute from them.
 
 Each package is used as its documentation says, on small models in float64, and compared with one backward of plain
-autograd for each sample. Where the first way to use it is not exact, its options are tried. The results are written to
-bench/results/comparison.json, and docs/comparison.md from them and from the record of `steps`.
+autograd for each sample. Where the first way to use it is not exact, its options are tried. Then training steps are
+timed, which takes minutes and wants a quiet machine. Both go to bench/results/comparison, and docs/comparison.md is
+written from there.
 """
 
 from __future__ import annotations
@@ -20,31 +21,28 @@ from .measuring.report import Record, show
 from .measuring.selection import chosen, run_recorded
 
 ROOT = Path(__file__).parents[1]
-RESULTS, STEPS = ROOT / "bench/results/comparison.json", ROOT / "bench/results/epyc/steps.json"
-DOCUMENTATION = ROOT / "docs"
+RESULTS, DOCUMENTATION = ROOT / "bench/results/comparison", ROOT / "docs"
+FEATURES, COST = "features.json", "cost.json"  # the records
 
 
 def add(commands) -> None:
     """Declare the command."""
     command = commands.add_parser("compare", help=__doc__.partition("\n")[0], description=__doc__)
-    about = "only what has a TEXT in its name, and in this order; nothing is written"
-    command.add_argument("--only", metavar="TEXT", nargs="+", help=about)
     choice = command.add_mutually_exclusive_group()
-    choice.add_argument(
-        "--cost", action="store_true", help="first run `steps` for the table of cost, on a quiet machine"
-    )
+    about = "only cases that have a TEXT in their name, and in this order; no steps are timed, and nothing is written"
+    choice.add_argument("--only", metavar="TEXT", nargs="+", help=about)
     choice.add_argument("--report", action="store_true", help="write the page from the records that are there")
     command.set_defaults(run=run)
 
 
-def run(only: Sequence[str] | None, cost: bool, report: bool) -> list[str]:
-    """Try all packages on all cases, write the record and the page; returns what failed."""
-    failures = []
-    if cost:
-        failures += steps.run("cpu", False, str(STEPS), [""])
-    if not report:
-        failures += attempt(only)
-    if not only and not failures:
+def run(only: Sequence[str] | None, report: bool) -> list[str]:
+    """Try all packages on all cases, time steps, write the records and the page; returns what failed."""
+    from .comparing.cost import MODELS
+
+    if only:
+        return attempt(only)
+    failures = [] if report else attempt(None) or steps.run("cpu", False, str(RESULTS / COST), MODELS)
+    if not failures:
         try:
             (DOCUMENTATION / "comparison.md").write_text(page())
         except (OSError, ValueError) as problem:
@@ -56,7 +54,7 @@ def page() -> str:
     """The page, from the records."""
     from .comparing.report import TEMPLATE, page
 
-    return page(*(json.loads(path.read_text()) for path in (RESULTS, STEPS)), TEMPLATE.read_text())
+    return page(*(json.loads((RESULTS / name).read_text()) for name in (FEATURES, COST)), TEMPLATE.read_text())
 
 
 def attempt(only: Sequence[str] | None) -> list[str]:
@@ -80,7 +78,7 @@ def attempt(only: Sequence[str] | None) -> list[str]:
             failures.append(f"{result.case}: rgd_ext is wrong")
 
     torch.manual_seed(0)
-    record = Record(None if only else str(RESULTS), "compare", "cpu")
+    record = Record(None if only else str(RESULTS / FEATURES), "compare", "cpu")
     run_recorded(
         record, "cases", chosen(CASES, only or [""]), lambda name, case: tried(name, case, packages), report, failures
     )

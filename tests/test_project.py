@@ -21,6 +21,12 @@ def commands(workflow):
     return [line for step in steps if "run" in step for line in step["run"].splitlines()]
 
 
+def targets():
+    """What `make` makes."""
+    found = re.findall(r"^([\w ]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return {*" ".join(found).split()}
+
+
 @pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
 def test_it_is_yaml(path):
     assert read(path)
@@ -28,9 +34,7 @@ def test_it_is_yaml(path):
 
 @pytest.mark.parametrize("workflow", [*ROOT.glob(".github/workflows/*.yml")], ids=lambda path: path.name)
 def test_workflows_run_what_a_developer_runs(workflow):
-    targets = re.findall(r"^([\w ]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    known = {*" ".join(targets).split()}
-    found = commands(workflow)
+    known, found = targets(), commands(workflow)
     assert found
     for line in found:
         target = re.match(r"make (\w+)( |$)", line)

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import TensorDataset
@@ -55,15 +56,25 @@ def union_step(model, optimizer, batches, of, loss=mse_loss):
     optimizer.step()
 
 
-def run_two(folder, program, launcher=()):
-    """What a program leaves in its two processes."""
+def run_two(tmp_path_factory, program, launcher=()):
+    """What a program leaves in its two processes; the workers of a run of tests share what one of them has run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / program
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "1.pt").exists():
+            folder.mkdir(exist_ok=True)
+            run(folder, program, launcher)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def run(folder, program, launcher):
+    """Run a program in a folder until it ends, without errors."""
     variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, ROOT / "tests/integrations" / program, folder]
     result = subprocess.run(
         command, env=os.environ | variables, cwd=folder, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def save_outcomes(outcomes):

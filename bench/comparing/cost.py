@@ -1,4 +1,4 @@
-"""The table of cost, from the record of `python -m bench steps`."""
+"""The table of cost, from the record of training steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(record: dict, notes: Footnotes) -> list[list[str]]:
     found = []
     for name in MODELS:
         if name not in models:
-            raise ValueError(f"the record of the training steps lacks {name!r}: run `python -m bench steps`")
+            raise ValueError(f"the record of the training steps lacks {name!r}: run `python -m bench compare`")
         model = models[name]
         found.append([name, *(cell(model, arm, notes) for arm in ARMS)])
     return found

@@ -31,11 +31,13 @@ def page(features: dict, steps: dict, template: str) -> str:
 
     Args:
         features: the record of `python -m bench compare`.
-        steps: the record of `python -m bench steps`.
+        steps: that of the training steps, with the same packages.
         template: with placeholders.
     """
-    measured, notes = features["environment"], Footnotes()
+    measured, timed, notes = features["environment"], steps["environment"], Footnotes()
     known = versions(measured)
+    if versions(timed) != known:
+        raise ValueError(f"the steps were timed with {versions(timed)}, and the cases run with {known}: run both anew")
     gives = ["compared", *(package.gives for package in PACKAGES.values())]
     header = ["", *(f"{name} {version}" for name, version in known.items())]
     documented_header = ["", *(f"{name} {known.get(name, '')}".rstrip() for name in documented.COLUMNS)]
@@ -48,21 +50,7 @@ def page(features: dict, steps: dict, template: str) -> str:
         "torch": measured["torch"],
         "transformers": measured["packages"]["transformers"],
         "commit": measured["commit"],
-        "cpu": measured["cpu"],
         "fastdp": documented.COMMIT,
-        "steps": about(steps["environment"]),
     }
+    texts |= {f"cost.{name}": timed[name] for name in ("date", "python", "torch", "commit", "threads", "cpu")}
     return wrapped(Template(template).substitute(texts, footnotes=notes.markdown()))
-
-
-def about(environment: dict) -> str:
-    """Where and with what the training steps were measured."""
-    text = f"{environment['threads']} cores of an {environment['cpu']}, torch {environment['torch']}, commit"
-    text += f" {environment['commit']}"
-    if "packages" not in environment:
-        return f"{text}, whose `bench/requirements.txt` has the versions of the packages"
-    return f"{text}, {environment['date']}, {', '.join(versions_of(environment['packages']))}"
-
-
-def versions_of(packages: dict[str, str]) -> list[str]:
-    return [f"{name} {version}" for name, version in packages.items()]

@@ -8,7 +8,7 @@ import torch
 from oracle import per_sample_gradients, relative_error
 from torch import nn
 
-from bench.compare import RESULTS
+from bench.compare import FEATURES, RESULTS
 from bench.comparing.attempts import ABSENT, EXACT, OTHER, WRONG, Attempt, attempt, tried
 from bench.comparing.cases import CASES, Case, vectors
 from bench.comparing.cells import short
@@ -19,7 +19,7 @@ from bench.comparing.problem import Problem
 from bench.comparing.reference import CONTRIBUTIONS, DERIVATIVES, contributions, derivatives
 from bench.measuring.environment import version
 
-RECORD = json.loads(RESULTS.read_text())
+RECORD = json.loads((RESULTS / FEATURES).read_text())
 FEW = "MLP", "embedding tied to the head", "layer called twice", "inputs with time first", "BatchNorm in training mode"
 
 

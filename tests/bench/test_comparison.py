@@ -14,9 +14,9 @@ from bench.comparing.cases import CASES
 from bench.comparing.cells import LONGEST, Footnotes, cell, code
 from bench.comparing.packages import PACKAGES
 from bench.comparing.packages.found import Found
-from bench.comparing.report import versions
+from bench.comparing.report import page, versions
 
-RECORD = json.loads(compare.RESULTS.read_text())
+RECORD, STEPS = (json.loads((compare.RESULTS / name).read_text()) for name in (compare.FEATURES, compare.COST))
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,20 +95,20 @@ def test_a_record_without_a_package_makes_no_page():
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs `python -m bench compare` with all paths in a folder."""
-    monkeypatch.setattr(compare, "RESULTS", tmp_path / "comparison.json")
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
     monkeypatch.setattr(compare, "DOCUMENTATION", tmp_path)
     return compare.run
 
 
 def test_single_cases_are_printed_and_nothing_is_written(run, tmp_path, capsys):
-    assert run(["MLP"], False, False) == []
+    assert run(["MLP"], False) == []
     assert "MLP" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named_before_anything_runs(run, monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "version", lambda name: None if name == "opacus" else "1")
-    (failure,) = run(None, False, False)
+    (failure,) = run(None, False)
     assert failure == "opacus: not installed; pip install -r bench/requirements.txt"
     assert not list(tmp_path.iterdir())
 
@@ -118,18 +118,27 @@ def test_ours_that_is_wrong_is_a_failure(run, monkeypatch):
         return Found({"gradients": 2 * problem.rows()}, problem.model)
 
     monkeypatch.setitem(PACKAGES, "rgd_ext", replace(PACKAGES["rgd_ext"], ways={"": wrong}))
-    assert run(["MLP"], False, False) == ["MLP: rgd_ext is wrong"]
+    assert run(["MLP"], False) == ["MLP: rgd_ext is wrong"]
 
 
 def test_report_is_written_from_the_records(run, tmp_path):
-    compare.RESULTS.write_text(json.dumps(RECORD))
-    assert run(None, False, True) == []
+    for name, record in {compare.FEATURES: RECORD, compare.COST: STEPS}.items():
+        (tmp_path / name).write_text(json.dumps(record))
+    assert run(None, True) == []
     assert (tmp_path / "comparison.md").read_text() == compare.page()
 
 
-def test_cost_measures_the_training_steps_first(run, monkeypatch):
+def test_steps_are_timed_after_the_cases_and_a_failure_writes_no_page(run, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(compare.steps, "run", lambda *arguments: called.append(arguments) or ["no time"])
-    monkeypatch.setattr(compare, "attempt", lambda only: [])
-    assert run(None, True, False) == ["no time"]
-    assert called == [("cpu", False, str(compare.STEPS), [""])]
+    monkeypatch.setattr(compare, "attempt", lambda only: called.append("cases") or [])
+    assert run(None, False) == ["no time"]
+    assert called == ["cases", ("cpu", False, str(tmp_path / compare.COST), cost.MODELS)]
+    assert not (tmp_path / "comparison.md").exists()
+
+
+def test_steps_that_were_timed_with_other_packages_make_no_page():
+    environment = STEPS["environment"]
+    other = STEPS | {"environment": environment | {"packages": environment["packages"] | {"opacus": "0.1"}}}
+    with pytest.raises(ValueError, match=r"'Opacus': '0\.1'.*run both anew"):
+        page(RECORD, other, "")

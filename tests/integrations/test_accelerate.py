@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_two(tmp_path_factory.mktemp("accelerate"), "accelerate_program.py", launcher=TORCHRUN)
+    return run_two(tmp_path_factory, "accelerate_program.py", launcher=TORCHRUN)
 
 
 def in_one(outcomes, name, momentum=0.9, dtype=torch.float64):

@@ -17,7 +17,7 @@ from rgd_ext.integrations.lightning import RGDStrategy  # needs Lightning
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_two(tmp_path_factory.mktemp("lightning"), "lightning_program.py")
+    return run_two(tmp_path_factory, "lightning_program.py")
 
 
 def batches_of(epoch):

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run_two(tmp_path_factory.mktemp("transformers"), "transformers_program.py", launcher=TORCHRUN)
+    return run_two(tmp_path_factory, "transformers_program.py", launcher=TORCHRUN)
 
 
 def in_one(outcomes, name, smoothing=0.0, dtype=torch.float64):
