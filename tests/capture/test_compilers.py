@@ -4,14 +4,60 @@ import copy
 
 import pytest
 import torch
-from capturing import captured_grad, double, loss_of
-from models import mlp
+from capturing import captured_grad, double, expected_direction, layers, loss_of
+from models import Net, mlp
 from oracle import assert_close, flat_grad
 from torch import nn
 
 import rgd_ext
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace)")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.(script|trace)",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",  # Dynamo asks for it, of any compiled function
+)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """Dynamo keeps what it has found of code, such as that it has been compiled too often."""
+    torch._dynamo.reset()
+
+
+class Graphs:
+    """A backend that runs graphs as they are, and counts how often."""
+
+    def __init__(self):
+        self.run = 0
+
+    def __call__(self, graph, inputs):
+        def run(*args):
+            self.run += 1
+            return graph.forward(*args)
+
+        return run
+
+    def taken(self):
+        """How often graphs ran since this was asked before."""
+        count, self.run = self.run, 0
+        return count
+
+
+def swish(x):
+    return x * torch.sigmoid(1.5 * x)
+
+
+def attend(x):
+    weights = (x @ x.transpose(-1, -2) / 2).softmax(-1)
+    return (weights @ x).tanh()
+
+
+def with_function(function):
+    """A model that calls a function between two layers."""
+    return Net(lambda m, x: m.out(function(m.body(x))), **layers())
+
+
+# By name: a function without parameters, and the shape of a sample that the model with it takes.
+FUNCTIONS = {"activation": (swish, (5,)), "attention": (attend, (3, 5))}
 
 
 def test_compiled_model_gives_the_same_direction():
@@ -58,3 +104,86 @@ def test_a_captured_model_is_not_scripted_or_compiled_whole():
 def test_script_modules_are_refused():
     with pytest.raises(ValueError, match="ScriptModule"):
         rgd_ext.precondition(nn.Sequential(torch.jit.script(nn.Linear(4, 4))))
+
+
+@pytest.mark.parametrize("policy", ["Spectral", "Rayleigh"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_a_function_without_parameters_stays_compiled_in_a_captured_model(kind, policy):
+    function, shape = FUNCTIONS[kind]
+    graphs = Graphs()
+    model = with_function(torch.compile(function, fullgraph=True, backend=graphs)).double()
+    ordinary = with_function(function).double()
+    ordinary.load_state_dict(model.state_dict())
+    with rgd_ext.precondition(model, epsilon=getattr(rgd_ext, policy)(0.5)):
+        for size in (6, 6, 4, 6):
+            x = double(size, *shape)
+            model.zero_grad()
+            output = model(x)
+            assert graphs.taken() > 0
+            loss_of(output).backward()
+            assert_close(flat_grad(model), expected_direction(ordinary, x, policy=policy))
+
+
+def test_a_module_without_parameters_stays_compiled_in_a_captured_model():
+    graphs, x = Graphs(), double(5, 6)
+    model = mlp().double()
+    expected = expected_direction(model, x)
+    model[1] = torch.compile(model[1], fullgraph=True, backend=graphs)
+    with rgd_ext.precondition(model):
+        model(x)  # the first forward is verified, which runs the graph as well
+        graphs.taken()
+        loss_of(model(x)).backward()
+    assert graphs.taken() == 1
+    assert_close(flat_grad(model), expected)
+
+
+@pytest.mark.parametrize("policy", ["Spectral", "Rayleigh"])
+def test_a_compiled_loss_gives_the_same_direction(policy):
+    model, graphs, x = mlp().double(), Graphs(), double(5, 6)
+    expected = expected_direction(model, x, policy=policy)
+    loss = torch.compile(loss_of, fullgraph=True, backend=graphs)
+    got = captured_grad(model, x, loss=loss, epsilon=getattr(rgd_ext, policy)(0.5))
+    assert graphs.taken() == 1
+    assert_close(got, expected)
+
+
+def test_functions_compiled_with_their_backward_give_the_same_direction():
+    x, loss = double(5, 5), torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    model = with_function(torch.compile(swish, fullgraph=True, backend="aot_eager")).double()
+    ordinary = with_function(swish).double()
+    ordinary.load_state_dict(model.state_dict())
+    assert_close(captured_grad(model, x, loss=loss), expected_direction(ordinary, x))
+
+
+def test_a_compiled_function_that_mixes_samples_is_refused():
+    model = with_function(torch.compile(lambda x: x - x.mean(0), backend="eager")).double()
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match="the forward mixes samples"):
+        model(double(5, 5))
+
+
+def test_a_compiled_model_may_be_captured_paused_and_released():
+    model, graphs, x = mlp().double(), Graphs(), double(5, 6)
+    expected = expected_direction(model, x)
+    compiled = torch.compile(model, backend=graphs)
+    loss_of(model(x)).backward()
+    gradient = flat_grad(model).clone()
+
+    def check(wanted):
+        model.zero_grad()
+        graphs.taken()
+        loss_of(compiled(x)).backward()
+        assert_close(flat_grad(model), wanted)
+
+    check(gradient)
+    for captured in (model, compiled):
+        assert graphs.taken() == 1
+        with rgd_ext.precondition(captured) as handle:
+            check(expected)
+            assert graphs.taken() == 0
+            with handle.paused():
+                check(gradient)
+            check(expected)
+        check(gradient)
+        torch._dynamo.reset()  # until then the code of the model counts as one that cannot be compiled
+        check(gradient)
+    assert graphs.taken() == 1
