@@ -24,6 +24,7 @@ from . import (
     torchjd,
     verification,
 )
+from . import compile as compilation  # not to hide the builtin function
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     for module in (
         kernels,
         steps,
+        compilation,
         distributed,
         observe,
         torchjd,

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from bench import compile as compilation
 from bench import fit, modules, observe, operators, overhead, torchjd
 from bench.fitting.methods import Method
 from bench.training.models import Case, mlp
@@ -105,6 +106,51 @@ def test_a_gradient_that_observation_changes_fails(run, monkeypatch, tiny_mlp):
         run("observe")
 
 
+# Of tensors that are no leaves, in every compiled function.
+dynamo_asks_for_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.fixture
+def compiled_mlp(monkeypatch):
+    """The only model of the benchmark of torch.compile is a small MLP, and what compiles is fast."""
+    only_a_small_mlp(monkeypatch, compilation)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@dynamo_asks_for_grad
+def test_compile(run, tmp_path, capsys, compiled_mlp):
+    path = tmp_path / "compile.json"
+    run("compile", "--json", str(path))
+    record, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert record["failures"] == []
+    (model,) = record["models"]
+    assert model["milliseconds"].keys() == model["first_step"].keys() == compilation.ARMS.keys()
+    graphs = {name: int(name in ("SGD, compiled", "RGD, compiled loss")) for name in compilation.ARMS}
+    assert model["graphs_run"] == {name: made["graphs"] for name, made in model["compilation"].items()} == graphs
+    breaks = {name: sum(made["breaks"].values()) for name, made in model["compilation"].items()}
+    assert {name for name, count in breaks.items() if count} == {"RGD, compiled before", "RGD, compiled after"}
+    assert any(
+        why.startswith("a captured model (rgd_ext)") for why in model["compilation"]["RGD, compiled after"]["breaks"]
+    )
+    assert max(model["error"].values()) < 1e-5
+    assert all(name in printed for name in ("small MLP", "a captured model (rgd_ext) runs uncompiled", *graphs))
+
+
+@dynamo_asks_for_grad
+def test_an_arm_that_is_wrong_or_runs_uncompiled_fails(run, monkeypatch, compiled_mlp):
+    def on_others(model, x, y):
+        return compilation.compiled(model, x + 1, y)
+
+    for name, backward, message in (
+        ("RGD, compiled after", on_others, "differs from that of RGD by"),
+        ("SGD, compiled", observe.ordinary, "runs uncompiled"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(compilation.ARMS, name, replace(compilation.ARMS[name], backward=backward))
+            with pytest.raises(SystemExit, match=f"{name}: .*{message}"):
+                run("compile")
+
+
 def test_operators(run, tmp_path, capsys):
     path = tmp_path / "operators.json"
     run("operators", "--json", str(path))
@@ -196,7 +242,7 @@ def test_a_fit_by_ours_that_fails_is_a_failure(run, monkeypatch):
         run("fit", "--only", "heat")
 
 
-COMMANDS = "kernels steps distributed observe torchjd operators scaling modules verification fit"
+COMMANDS = "kernels steps compile distributed observe torchjd operators scaling modules verification fit"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import compile as compile_command
 from bench.gradients import cases
 from bench.measuring.selection import chosen
 from bench.training import models
@@ -52,6 +53,7 @@ STEPS = {
     "distributed": "bench distributed",
     "ncu": "bench.gpu.ncu_run",
     "compile": "compile.json",
+    "compiled": "compiled.json",
 }
 
 
@@ -140,15 +142,16 @@ def test_the_marks_leave_time_to_a_lease_of_ten_minutes():
 
 
 def test_the_cases_that_it_names_exist(machine):
-    machine.run(STEPS="kernels steps compile")
+    machine.run(STEPS="kernels steps compile compiled")
     known = {
         "kernels": {case.name: case for case in cases.cases(20 << 30, quick=False)},
         "steps": models.cases(quick=False, device="cuda"),
+        "compile": compile_command.models(quick=False, device="cuda"),
     }
     lists = [(words[2], words[words.index("--only") + 1 :]) for words in machine.commands()]
-    assert [name for name, _ in lists] == ["kernels", "steps", "kernels"]
+    assert [name for name, _ in lists] == ["kernels", "steps", "kernels", "compile"]
     found = [list(chosen(known[name], only)) for name, only in lists]
-    assert list(map(len, found)) == [12, 5, 2]
+    assert list(map(len, found)) == [12, 5, 2, 3]
     assert found[0][:2] == found[2]
 
 
