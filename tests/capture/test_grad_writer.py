@@ -10,7 +10,7 @@ from union_cases import backwards, batches, union_of
 
 import rgd_ext
 
-SUM = r"sum of 2 directions.*rgd_ext\.handle_of\(model\)\.accumulate\(\)"
+SUM = r"sum of \d directions.*rgd_ext\.handle_of\(model\)\.accumulate\(\)"
 
 
 @pytest.fixture(params=["RGD", "AdamW"])
@@ -33,13 +33,13 @@ def unscale(model, optimizer):
 def test_a_step_along_a_sum_warns_once(before_step, model, handle, optimizer):
     for is_first in (True, False):
         optimizer.zero_grad()
-        backwards(model, batches())
+        backwards(model, [*batches(), double(4, 6)])
         if before_step:
             before_step(model, optimizer)
         if is_first:
-            with pytest.warns(UserWarning, match=SUM) as caught:
+            with pytest.warns(UserWarning, match="sum of 3 directions") as caught:
                 optimizer.step()
-            assert caught[0].filename == __file__
+            assert [warning.filename for warning in caught] == [__file__]
         else:
             optimizer.step()
 
@@ -63,7 +63,7 @@ def test_gradients_that_are_set_to_zero_are_no_part_of_a_sum(set_to_none, model,
 
 def test_a_sum_that_was_dropped_is_not_stepped_along(model, handle, optimizer):
     backwards(model, batches())
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not isinstance(optimizer, rgd_ext.RGD))
     optimizer.step()
 
 
@@ -94,9 +94,10 @@ def test_plain_gradients_may_add_up(capture):
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-def test_weighted_gradients_add_up_to_a_sum():
+@pytest.mark.parametrize("rule", [{"weights": rgd_ext.weights.Clip(1.0)}, {"epsilon": 0.1}, {}])
+def test_directions_of_every_other_rule_add_up_to_a_sum(rule):
     model = mlp().double()
-    with rgd_ext.precondition(model, weights=rgd_ext.weights.Clip(1.0)):
+    with rgd_ext.precondition(model, **rule):
         backwards(model, batches())
         with pytest.warns(UserWarning, match=SUM):
             torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -115,17 +116,27 @@ class Heads(nn.Module):
 
 def test_directions_add_up_where_they_meet():
     model = Heads().double()
-    parts = [[p for name, p in model.named_parameters() if name.startswith(part)] for part in ("trunk", "heads.0")]
-    trunk, head = (torch.optim.SGD(part, lr=0.1) for part in parts)
+    trunk = torch.optim.SGD(model.trunk.parameters(), lr=0.1)
     with rgd_ext.precondition(model):
         for index in range(2):
             loss_of(model(double(5, 6), index)).backward()
         with pytest.warns(UserWarning, match=SUM):
             trunk.step()
-        model.zero_grad()
+
+
+def test_directions_of_other_parameters_do_not_add_up():
+    model = Heads().double()
+    trunk, first, second = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.trunk, *model.heads))
+    with rgd_ext.precondition(model):
+        for index in range(2):
+            trunk.zero_grad()
+            loss_of(model(double(5, 6), index)).backward()
+        for optimizer in (trunk, first, second):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
         for module in model.heads:
             loss_of(module(double(5, 4))).backward()
-        head.step()
+        second.step()
 
 
 def test_steps_of_other_parameters_do_not_warn(model, handle):

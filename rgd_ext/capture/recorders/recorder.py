@@ -73,7 +73,8 @@ class Recorder(ForwardSubstitute):
 
     def _run_in_compiler(self, args: tuple, kwargs: dict):
         """The forward inside of torch.export, which traces it, or of torch.compile, where it runs eagerly."""
-        if torch.compiler.is_exporting():
+        # What is_exporting() returns; Dynamo of torch 2.11 takes the function for true wherever it traces.
+        if torch.compiler._is_exporting_flag:
             return self.original(*args, **kwargs)
         torch._dynamo.graph_break(msg=_EAGER)
         return torch.compiler.disable(self)(*args, **kwargs)

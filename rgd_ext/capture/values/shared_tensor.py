@@ -15,6 +15,10 @@ from .product_parsers import parse_product
 from .samples import MappedArgument, map_samples
 from .shared_value import CallMaker, LeafOrigin, SharedValue, new_leaf
 
+_COMPILED = (
+    "a value that all samples share goes into a compiled function, which runs uncompiled then: compile the function"
+    " without fullgraph=True"
+)
 # Methods with sizes among their arguments, which may name the batch size.
 _EXPANDING = {"expand", "repeat", "broadcast_to", "tile"}
 # Methods that ask for a shape, a dtype and the like.
@@ -61,6 +65,13 @@ class SharedTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_COMPILED)
+            return torch.compiler.disable(cls._run)(func, args, kwargs)
+        return cls._run(func, args, kwargs)
+
+    @staticmethod
+    def _run(func, args, kwargs):
         if _is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
