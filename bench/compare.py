@@ -19,6 +19,7 @@ from . import steps
 from .measuring.environment import version
 from .measuring.report import Record, show
 from .measuring.selection import chosen, run_recorded
+from .training.models import SMALL
 
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCUMENTATION = ROOT / "bench/results/comparison", ROOT / "docs"
@@ -37,11 +38,9 @@ def add(commands) -> None:
 
 def run(only: Sequence[str] | None, report: bool) -> list[str]:
     """Try all packages on all cases, time steps, write the records and the page; returns what failed."""
-    from .comparing.cost import MODELS
-
     if only:
         return attempt(only)
-    failures = [] if report else attempt(None) or steps.run("cpu", False, str(RESULTS / COST), MODELS)
+    failures = [] if report else attempt(None) or steps.run("cpu", False, str(RESULTS / COST), SMALL)
     if not failures:
         try:
             (DOCUMENTATION / "comparison.md").write_text(page())

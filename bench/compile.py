@@ -28,7 +28,7 @@ from .measuring.timing import Samples, host_clock, interleave, ratio_text, synch
 from .training import oracle
 from .training.arms import CONSECUTIVE, Arm, Training, ordinary, repeat, rgd, sgd
 from .training.candidates import PEER_TOLERANCE, TOLERANCE
-from .training.models import Case, cases, loss
+from .training.models import SMALL, Case, cases, loss
 from .training.peers import FRACTION, Backward
 
 COMPILATION = ("model", "step", "graphs", "graph breaks", "graphs in a later step", "first step, s", "error")
@@ -151,27 +151,27 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     return result
 
 
-def compilation(result: Result) -> Section:
+def compilation_rows(result: Result) -> Section:
     """Rows of the table of what was compiled."""
     rows = []
     for name, made in result.compilation.items():
         counts = made.graphs, sum(made.breaks.values()), result.graphs_run[name]
         first, error = f"{result.first_step[name] / 1e3:.2f}", result.error.get(name)
         rows.append([name, *map(str, counts), first, "" if error is None else f"{error:.0e}"])
-    return named(result, rows)
+    return with_model(result, rows)
 
 
-def times(result: Result) -> Section:
+def time_rows(result: Result) -> Section:
     """Rows of the table of times."""
     rows, samples = [], result.milliseconds
     for name in samples:
         others = SGD, SGD_COMPILED if name != SGD else SGD, ARMS[name].same_as or name
         ratios = [ratio_text(samples, name, other) for other in others]
         rows.append([name, f"{statistics.median(samples[name]):.2f}", *ratios])
-    return named(result, rows)
+    return with_model(result, rows)
 
 
-def named(result: Result, rows: Section) -> Section:
+def with_model(result: Result, rows: Section) -> Section:
     """The rows, the first one with the name of the model."""
     return [["" if index else result.model, *row] for index, row in enumerate(rows)]
 
@@ -180,7 +180,7 @@ def models(quick: bool, device: str) -> dict[str, Case]:
     """The models by name: the MLP, the ResNet and the GPT, and on CUDA also a larger MLP and a GPT in bfloat16."""
     found = cases(quick, device)
     large = ("MLP 784-2048-2048-10, B = 256", "GPT-2 small's shape, bfloat16, B = 8") if device == "cuda" else ()
-    return {name: case for index, (name, case) in enumerate(found.items()) if index < 3 or name in large}
+    return {name: case for name, case in found.items() if name in (*SMALL, *large)}
 
 
 def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list[str]:
@@ -189,11 +189,11 @@ def run(device: str, quick: bool, json: str | None, only: Sequence[str]) -> list
     torch.manual_seed(0)
 
     def report(result: Result) -> None:
-        show(COMPILATION, [compilation(result)], f"torch.compile in the first training step, {device}")
-        show(TIMES, [times(result)], f"training step with torch.compile, {device}")
+        show(COMPILATION, [compilation_rows(result)], f"torch.compile in the first training step, {device}")
+        show(TIMES, [time_rows(result)], f"training step with torch.compile, {device}")
         for name, made in result.compilation.items():
             for why, count in made.breaks.items():
-                print(f"{name}: {count} x {why}", flush=True)
+                print(f"{result.model}, {name}: {count} x {why}", flush=True)
 
     found = chosen(models(quick, device), only)
     torch.compile(torch.sin)(torch.ones(1, device=device))  # imports the compiler, which is no part of a first step

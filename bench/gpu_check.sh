@@ -11,7 +11,7 @@
 # the marks, for a slower machine. The exit status is 1 if anything failed.
 set -u
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators distributed ncu compile compiled}
+STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators distributed ncu compile compiled_steps}
 SCALE=${SCALE:-1}
 OUT=$(realpath -m "${1:-$(dirname "$0")/results}")
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -203,7 +203,7 @@ else
 fi
 step compile 580 "$PYTHON" -m bench kernels --device cuda --json "$WORK/compile.json" --only "d = 1e+06, B = 128,"
 # Last, in the time that is left, since it compiles each model several times.
-step compiled 590 "$PYTHON" -m bench compile --device cuda --json "$WORK/compiled.json" --only \
+step compiled_steps 590 "$PYTHON" -m bench compile --device cuda --json "$WORK/compiled_steps.json" --only \
     "MLP 784-2048" "GPT 4 x 256" "GPT-2 small's shape, bfloat16"
 
 finish

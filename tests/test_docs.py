@@ -52,6 +52,7 @@ def test_examples_in_the_readme_run(code):
     exec(compile(code, README, "exec"), {})
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch where it imports Dynamo
 @pytest.mark.parametrize("page", [page for page in GUIDES if page.name != "trainers.md"], ids=label)
 def test_blocks_of_a_guide_run_one_after_the_other(page):
     run_blocks(page)

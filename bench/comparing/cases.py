@@ -15,8 +15,8 @@ from .models import CLASSES, INPUTS, WIDTH
 from .problem import Problem
 from .sequences import LENGTH, VOCABULARY
 
-SAMPLES = 4
-EXACT, ROUNDED = 1e-9, 3e-2  # relative errors that float64 and bfloat16 may have
+BATCH_SIZE = 4
+TOLERANCE, AUTOCAST_TOLERANCE = 1e-9, 3e-2  # relative errors
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return ROUNDED if self.half else EXACT
+        return AUTOCAST_TOLERANCE if self.half else TOLERANCE
 
     @property
     def success(self) -> str:
@@ -75,24 +75,24 @@ def labels(*shape: int, classes: int = CLASSES) -> Tensor:
 
 
 def vectors(model: nn.Module, **options: object) -> Problem:
-    return Problem(model, torch.randn(SAMPLES, INPUTS), labels(SAMPLES), **options)
+    return Problem(model, torch.randn(BATCH_SIZE, INPUTS), labels(BATCH_SIZE), **options)
 
 
 def images(model: nn.Module) -> Problem:
-    return Problem(model, torch.randn(SAMPLES, 1, 6, 6), labels(SAMPLES))
+    return Problem(model, torch.randn(BATCH_SIZE, 1, 6, 6), labels(BATCH_SIZE))
 
 
 def of_sequences(model: nn.Module) -> Problem:
-    return Problem(model, torch.randn(SAMPLES, LENGTH, WIDTH), labels(SAMPLES))
+    return Problem(model, torch.randn(BATCH_SIZE, LENGTH, WIDTH), labels(BATCH_SIZE))
 
 
 def texts(model: nn.Module) -> Problem:
-    return Problem(model, labels(SAMPLES, LENGTH, classes=VOCABULARY), labels(SAMPLES))
+    return Problem(model, labels(BATCH_SIZE, LENGTH, classes=VOCABULARY), labels(BATCH_SIZE))
 
 
 def language(model: nn.Module) -> Problem:
     """A label for every token."""
-    tokens = labels(SAMPLES, LENGTH + 1, classes=VOCABULARY)
+    tokens = labels(BATCH_SIZE, LENGTH + 1, classes=VOCABULARY)
     return Problem(model, tokens[:, :-1], tokens[:, 1:])
 
 
@@ -101,7 +101,7 @@ def own_layer() -> nn.Module:
 
 
 def time_first(model: nn.Module) -> Problem:
-    return Problem(model, torch.randn(LENGTH, SAMPLES, INPUTS), labels(SAMPLES), batch_dim=1)
+    return Problem(model, torch.randn(LENGTH, BATCH_SIZE, INPUTS), labels(BATCH_SIZE), batch_dim=1)
 
 
 CASES = {

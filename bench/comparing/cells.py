@@ -5,15 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from ..measuring.pages import COLUMNS
+from ..measuring.pages import LINE_WIDTH
 from .attempts import ABSENT, EXACT, LONGEST, OTHER, REFUSED, WRONG, Attempt
 from .packages import PACKAGES
-from .reference import CONTRIBUTIONS, DERIVATIVES, TOKENS
+from .reference import CONTRIBUTIONS, JACOBIAN, TOKENS
 
 # What rows stand for that are no gradients of samples, in the table and in a footnote.
 MEANINGS = {
     CONTRIBUTIONS: ("contributions", "contributions of the samples to the gradient of the batch"),
-    DERIVATIVES: ("Jacobian", "gradients of the losses of the samples in this batch"),
+    JACOBIAN: ("Jacobian", "gradients of the losses of the samples in this batch"),
     TOKENS: ("by token", "the same with each token for a sample"),
 }
 
@@ -34,7 +34,7 @@ class Footnotes:
 
     def markdown(self) -> str:
         notes = (f"[^{number}]: {text}" for number, text in enumerate(self._texts, 1))
-        fill = {"width": COLUMNS, "subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+        fill = {"width": LINE_WIDTH, "subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
         return "\n".join(textwrap.fill(note, **fill) for note in notes)
 
 
@@ -63,7 +63,7 @@ def long(attempt: Attempt, success: str) -> str:
     elif attempt.another_model:
         text = "exact, of a model with other outputs"
     elif attempt.outcome == WRONG and attempt.error is None:
-        text = "wrong, not even of the right shape"
+        text = "wrong, of another shape or not finite"
     return f"{text}, with a warning, {code(attempt.warned)}" if attempt.warned and attempt.outcome != EXACT else text
 
 

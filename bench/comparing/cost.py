@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..measuring.timing import ratio
+from ..training.models import SMALL
 from .cells import Footnotes, code
 
-MODELS = ("MLP 784-1024-1024-10, B = 128", "ResNet-GN 0.3M, B = 64", "GPT 4 x 256, T = 128, B = 16")
 # The arms of `steps`, and their columns here.
 ARMS = {
     "RGD Spectral": "rgd_ext, Spectral",
@@ -30,7 +30,7 @@ def rows(record: dict, notes: Footnotes) -> list[list[str]]:
     """
     models = {model["model"]: model for model in record["models"]}
     found = []
-    for name in MODELS:
+    for name in SMALL:
         if name not in models:
             raise ValueError(f"the record of the training steps lacks {name!r}: run `python -m bench compare`")
         model = models[name]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# For fastDP, which is in no package index, so that `pip` and this benchmark cannot install it.
-FASTDP, COMMIT = "fastDP", "16e9f92d7dbc"
+# fastDP was in no package index on this day, so that this benchmark cannot install it; its column is by this commit.
+FASTDP, COMMIT, DATE = "fastDP", "16e9f92d7dbc", "2026-11-30"
 COLUMNS = ("rgd_ext", "Opacus", "torch.func", "BackPACK", "TorchJD", "curvlinops", FASTDP)
 
 NO = "-"
@@ -59,7 +59,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         NO,
         NO,
     ),
-    "objectives that are no samples": (NO, NO, "yes", NO, "yes", NO, NO),
+    "objectives other than samples": (NO, NO, "yes", NO, "yes", NO, NO),
     "Hessian and Gauss-Newton": (
         "`GaussNewton` of residuals",
         NO,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +58,6 @@ class Problem:
         with self.mode():
             every = F.cross_entropy(model(x).movedim(-1, 1), y, reduction="none")
         return every.view(len(y), -1).mean(1)
-
-    def copied(self) -> Problem:
-        """The same problem with a model of its own."""
-        return replace(self, model=copy.deepcopy(self.model))
 
     def rows(self) -> Tensor:
         """G of shape (B, d): the gradient of the loss of each sample, which the model sees alone."""

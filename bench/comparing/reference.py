@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from .problem import Problem, flat, flat_rows, probes
 FRACTION = 0.5  # of Spectral
 SAMPLES = ""  # the name of the gradients of samples that the model sees one at a time
 # Other things that a package may take for the gradients of samples.
-CONTRIBUTIONS, DERIVATIVES, TOKENS = "contributions", "Jacobian", "tokens"
+CONTRIBUTIONS, JACOBIAN, TOKENS = "contributions", "Jacobian", "tokens"
 
 
 def rows_by_meaning(problem: Problem, mixes: bool) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def rows_by_meaning(problem: Problem, mixes: bool) -> dict[str, Tensor]:
     found = {SAMPLES: problem.rows()}
     if mixes:
         found[CONTRIBUTIONS] = contributions(problem)
-        found[DERIVATIVES] = derivatives(problem)
+        found[JACOBIAN] = jacobian(problem)
     if problem.y.ndim > 1:
         found[TOKENS] = tokens(problem)
     return found
@@ -41,7 +42,7 @@ def contributions(problem: Problem) -> Tensor:
     return flat_rows(grads)
 
 
-def derivatives(problem: Problem) -> Tensor:
+def jacobian(problem: Problem) -> Tensor:
     """The gradient of the loss of each sample in the batch."""
     trained = problem.trained()
     losses = problem.losses(problem.model, problem.x, problem.y)
@@ -72,7 +73,8 @@ def expected(kind: str, rows: Tensor, problem: Problem) -> Tensor:
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|; infinite where the shapes differ."""
+    """|got - wanted| / |wanted|; infinite where the shapes differ, or a number is not finite."""
     if got.shape != wanted.shape:
-        return float("inf")
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        return math.inf
+    found = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    return found if math.isfinite(found) else math.inf

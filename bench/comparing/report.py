@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..measuring.pages import Template, markdown, wrapped
+from ..measuring.pages import filled, markdown
 from . import cells, cost, documented
 from .cells import Footnotes
 from .packages import PACKAGES
 
 TEMPLATE = Path(__file__).with_name("comparison.md")
-PAGE = "comparison.md"  # in the folder of the documentation
 
 
 def versions(environment: dict) -> dict[str, str]:
@@ -50,7 +49,9 @@ def page(features: dict, steps: dict, template: str) -> str:
         "torch": measured["torch"],
         "transformers": measured["packages"]["transformers"],
         "commit": measured["commit"],
-        "fastdp": documented.COMMIT,
+        "fastdp.commit": documented.COMMIT,
+        "fastdp.date": documented.DATE,
     }
     texts |= {f"cost.{name}": timed[name] for name in ("date", "python", "torch", "commit", "threads", "cpu")}
-    return wrapped(Template(template).substitute(texts, footnotes=notes.markdown()))
+    texts["footnotes"] = notes.markdown()
+    return filled(template, texts, "bench/comparing/report.py has to name it")

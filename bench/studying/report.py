@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..measuring.pages import Template, markdown, wrapped
+from ..measuring.pages import filled, markdown
 from .question import Answer, Finished, Question
 from .store import Store
 
@@ -63,13 +63,7 @@ def page(found: Mapping[str, Answer], template: str) -> str:
     for name, answer in found.items():
         texts |= {f"{name}.{number}": text for number, text in answer.numbers.items()}
         texts |= {f"{name}.{table}": markdown(rows.header, rows.rows) for table, rows in answer.tables.items()}
-    try:
-        return wrapped(Template(template).substitute(texts))
-    except KeyError as error:
-        raise ValueError(
-            f"the page needs {error}, which the lines do not give: `python -m bench study` runs what is missing, in the"
-            " folders named by --data too"
-        ) from error
+    return filled(template, texts, "`python -m bench study` runs what is missing, in the folders named by --data too")
 
 
 def checksum(path: Path) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .steps import StepCheck, check_steps
 
 _SEVERAL = (
-    "an optimizer's step along the sum of {count} directions, each of a batch of its own: {count} backwards have added"
-    " one to .grad since that was empty, and their sum is not the direction of all of these samples. For that one run"
-    " them inside of `with rgd_ext.handle_of(model).accumulate():`; with a trainer, use RGDTrainer or RGDCallback of"
+    "an optimizer's step along the sum of {count} directions: {count} backwards have each added one to .grad, which is"
+    " not the direction of all their samples. For that one run them inside of"
+    " `with rgd_ext.handle_of(model).accumulate():`; with a trainer, use RGDTrainer or RGDCallback of"
     " rgd_ext.integrations, or defer() and write() of the handle. If they are of different steps, call"
     " optimizer.zero_grad() before each. This warning comes once for each capture"
 )
@@ -75,6 +75,7 @@ class GradWriter(StepCheck):
 
     def check(self) -> None:
         self._is_quiet = True
+        # Of whoever calls step(), behind this method, `_check` and `_before_step` of steps.py, and torch's wrapper.
         warnings.warn(_SEVERAL.format(count=self._count), stacklevel=5)
 
     def drop(self) -> None:
@@ -82,4 +83,5 @@ class GradWriter(StepCheck):
 
 
 def _version(tensor: Tensor) -> int:
+    # An inference tensor, as `handle.write()` leaves it under torch.inference_mode, counts no versions.
     return 0 if tensor.is_inference() else tensor._version

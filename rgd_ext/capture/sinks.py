@@ -121,7 +121,8 @@ class WriteDirection(Sink):
         super().__init__(planner, parameters)
         self.solver, self._workspace, self._vector = solver, workspace, vector
         self.per_parameter, self.exchange = per_parameter, exchange
-        self._needs_gram, self._grads = True, GradWriter(solver.rule.is_additive)
+        self._needs_gram = True
+        self._grad_writer = GradWriter(solver.rule.is_additive)
         self.stats: Stats | None = None
 
     def begin(self, batch_size: int) -> None:
@@ -196,7 +197,7 @@ class WriteDirection(Sink):
             else:
                 found = self.exchange.finish(contributions, self._solve)
                 parameters, direction, self.stats = found or ([], [], None)
-        self._grads.add(parameters, direction)
+        self._grad_writer.add(parameters, direction)
         self._workspace.release()
 
     def _solve(self, grads: Contributions | AcrossRanks | OwnSamples) -> tuple[list[Tensor], Stats]:

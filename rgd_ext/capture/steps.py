@@ -27,7 +27,7 @@ class StepCheck(ABC):
         """Forget what was found in earlier backwards: the gradients are set to zero."""
 
 
-# A list, which is nearly always empty, since small models would wait for a WeakSet.
+# A list, which is short, since small models would wait for a WeakSet.
 _checks: list[weakref.ref[StepCheck]] = []
 
 
@@ -44,11 +44,11 @@ def _hook_steps() -> None:
 
 def checks_of(optimizer: Optimizer) -> list[StepCheck]:
     """The checks that concern parameters of `optimizer`."""
-    found = [check for reference in _checks if (check := reference())]
+    found = [(check, stepped) for reference in _checks if (check := reference()) and (stepped := check.stepped())]
     if not found:
-        return found
+        return []
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    return [check for check in found if not own.isdisjoint(check.stepped())]
+    return [check for check, stepped in found if not own.isdisjoint(stepped)]
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

@@ -133,7 +133,7 @@ def test_steps_are_timed_after_the_cases_and_a_failure_writes_no_page(run, monke
     monkeypatch.setattr(compare.steps, "run", lambda *arguments: called.append(arguments) or ["no time"])
     monkeypatch.setattr(compare, "attempt", lambda only: called.append("cases") or [])
     assert run(None, False) == ["no time"]
-    assert called == ["cases", ("cpu", False, str(tmp_path / compare.COST), cost.MODELS)]
+    assert called == ["cases", ("cpu", False, str(tmp_path / compare.COST), compare.SMALL)]
     assert not (tmp_path / "comparison.md").exists()
 
 

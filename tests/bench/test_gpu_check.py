@@ -53,7 +53,7 @@ STEPS = {
     "distributed": "bench distributed",
     "ncu": "bench.gpu.ncu_run",
     "compile": "compile.json",
-    "compiled": "compiled.json",
+    "compiled_steps": "compiled_steps.json",
 }
 
 
@@ -142,7 +142,7 @@ def test_the_marks_leave_time_to_a_lease_of_ten_minutes():
 
 
 def test_the_cases_that_it_names_exist(machine):
-    machine.run(STEPS="kernels steps compile compiled")
+    machine.run(STEPS="kernels steps compile compiled_steps")
     known = {
         "kernels": {case.name: case for case in cases.cases(20 << 30, quick=False)},
         "steps": models.cases(quick=False, device="cuda"),

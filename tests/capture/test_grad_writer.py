@@ -76,6 +76,16 @@ def test_gradients_that_were_never_set_to_zero_are_part_of_a_sum(model, handle, 
         optimizer.step()
 
 
+def test_directions_may_be_written_in_inference_mode(model, handle, optimizer):
+    handle.defer()
+    for _ in range(2):
+        optimizer.zero_grad()
+        backwards(model, batches())
+        with torch.inference_mode():
+            handle.write()
+        optimizer.step()
+
+
 def test_a_closure_that_adds_up_directions_warns(model, handle, optimizer):
     def closure():
         optimizer.zero_grad()
