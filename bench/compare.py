@@ -43,7 +43,9 @@ def run(only: Sequence[str] | None, report: bool) -> list[str]:
     failures = [] if report else attempt(None) or steps.run("cpu", False, str(RESULTS / COST), SMALL)
     if not failures:
         try:
-            (DOCUMENTATION / "comparison.md").write_text(page())
+            path = DOCUMENTATION / "comparison.md"
+            path.write_text(page())
+            print(f"wrote {path}")
         except (OSError, ValueError) as problem:
             sys.exit(str(problem))
     return failures
@@ -65,8 +67,11 @@ def attempt(only: Sequence[str] | None) -> list[str]:
 
     packages = {name: package for name, package in PACKAGES.items() if version(package.distribution)}
     missing = [PACKAGES[name].distribution for name in PACKAGES if name not in packages]
-    if missing and not only:
-        return [f"{', '.join(missing)}: not installed; pip install -r bench/requirements.txt"]
+    if missing:
+        about = f"{', '.join(missing)}: not installed; pip install -r bench/requirements.txt"
+        if not only:
+            return [about]
+        print(about, flush=True)
     failures: list[str] = []
 
     def report(result: Result) -> None:

@@ -40,7 +40,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "any optimizer of torch": ("yes", "wrapped by `DPOptimizer`", NO, "yes", "yes", NO, "attached"),
     "clipping by sample": (
-        "`Clip`, `Normalise`",
+        "`weights.Clip`, `weights.Normalise`",
         "flat, per layer, adaptive",
         NO,
         NO,
@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "privacy: noise, Poisson sampling": (NO, "yes", NO, NO, NO, NO, "noise"),
     "privacy accounting": (NO, "RDP, GDP, PRV", NO, NO, NO, NO, "RDP, GLW"),
     "rules for conflicting gradients": (
-        "those of TorchJD, by `FromGramian`",
+        "those of TorchJD, by `weights.FromGramian`",
         NO,
         NO,
         NO,

@@ -49,6 +49,9 @@ def live_handle(model: nn.Module) -> Preconditioner | None:
 def handle_of(module: nn.Module) -> Preconditioner | None:
     """The handle of the capture that `module` is in: its own, or that of a model around it; None without one.
 
+    Args:
+        module: as it is, or as `DistributedDataParallel` or `torch.compile` wraps it.
+
     Raises:
         TypeError: if `module` is not a module.
 
@@ -62,6 +65,7 @@ def handle_of(module: nn.Module) -> Preconditioner | None:
         raise TypeError(f"module is a {type(module).__name__}: pass a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         module = module.module
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     return live_handle(module) or next((handle for handle in _live() if handle.recorder_of(module) is not None), None)
 
 

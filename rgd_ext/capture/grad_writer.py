@@ -5,25 +5,32 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from .steps import StepCheck, check_steps
 
 _SEVERAL = (
-    "an optimizer's step along the sum of {count} directions: {count} backwards have each added one to .grad, which is"
-    " not the direction of all their samples. For that one run them inside of"
-    " `with rgd_ext.handle_of(model).accumulate():`; with a trainer, use RGDTrainer or RGDCallback of"
-    " rgd_ext.integrations, or defer() and write() of the handle. If they are of different steps, call"
-    " optimizer.zero_grad() before each. This warning comes once for each capture"
+    "rgd_ext: this step of an optimizer goes along a sum of {count} directions, since {count} backwards have each added"
+    " one to .grad. The sum is not the direction of all their samples. For that one, run all backwards of a step inside"
+    " one block `with rgd_ext.handle_of(model).accumulate():`, where model is the captured module; with a trainer, use"
+    " RGDTrainer or RGDCallback of rgd_ext.integrations, or defer() and write() of the handle. If they are of different"
+    " steps, call optimizer.zero_grad() before each. This warning comes once for each capture"
 )
+
+# What is known of a gradient that was written: a weak reference to it; its version after the last direction was added,
+# which counts changes in place; and how many directions it consists of.
+_Written: TypeAlias = tuple[Callable[[], Tensor | None], int, int]
+_NOTHING: _Written = (lambda: None), 0, 0
 
 
 class GradWriter(StepCheck):
     """Adds directions to `.grad`.
 
     It warns once before a step along the sum of several, which users of gradient accumulation take for the direction
-    of the whole batch. Such a sum is noticed only where nothing else has changed the gradients in between.
+    of the whole batch. Such a sum is noticed only where nothing else has changed the gradient in between.
 
     Args:
         is_additive: whether such sums are the direction of the whole batch, so that there is nothing to warn of.
@@ -31,57 +38,55 @@ class GradWriter(StepCheck):
 
     def __init__(self, is_additive: bool) -> None:
         self._is_quiet, self._is_registered = is_additive, False
-        # The directions in `.grad`, the parameters of the last one, and the gradient of the first of these, which tells
-        # whether all were left alone: to look at each would take longer than to write a small one.
-        self._count = 0
-        self._parameters: list[nn.Parameter] = []
-        self._grad: Callable[[], Tensor | None] = lambda: None
-        self._version = 0
+        # By the ids of parameters: what was written last, and the parameters that have several directions.
+        self._written: dict[int, _Written] = {}
+        self._sums: dict[int, nn.Parameter] = {}
 
     def add(self, parameters: list[nn.Parameter], direction: list[Tensor]) -> None:
         """Add to the gradient of each parameter its part of a direction."""
-        self._count = self._count + 1 if self._adds_up(parameters) else 1
+        # Inference tensors, as `handle.write()` leaves them under torch.inference_mode, have no versions.
+        is_watching = not self._is_quiet and not torch.is_inference_mode_enabled()
         for parameter, step in zip(parameters, direction, strict=True):
-            if parameter.grad is None:
+            count, grad = 1, parameter.grad
+            if grad is None:
                 # A view made here could not be changed in place where autograd records.
-                parameter.grad = step.detach() if step._is_view() else step
-            elif parameter.grad.is_sparse and not step.is_sparse:
-                parameter.grad = step + parameter.grad
+                parameter.grad = grad = step.detach() if step._is_view() else step
             else:
-                parameter.grad += step
-        self._parameters = parameters
-        if parameters and (first := parameters[0].grad) is not None:
-            self._grad, self._version = weakref.ref(first), _version(first)
-        if self._count > 1 and not self._is_quiet and not self._is_registered:
+                count += self._count_in(parameter, grad)
+                if grad.is_sparse and not step.is_sparse:
+                    parameter.grad = grad = step + grad
+                else:
+                    grad += step
+            if is_watching:
+                self._written[id(parameter)] = weakref.ref(grad), grad._version, count
+                if count > 1 or self._sums:
+                    self._watch(parameter, count)
+
+    def _count_in(self, parameter: nn.Parameter, grad: Tensor) -> int:
+        """How many directions a gradient consists of; 0 if something else has changed it since."""
+        written, version, count = self._written.get(id(parameter), _NOTHING)
+        return count if written() is grad and version == grad._version else 0
+
+    def _watch(self, parameter: nn.Parameter, count: int) -> None:
+        """Warn before steps of the parameter if its gradient consists of several directions."""
+        if count == 1:
+            self._sums.pop(id(parameter), None)
+            return
+        self._sums[id(parameter)] = parameter
+        if not self._is_registered:
             self._is_registered = True
             check_steps(self)
 
-    def _adds_up(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether the gradients of some parameters have the last direction, as it was written."""
-        grad = self._grad_now()
-        if grad is None or _version(grad) != self._version:
-            return False
-        last = set(self._parameters)
-        return any(parameter in last and parameter.grad is not None for parameter in parameters)
-
-    def _grad_now(self) -> Tensor | None:
-        """The gradient that the last direction was written to, if it is still there."""
-        grad = self._parameters[0].grad if self._parameters else None
-        return grad if grad is self._grad() else None
-
     def stepped(self) -> Sequence[nn.Parameter]:
         # Where gradients are clipped or unscaled they change, but stay where they are.
-        return self._parameters if self._count > 1 and not self._is_quiet and self._grad_now() is not None else ()
+        return [p for p in self._sums.values() if p.grad is not None and p.grad is self._written[id(p)][0]()]
 
     def check(self) -> None:
+        most = max(self._written[id(parameter)][2] for parameter in self.stepped())
         self._is_quiet = True
+        self.drop()
         # Of whoever calls step(), behind this method, `_check` and `_before_step` of steps.py, and torch's wrapper.
-        warnings.warn(_SEVERAL.format(count=self._count), stacklevel=5)
+        warnings.warn(_SEVERAL.format(count=most), stacklevel=5)
 
     def drop(self) -> None:
-        self._count = 0
-
-
-def _version(tensor: Tensor) -> int:
-    # An inference tensor, as `handle.write()` leaves it under torch.inference_mode, counts no versions.
-    return 0 if tensor.is_inference() else tensor._version
+        self._written, self._sums = {}, {}

@@ -219,6 +219,7 @@ def test_a_compiled_model_may_be_captured_paused_and_released():
     for captured in (model, compiled):
         assert graphs.taken() == 1
         with rgd_ext.precondition(captured) as handle:
+            assert rgd_ext.handle_of(compiled) is handle
             check(expected)
             assert graphs.taken() == 0
             with handle.paused():

@@ -149,6 +149,17 @@ def test_directions_of_other_parameters_do_not_add_up():
         second.step()
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_optimizers_of_parts_step_along_single_directions(set_to_none):
+    model = mlp().double()
+    optimizers = [torch.optim.SGD(model[index].parameters(), lr=0.1) for index in (0, 2, 0, 2)]
+    with rgd_ext.precondition(model):
+        for optimizer in optimizers:  # as for the two networks of a GAN that were captured as one model
+            optimizer.zero_grad(set_to_none)
+            backwards(model, batches()[:1])
+            optimizer.step()
+
+
 def test_steps_of_other_parameters_do_not_warn(model, handle):
     other = torch.optim.SGD(mlp().parameters(), lr=0.1)
     backwards(model, batches())
