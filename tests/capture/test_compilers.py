@@ -1,6 +1,7 @@
 """torch.compile, torch.export and torch.jit work on captured models or on their copies, or say that they do not."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,8 +131,10 @@ def test_a_module_without_parameters_stays_compiled_in_a_captured_model():
     expected = expected_direction(model, x)
     model[1] = torch.compile(model[1], fullgraph=True, backend=graphs)
     with rgd_ext.precondition(model):
+        model(x)  # the first forward is verified, which runs the graph as well
+        graphs.taken()
         loss_of(model(x)).backward()
-    assert graphs.taken() == 1  # though the first forward is verified
+    assert graphs.taken() == 1
     assert_close(flat_grad(model), expected)
 
 
@@ -183,14 +186,40 @@ def test_a_compiled_function_of_a_shared_value_runs_uncompiled():
     graphs, x = Graphs(), double(5, 7, 4)
     model, ordinary = Positions(torch.compile(add, backend=graphs)).double(), Positions(add).double()
     ordinary.load_state_dict(model.state_dict())
-    assert_close(captured_grad(model, x), expected_direction(ordinary, x))
+    with rgd_ext.precondition(model):
+        model(x)  # the verification compiles it for single samples
+        graphs.taken()
+        loss_of(model(x)).backward()
     assert graphs.taken() == 0
+    assert_close(flat_grad(model), expected_direction(ordinary, x))
 
 
 def test_a_function_of_a_shared_value_is_not_compiled_whole():
     model = Positions(torch.compile(add, fullgraph=True, backend="eager"))
     with rgd_ext.precondition(model), pytest.raises(RuntimeError, match=r"share.*without fullgraph=True"):
         model(torch.randn(5, 7, 4))
+
+
+def test_what_a_function_does_when_it_is_compiled_is_verified():
+    def centred(x):
+        return x - x.mean(0) if torch.compiler.is_compiling() else x
+
+    model = with_function(torch.compile(centred, fullgraph=True, backend="eager")).double()
+    with rgd_ext.precondition(model), pytest.raises(ValueError, match="the forward mixes samples"):
+        model(double(5, 5))
+
+
+def test_verifications_in_several_threads_leave_the_compiler_on():
+    def verify(_):
+        model = nn.Sequential(mlp(), nn.Dropout(0.3))
+        with rgd_ext.precondition(model):
+            model(torch.randn(5, 6))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(verify, range(40)))
+    graphs = Graphs()
+    torch.compile(swish, backend=graphs)(torch.randn(3))
+    assert graphs.taken() == 1
 
 
 @pytest.mark.parametrize("draws", [False, True])

@@ -86,6 +86,15 @@ def test_directions_may_be_written_in_inference_mode(model, handle, optimizer):
         optimizer.step()
 
 
+def test_a_direction_is_added_to_a_sparse_gradient(model, handle):
+    (x,), weight = batches()[:1], model[0].weight
+    backwards(model, [x])
+    direction, before = weight.grad.clone(), torch.randn_like(weight)
+    weight.grad = before.to_sparse()
+    backwards(model, [x])
+    assert_close(weight.grad, before + direction)
+
+
 def test_a_closure_that_adds_up_directions_warns(model, handle, optimizer):
     def closure():
         optimizer.zero_grad()

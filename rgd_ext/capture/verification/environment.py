@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ...nests import modules_in
 from ..equal_draws import EqualDraws
+from ..modes import uncompiled
 from .random_numbers import RandomNumbers
 
 
@@ -40,6 +41,7 @@ class Environment:
             for kind in self._autocasts:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             if self._equal_draws is not None:
+                stack.enter_context(uncompiled())
                 stack.enter_context(self._equal_draws)
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the other kernels draw their masks inside
             yield

@@ -1,8 +1,7 @@
-"""What a proof must not do outside of the model: warn, compile, call hooks of all modules, or fill caches."""
+"""What a proof must not do outside of the model: warn, call hooks of all modules, or fill caches and checkpoints."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -42,9 +41,6 @@ def isolated(model: nn.Module, hooks: bool) -> Iterator[None]:
             for name in _GLOBAL_HOOKS:
                 stack.callback(setattr, module, name, getattr(module, name))
                 setattr(module, name, OrderedDict())
-        if "torch._dynamo" in sys.modules:  # which takes a second to import
-            # Dynamo would compile functions anew for single samples, and does not compile under a mode of ours.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the user's own forward repeats them
         stack.enter_context(loops_of(model).silent())
