@@ -179,6 +179,8 @@ def with_model(result: Result, rows: Section) -> Section:
 def models(quick: bool, device: str) -> dict[str, Case]:
     """The models by name: the MLP, the ResNet and the GPT, and on CUDA also a larger MLP and a GPT in bfloat16."""
     found = cases(quick, device)
+    if quick:
+        return found
     large = ("MLP 784-2048-2048-10, B = 256", "GPT-2 small's shape, bfloat16, B = 8") if device == "cuda" else ()
     return {name: case for name, case in found.items() if name in (*SMALL, *large)}
 

@@ -4,6 +4,7 @@ import pytest
 from matplotlib.image import imread
 from squares import drawn_from, finish, line, squares
 
+from bench.measuring.pages import wrapped
 from bench.study import DOCUMENTATION, RESULTS
 from bench.studying import report
 from bench.studying.questions import load_all
@@ -22,7 +23,7 @@ def test_page_has_the_numbers_and_tables_of_the_runs(tmp_path):
 
 def test_paragraphs_are_filled_anew_and_nothing_else():
     text = "\n\n".join(["# A title", "many words\n" * 20, "| a | b |\n| c | d |", "```sh\na\nb\n```", "- one\n- two"])
-    lines = report.wrapped(text).splitlines()
+    lines = wrapped(text).splitlines()
     assert max(map(len, lines)) <= 120
     assert " ".join(lines).split() == text.split()
     assert lines[0] == "# A title"
@@ -31,7 +32,7 @@ def test_paragraphs_are_filled_anew_and_nothing_else():
 
 
 def test_page_without_the_lines_of_a_question_fails(tmp_path):
-    with pytest.raises(ValueError, match=r"the page needs 'squares\.smallest', which the lines do not give"):
+    with pytest.raises(ValueError, match=r"the page needs 'squares\.smallest', which the results do not give"):
         written(tmp_path, "${squares.smallest}")
 
 
