@@ -2,7 +2,8 @@
 // every dtype, odd sizes and unaligned rows, many matrices, few and many blocks, and random schedules. The tests are
 // tested as well: every barrier of every kernel is removed once, which has to fail.
 //
-// `kernel_tests NAME` runs only the kernels whose name contains NAME.
+// `kernel_tests NAME` runs only the kernels whose name contains NAME, and `kernel_tests 1 2` the second half of them:
+// every other one, from number 1 on.
 
 #include <set>
 
@@ -11,15 +12,18 @@
 namespace kernel_tests {
 namespace {
 
-// Part of the names of the kernels to run, from the command line.
+// From the command line: part of the names of the kernels to run, and which of how many parts of them.
 std::string chosen;
+std::size_t part = 0, parts = 1;
 
 std::vector<Kernel> all_kernels() {
   std::vector<Kernel> kernels;
   for (const auto& more : {statistics_kernels(), streaming_kernels(), gram_kernels(), norm_kernels()})
     kernels.insert(kernels.end(), more.begin(), more.end());
   std::erase_if(kernels, [](const Kernel& kernel) { return kernel.name.find(chosen) == std::string::npos; });
-  return kernels;
+  std::vector<Kernel> own;
+  for (std::size_t i = part; i < kernels.size(); i += parts) own.push_back(kernels[i]);
+  return own;
 }
 
 void expect_agreement(const std::vector<Kernel>& kernels, const std::vector<Shape>& shapes) {
@@ -97,7 +101,8 @@ int main(int count, char** arguments) {
     read_past_the_end();
     return 0;
   }
-  if (count > 1) chosen = arguments[1];
+  if (count == 2) chosen = arguments[1];
+  if (count == 3) part = std::stoul(arguments[1]), parts = std::stoul(arguments[2]);
   test_against_double();
   test_normalisations();
   test_long_sums();
