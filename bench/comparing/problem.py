@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.peers import sample_losses
+
 # Vectors that an operator is multiplied with.
 PROBES = 3
 
@@ -56,8 +58,7 @@ class Problem:
     def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The losses of the samples, (B,); a label of many counts as its share of the sample."""
         with self.mode():
-            every = F.cross_entropy(model(x).movedim(-1, 1), y, reduction="none")
-        return every.view(len(y), -1).mean(1)
+            return sample_losses(model(x), y)
 
     def rows(self) -> Tensor:
         """G of shape (B, d): the gradient of the loss of each sample, which the model sees alone."""

@@ -1,4 +1,7 @@
-"""What torch.compile makes of a call: its graphs, its graph breaks, and which compiled graphs run."""
+"""What torch.compile makes of a call: its graphs, its graph breaks, and which compiled graphs run.
+
+Dynamo and Inductor are imported where they are needed: all benchmarks import this module, and should not run with them.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -28,6 +29,9 @@ def compiling() -> Iterator[Compilation]:
     Dynamo keeps what it has found of a code object. Without a reset, an arm is not compiled at all if an arm before it
     has had its graph breaks in the same code. Nothing of the compilation is read from a cache, so that its time counts.
     """
+    from torch._dynamo.utils import counters
+    from torch._inductor.utils import fresh_cache
+
     torch._dynamo.reset()
     counters.clear()
     found = Compilation()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -15,16 +16,8 @@ from pathlib import Path
 
 import torch
 
-# What benchmarks compare with or train, by the names of distributions.
-PACKAGES = (
-    "rgd_ext",
-    "opacus",
-    "backpack-for-pytorch",
-    "torchjd",
-    "curvlinops-for-pytorch",
-    "torch-levenberg-marquardt",
-    "transformers",
-)
+# What benchmarks compare with or train.
+REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
 
 def output_of(*command: str) -> str | None:
@@ -111,7 +104,8 @@ def environment() -> dict[str, object]:
     """The machine, what rgd_ext was built with, the versions of packages that are compared with it, and the day."""
     import rgd_ext
 
-    versions = {name: found for name in PACKAGES if (found := version(name))}
+    names = re.findall(r"^[A-Za-z][\w-]*", REQUIREMENTS.read_text(), re.MULTILINE)
+    versions = {name: found for name in ("rgd_ext", *names) if (found := version(name))}
     about = {"build": rgd_ext.build_info(), "python": platform.python_version(), "packages": versions}
     return machine() | about | {"date": datetime.now(timezone.utc).date().isoformat()}
 

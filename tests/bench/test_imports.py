@@ -1,6 +1,8 @@
 """The imports between the modules of bench."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -38,6 +40,11 @@ def test_there_is_no_circle():
 def test_a_folder_imports_only_those_below_it(folder):
     for path in (BENCH / folder).rglob("*.py"):
         assert {source[1] for source in imports(path)} <= {folder} | BELOW[folder], path
+
+
+def test_the_command_line_starts_without_the_compiler():
+    code = "import sys, bench.__main__; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=BENCH.parent).returncode == 0
 
 
 def test_every_folder_has_its_place():
