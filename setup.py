@@ -20,7 +20,7 @@ from setuptools import setup
 
 CHOICES = ("auto", "cuda", "cpu", "none")
 SOURCES = Path(__file__).parent.joinpath("csrc", "sources.txt").read_text().split()
-CUDA_SOURCES = [source for source in SOURCES if source.endswith(".cu")]
+CUDA_SOURCES = [source for source in SOURCES if source.startswith("csrc/cuda/")]
 # -fopenmp: at::parallel_for is a header, and serial without it.
 # -g0: the flags of Python itself ask for debug information, a fifth of the time it takes to compile.
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden"]

@@ -1,5 +1,6 @@
 #include "grads.h"
 
+#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 
 namespace rgd_ext {

@@ -4,11 +4,16 @@
 // a list of (B, *shape) tensors. The checks are those without which a kernel would read outside of a tensor or
 // give nonsense. The public functions of rgd_ext/ops check before, and say more.
 
-#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <string>
 #include <vector>
+
+// Whoever looks into a list includes ATen/core/List.h, which takes longer to read than all that is included here.
+namespace c10 {
+template <typename T>
+class List;
+}
 
 namespace rgd_ext {
 

@@ -1,8 +1,8 @@
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "combine.cuh"
 #include "launch.h"
+#include "operators.h"
 #include "reads.h"
 
 namespace rgd_ext::cuda {
@@ -27,15 +27,6 @@ void launch_combine(at::TensorList matrices, const at::Tensor& weights, int64_t 
   });
 }
 
-std::vector<at::Tensor> combine_operator(at::TensorList grads, const at::Tensor& weights) {
-  check_grads(grads);
-  const at::Tensor checked = checked_weights(grads, weights);
-  const c10::cuda::CUDAGuard guard(grads[0].device());
-  std::vector<at::Tensor> results = empty_like_parameters(grads);
-  read_combination(with_contiguous_rows(grads), checked.unsqueeze(0), 0, results);
-  return results;
-}
-
 }  // namespace
 
 void read_combination(at::TensorList matrices, const at::Tensor& weights, int64_t first, at::TensorList results) {
@@ -49,6 +40,13 @@ void read_combination(at::TensorList matrices, const at::Tensor& weights, int64_
   });
 }
 
-}  // namespace rgd_ext::cuda
+std::vector<at::Tensor> combine_operator(at::TensorList grads, const at::Tensor& weights) {
+  check_grads(grads);
+  const at::Tensor checked = checked_weights(grads, weights);
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  std::vector<at::Tensor> results = empty_like_parameters(grads);
+  read_combination(with_contiguous_rows(grads), checked.unsqueeze(0), 0, results);
+  return results;
+}
 
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("combine", rgd_ext::cuda::combine_operator); }
+}  // namespace rgd_ext::cuda

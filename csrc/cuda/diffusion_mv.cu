@@ -1,11 +1,7 @@
-#include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mean.h>
-#include <ATen/ops/sub.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "launch.h"
+#include "operators.h"
 #include "products.cuh"
 #include "reads.h"
 
@@ -29,10 +25,12 @@ at::Tensor read_products(at::TensorList matrices, at::TensorList vectors, int64_
       matrices, vectors, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, kVectors, kVectors),
       []<int kCapacity>(const Table<kCapacity>&) { return products_kernel<S, kCapacity, kVectors>; });
   const int64_t slots = launches.blocks();
-  const at::Tensor partials = at::empty({kVectors * rows, slots}, matrices[0].options().dtype(at::kDouble));
+  const at::Tensor partials = matrices[0].new_empty({kVectors * rows, slots}, at::kDouble);
   launches.run(first, count, partials.mutable_data_ptr<double>(), slots);
   return reduced(partials, accumulate_dtype(matrices[0].scalar_type())).view({kVectors, rows});
 }
+
+}  // namespace
 
 std::vector<at::Tensor> diffusion_mv_operator(at::TensorList grads, at::TensorList vectors) {
   check_grads(grads);
@@ -41,7 +39,7 @@ std::vector<at::Tensor> diffusion_mv_operator(at::TensorList grads, at::TensorLi
   std::vector<at::Tensor> directions, results;
   for (const at::Tensor& vector : vectors) {
     directions.push_back(vector.contiguous());
-    results.push_back(at::empty(vector.sizes(), vector.options()));
+    results.push_back(vector.new_empty(vector.sizes()));
   }
   const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
   with_storage(grads[0].scalar_type(), [&](auto storage) {
@@ -51,14 +49,11 @@ std::vector<at::Tensor> diffusion_mv_operator(at::TensorList grads, at::TensorLi
       const at::Tensor products = count == 1 ? read_products<S, 1>(matrices, directions, first, count)
                                              : read_products<S, kTogether>(matrices, directions, first, count);
       // Centring the B products of a vector centres the matrix.
-      const at::Tensor centred = at::sub(products, products.mean(1, true)).div(grads[0].size(0));
+      const at::Tensor centred = products.sub(products.mean(1, true)).div(grads[0].size(0));
       read_combination(matrices, centred.narrow(0, 0, count), first, results);
     }
   });
   return results;
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("diffusion_mv", rgd_ext::cuda::diffusion_mv_operator); }

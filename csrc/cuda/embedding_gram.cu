@@ -1,11 +1,10 @@
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/searchsorted.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "embedding_gram.cuh"
 #include "launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -28,6 +27,8 @@ void check_entries(const at::Tensor& keys, const at::Tensor& sums, int64_t table
                     batch_size, " samples: pass at least one row, and 1 to 65535 samples");
 }
 
+}  // namespace
+
 at::Tensor embedding_gram_operator(const at::Tensor& keys, const at::Tensor& sums, int64_t table_rows,
                                    int64_t batch_size) {
   check_entries(keys, sums, table_rows, batch_size);
@@ -35,7 +36,7 @@ at::Tensor embedding_gram_operator(const at::Tensor& keys, const at::Tensor& sum
   const at::Tensor sorted = keys.contiguous(), values = sums.contiguous();
   const at::Tensor firsts = at::arange(0, (batch_size + 1) * table_rows, table_rows, keys.options());
   const at::Tensor starts = at::searchsorted(sorted, firsts);
-  const at::Tensor gram = at::empty({batch_size, batch_size}, sums.options());
+  const at::Tensor gram = sums.new_empty({batch_size, batch_size});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     launch(embedding_gram_kernel<T>, batch_size, batch_size, kBlockSumBytes, sorted.const_data_ptr<int64_t>(),
@@ -50,7 +51,4 @@ at::Tensor embedding_gram_operator(const at::Tensor& keys, const at::Tensor& sum
   return gram;
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("embedding_gram", rgd_ext::cuda::embedding_gram_operator); }

@@ -1,9 +1,9 @@
-#include <ATen/ops/empty.h>
+#include <ATen/core/List.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "ghost_gram.cuh"
 #include "gram_launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -69,7 +69,7 @@ at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const
   const int64_t rows = output_grads[0].size(0), pairs = block_pairs<Sums>(rows),
                 shared_bytes = gram_shared_bytes<Sums>();
   const at::ScalarType dtype = accumulate_dtype(output_grads[0].scalar_type());
-  const at::Tensor gram = at::empty({rows, rows}, output_grads[0].options().dtype(dtype));
+  const at::Tensor gram = output_grads[0].new_empty({rows, rows}, dtype);
   const auto products = ghost_products_kernel<Sums>;
   const int64_t wanted = std::max<int64_t>(resident_blocks(products, shared_bytes) / pairs, 1);
   // Each layer has at least two partial products.
@@ -79,13 +79,15 @@ at::Tensor read_layers(at::TensorList inputs, at::TensorList output_grads, const
     const size_t end = std::min(begin + together, inputs.size());
     const LayersOfLaunch layers = layers_of<Sums>(inputs, output_grads, biases, begin, end, wanted);
     const int64_t blocks = layers.factors.tiles / layers.block_tiles;
-    const at::Tensor partials = at::empty({blocks, rows, rows}, gram.options());
+    const at::Tensor partials = gram.new_empty({blocks, rows, rows});
     launch(products, blocks, pairs, shared_bytes, layers, partials.mutable_data_ptr<T>());
     launch(reduce_layers_kernel<T>, reduce_blocks<kGhostEntries>(rows), 1, kReduceSharedBytes, layers,
            partials.const_data_ptr<T>(), begin > 0, gram.mutable_data_ptr<T>());
   }
   return gram;
 }
+
+}  // namespace
 
 at::Tensor ghost_gram_operator(at::TensorList inputs, at::TensorList output_grads, const c10::List<bool>& biases) {
   check_vector_layers(inputs, output_grads, biases);
@@ -95,7 +97,4 @@ at::Tensor ghost_gram_operator(at::TensorList inputs, at::TensorList output_grad
                         [&]<typename Sums>(std::type_identity<Sums>) { return read_layers<Sums>(a, e, biases); });
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("ghost_gram", rgd_ext::cuda::ghost_gram_operator); }

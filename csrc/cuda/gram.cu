@@ -1,8 +1,7 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "gram_launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -30,13 +29,16 @@ at::Tensor read_gram(at::TensorList matrices) {
       matrices, {}, Sums::Shape::kLanes, block_pairs<Sums>(rows), gram_shared_bytes<Sums>(),
       []<int kCapacity>(const Table<kCapacity>&) { return gram_kernel<Sums, kCapacity>; });
   const int64_t shares = launches.blocks();
-  const at::TensorOptions options = matrices[0].options().dtype(accumulate_dtype(matrices[0].scalar_type()));
-  const at::Tensor partials = at::empty({shares, rows, rows}, options), result = at::empty({rows, rows}, options);
+  const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
+  const at::Tensor partials = matrices[0].new_empty({shares, rows, rows}, dtype);
+  const at::Tensor result = matrices[0].new_empty({rows, rows}, dtype);
   launches.run(partials.mutable_data_ptr<T>());
   launch(reduce_gram_kernel<T>, reduce_blocks<kGramEntries>(rows), 1, kReduceSharedBytes, partials.const_data_ptr<T>(),
          rows, shares, result.mutable_data_ptr<T>());
   return result;
 }
+
+}  // namespace
 
 at::Tensor gram_operator(at::TensorList grads) {
   check_grads(grads);
@@ -46,7 +48,4 @@ at::Tensor gram_operator(at::TensorList grads) {
                         [&]<typename Sums>(std::type_identity<Sums>) { return read_gram<Sums>(matrices); });
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("gram", rgd_ext::cuda::gram_operator); }

@@ -2,23 +2,13 @@
 
 // The kind of sums that computes the Gramian of a dtype and a number of samples, and the number of blocks that takes.
 
-#include <ATen/Context.h>
-
 #include <type_traits>
 
 #include "gram.cuh"
 #include "launch.h"
+#include "tf32.h"
 
 namespace rgd_ext::cuda {
-
-// Whether the user allowed TF32. torch raises an error if its two settings for that disagree.
-inline bool tf32_allowed() {
-  try {
-    return at::globalContext().allowTF32CuBLAS();
-  } catch (const c10::Error&) {
-    return false;
-  }
-}
 
 // use(std::type_identity<Sums>{}). Products of 2-byte types are exact in float, so they use the matrix units. Those of
 // float do so only if the user allowed TF32, with torch.backends.cuda.matmul.allow_tf32 or

@@ -1,11 +1,10 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "gram_moments.cuh"
 #include "launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -21,15 +20,16 @@ __global__ void __launch_bounds__(kThreads)
   centre_gram(gram, means, size, to);
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gram_moments_operator(const at::Tensor& gram) {
   check_symmetric(gram);
   const c10::cuda::CUDAGuard guard(gram.device());
   const int64_t size = gram.size(0), blocks = row_blocks(size);
   const at::Tensor dense = gram.contiguous();
-  const at::TensorOptions options = gram.options().dtype(at::kDouble);
-  const at::Tensor squared = at::empty({}, options), alignments = at::empty({size}, options);
-  const at::Tensor squared_norms = at::empty({size}, options), centred = at::empty({size, size}, options);
-  const at::Tensor means = at::empty({size}, options);
+  const auto empty = [&](at::IntArrayRef shape) { return gram.new_empty(shape, at::kDouble); };
+  const at::Tensor squared = empty({}), alignments = empty({size}), squared_norms = empty({size});
+  const at::Tensor centred = empty({size, size}), means = empty({size});
   const auto run = [&](auto row_means, auto centre_gram, const auto* from) {
     launch(row_means, blocks, 1, 0, from, size, means.mutable_data_ptr<double>());
     launch(centre_gram, blocks, 1, 0, from, means.const_data_ptr<double>(), size,
@@ -44,7 +44,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gram_moments_operator
   return {squared, alignments, squared_norms, centred};
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("gram_moments", rgd_ext::cuda::gram_moments_operator); }

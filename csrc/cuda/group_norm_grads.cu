@@ -1,11 +1,10 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "group_norm_grads.cuh"
 #include "launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -24,12 +23,13 @@ void read_groups(const S* output_grad, const S* input, int64_t groups, int64_t c
   using Sums = ChannelSums<Accumulate<S>>;
   const ChannelParts parts = channel_parts(channels, positions / kCount);
   const int64_t units = groups * channels * parts.number, numbers = sizeof(Sums) / sizeof(Accumulate<S>);
-  const at::TensorOptions options = weight.options().dtype(accumulate_dtype(weight.scalar_type()));
-  const at::Tensor sums = at::empty({units, numbers}, options);
+  const at::Tensor sums = weight.new_empty({units, numbers}, accumulate_dtype(weight.scalar_type()));
   launch(group_norm_grads_kernel<kCount, S>, groups, 1, group_norm_shared_bytes<S>(), output_grad, input, channels,
          positions, parts, eps, static_cast<Sums*>(sums.mutable_data_ptr()), static_cast<S*>(weight.mutable_data_ptr()),
          static_cast<S*>(bias.mutable_data_ptr()));
 }
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
                                                              int64_t groups, double eps) {
@@ -38,8 +38,8 @@ std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& o
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
   const int64_t batch_size = input.size(0), number = input.size(1);
-  const at::Tensor weight = at::empty({batch_size, number}, input.options());
-  const at::Tensor bias = at::empty({batch_size, number}, input.options());
+  const at::Tensor weight = input.new_empty({batch_size, number});
+  const at::Tensor bias = input.new_empty({batch_size, number});
   if (weight.numel() == 0) return {weight, bias};
   const int64_t positions = input.numel() / (batch_size * number), channels = number / groups;
   with_storage(input.scalar_type(), [&](auto storage) {
@@ -54,7 +54,4 @@ std::tuple<at::Tensor, at::Tensor> group_norm_grads_operator(const at::Tensor& o
   return {weight, bias};
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("group_norm_grads", rgd_ext::cuda::group_norm_grads_operator); }

@@ -1,9 +1,8 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "largest_eigenvalue.cuh"
 #include "launch.h"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -21,15 +20,17 @@ template <typename T, typename S>
 void run(const at::Tensor& matrix, double ulp, const at::Tensor& result) {
   const int size = static_cast<int>(matrix.size(0));
   const int64_t shared_bytes = current_device().shared_bytes;
-  const at::Tensor workspace = at::empty({eigenvalue_workspace_bytes<T>(size)}, matrix.options().dtype(at::kByte));
+  const at::Tensor workspace = matrix.new_empty({eigenvalue_workspace_bytes<T>(size)}, at::kByte);
   launch(largest_eigenvalue_kernel<T, S>, 1, 1, shared_bytes, matrix.const_data_ptr<S>(), size, lanczos::tolerance(ulp),
          static_cast<char*>(workspace.mutable_data_ptr()), result.mutable_data_ptr<S>(), shared_bytes);
 }
 
+}  // namespace
+
 at::Tensor largest_eigenvalue_operator(const at::Tensor& matrix, double ulp) {
   check_symmetric(matrix);
   const c10::cuda::CUDAGuard guard(matrix.device());
-  const at::Tensor dense = matrix.contiguous(), result = at::empty({}, matrix.options());
+  const at::Tensor dense = matrix.contiguous(), result = matrix.new_empty({});
   const bool is_double = matrix.scalar_type() == at::kDouble;
   // Sums in float are as exact as entries that were rounded to float.
   if (ulp < std::numeric_limits<float>::epsilon()) {
@@ -40,7 +41,4 @@ at::Tensor largest_eigenvalue_operator(const at::Tensor& matrix, double ulp) {
   return result;
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("largest_eigenvalue", rgd_ext::cuda::largest_eigenvalue_operator); }

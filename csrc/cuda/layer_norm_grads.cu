@@ -1,11 +1,10 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "launch.h"
 #include "layer_norm_grads.cuh"
+#include "operators.h"
 
 namespace rgd_ext::cuda {
 namespace {
@@ -38,13 +37,14 @@ void read_samples(const S* output_grad, const S* input, int64_t samples, int64_t
   };
   S *weights = static_cast<S*>(weight.mutable_data_ptr()), *biases = static_cast<S*>(bias.mutable_data_ptr());
   if (runs.of_sample == 1) return read(weights, biases);
-  const at::TensorOptions options = weight.options().dtype(accumulate_dtype(weight.scalar_type()));
-  const at::Tensor partials = at::empty({2, runs.number(), columns}, options);
+  const at::Tensor partials = weight.new_empty({2, runs.number(), columns}, accumulate_dtype(weight.scalar_type()));
   T *weight_sums = partials.mutable_data_ptr<T>(), *bias_sums = weight_sums + runs.number() * columns;
   read(weight_sums, bias_sums);
   launch(add_runs_kernel<S, T>, add_runs_blocks(runs, columns), 2, kAddRunsSharedBytes, weight_sums, bias_sums, runs,
          columns, weights, biases);
 }
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& output_grad, const at::Tensor& input,
                                                              double eps, bool centred) {
@@ -52,8 +52,8 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& o
   const c10::cuda::CUDAGuard guard(input.device());
   const at::Tensor grads = output_grad.contiguous(), inputs = input.contiguous();
   const int64_t batch_size = input.size(0), columns = input.size(-1);
-  const at::Tensor weight = at::empty({batch_size, columns}, input.options());
-  const at::Tensor bias = at::empty({batch_size, columns}, input.options());
+  const at::Tensor weight = input.new_empty({batch_size, columns});
+  const at::Tensor bias = input.new_empty({batch_size, columns});
   if (weight.numel() == 0) return {weight, bias};
   const int64_t places = input.numel() / (batch_size * columns);
   with_storage(input.scalar_type(), [&](auto storage) {
@@ -68,7 +68,4 @@ std::tuple<at::Tensor, at::Tensor> layer_norm_grads_operator(const at::Tensor& o
   return {weight, bias};
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("layer_norm_grads", rgd_ext::cuda::layer_norm_grads_operator); }

@@ -1,14 +1,10 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/mean.h>
-#include <ATen/ops/sub.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "launch.h"
 #include "moments.cuh"
+#include "operators.h"
 #include "reads.h"
 #include "reduce.cuh"
 
@@ -40,20 +36,9 @@ template <typename S, typename F>
 at::Tensor read_statistics(const Launches<S, F>& launches) {
   const int64_t slots = launches.blocks();
   const at::Tensor& matrix = launches.matrices[0];
-  at::Tensor partials = at::empty({2 * matrix.size(0), slots}, matrix.options().dtype(at::kDouble));
+  at::Tensor partials = matrix.new_empty({2 * matrix.size(0), slots}, at::kDouble);
   launches.run(partials.mutable_data_ptr<double>(), slots);
   return partials;
-}
-
-std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> moments_operator(at::TensorList grads) {
-  check_grads(grads);
-  const c10::cuda::CUDAGuard guard(grads[0].device());
-  std::vector<at::Tensor> means = empty_like_parameters(grads);
-  const at::Tensor partials = read_moments(with_contiguous_rows(grads), means);
-  const at::ScalarType dtype = accumulate_dtype(grads[0].scalar_type());
-  const int64_t rows = grads[0].size(0);
-  return {std::move(means), reduced(partials.narrow(0, 0, rows), dtype),
-          reduced(partials.narrow(0, rows, rows), dtype)};
 }
 
 }  // namespace
@@ -76,8 +61,7 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
     const std::vector<at::Tensor> own = means.empty() ? empty_like_parameters(matrices) : std::vector<at::Tensor>();
     const at::TensorList centres = means.empty() ? at::TensorList(own) : means;
     const at::ScalarType dtype = accumulate_dtype(matrices[0].scalar_type());
-    read_combination(matrices, at::full({1, rows}, 1.0 / static_cast<double>(rows), matrices[0].options().dtype(dtype)),
-                     0, centres);
+    read_combination(matrices, matrices[0].new_full({1, rows}, 1.0 / static_cast<double>(rows), dtype), 0, centres);
     const int lanes = product_lanes<S>(rows, 1, 2, current_device().shared_bytes);
     at::Tensor partials = read_statistics(
         launches_of<S>(matrices, centres, lanes, product_blocks(rows), products_shared_bytes<S>(rows, lanes, 1, 2),
@@ -91,7 +75,7 @@ at::Tensor read_moments(at::TensorList matrices, at::TensorList means) {
 
 at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
   const int64_t rows = partials.size(0), slots = partials.size(1);
-  const at::Tensor results = at::empty({rows}, partials.options().dtype(dtype));
+  const at::Tensor results = partials.new_empty({rows}, dtype);
   const auto reduce = [&](auto kernel, auto* to) {
     launch(kernel, row_blocks(rows), 1, 0, partials.const_data_ptr<double>(), rows, slots, to);
   };
@@ -103,7 +87,16 @@ at::Tensor reduced(const at::Tensor& partials, at::ScalarType dtype) {
   return results;
 }
 
-namespace {
+std::tuple<std::vector<at::Tensor>, at::Tensor, at::Tensor> moments_operator(at::TensorList grads) {
+  check_grads(grads);
+  const c10::cuda::CUDAGuard guard(grads[0].device());
+  std::vector<at::Tensor> means = empty_like_parameters(grads);
+  const at::Tensor partials = read_moments(with_contiguous_rows(grads), means);
+  const at::ScalarType dtype = accumulate_dtype(grads[0].scalar_type());
+  const int64_t rows = grads[0].size(0);
+  return {std::move(means), reduced(partials.narrow(0, 0, rows), dtype),
+          reduced(partials.narrow(0, rows, rows), dtype)};
+}
 
 // As moments, with |g|^2 instead of g. Writing and reading the mean takes 2 / B of the time of reading G.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> scalar_moments_operator(at::TensorList grads) {
@@ -111,10 +104,4 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> scalar_moments_operator(at::Tenso
   return {read_squared_norm(means), std::move(alignments), std::move(squared_norms)};
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) {
-  m.impl("moments", rgd_ext::cuda::moments_operator);
-  m.impl("scalar_moments", rgd_ext::cuda::scalar_moments_operator);
-}

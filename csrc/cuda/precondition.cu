@@ -1,8 +1,7 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "launch.h"
+#include "operators.h"
 #include "reads.h"
 #include "reduce.cuh"
 
@@ -15,6 +14,8 @@ __global__ void __launch_bounds__(kThreads)
   reduce_to_weights(partials, rows, slots, epsilon, weights);
 }
 
+}  // namespace
+
 // Statistics, weights, combination: three launches, and the host waits for none.
 std::vector<at::Tensor> precondition_operator(at::TensorList grads, const at::Tensor& epsilon) {
   check_grads(grads);
@@ -23,7 +24,7 @@ std::vector<at::Tensor> precondition_operator(at::TensorList grads, const at::Te
   const std::vector<at::Tensor> matrices = with_contiguous_rows(grads);
   const at::Tensor partials = read_moments(matrices, {});
   const int64_t rows = grads[0].size(0), slots = partials.size(1);
-  const at::Tensor weights = at::empty({1, rows}, step.options());
+  const at::Tensor weights = step.new_empty({1, rows});
   const auto reduce = [&](auto kernel, auto* to) {
     launch(kernel, row_blocks(rows), 1, 0, partials.const_data_ptr<double>(), rows, slots,
            step.const_data_ptr<std::remove_pointer_t<decltype(to)>>(), to);
@@ -38,7 +39,4 @@ std::vector<at::Tensor> precondition_operator(at::TensorList grads, const at::Te
   return direction;
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("precondition", rgd_ext::cuda::precondition_operator); }

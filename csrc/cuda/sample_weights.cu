@@ -1,10 +1,9 @@
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include <tuple>
 
 #include "launch.h"
+#include "operators.h"
 #include "sample_weights.cuh"
 
 namespace rgd_ext::cuda {
@@ -17,6 +16,8 @@ __global__ void __launch_bounds__(kThreads)
   sample_weights(squared_grad_norm, alignments, squared_norms, epsilon, ulp, rows, chosen, weights);
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> sample_weights_operator(const at::Tensor& squared_grad_norm,
                                                            const at::Tensor& alignments,
                                                            const at::Tensor& squared_norms, const at::Tensor& epsilon,
@@ -24,7 +25,7 @@ std::tuple<at::Tensor, at::Tensor> sample_weights_operator(const at::Tensor& squ
   check_statistics(squared_grad_norm, alignments, squared_norms, epsilon);
   const c10::cuda::CUDAGuard guard(alignments.device());
   const at::Tensor a = alignments.contiguous(), norms = squared_norms.contiguous();
-  const at::Tensor chosen = at::empty_like(epsilon), weights = at::empty_like(a);
+  const at::Tensor chosen = epsilon.new_empty(epsilon.sizes()), weights = a.new_empty(a.sizes());
   const auto run = [&]<typename T>(T) {
     launch(sample_weights_kernel<T>, 1, 1, 0, squared_grad_norm.const_data_ptr<T>(), a.const_data_ptr<T>(),
            norms.const_data_ptr<T>(), epsilon.const_data_ptr<T>(), ulp, a.size(0), chosen.mutable_data_ptr<T>(),
@@ -38,7 +39,4 @@ std::tuple<at::Tensor, at::Tensor> sample_weights_operator(const at::Tensor& squ
   return {chosen, weights};
 }
 
-}  // namespace
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("sample_weights", rgd_ext::cuda::sample_weights_operator); }

@@ -1,6 +1,4 @@
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <torch/library.h>
 
 #include "launch.h"
 #include "reads.h"
@@ -30,12 +28,10 @@ at::Tensor read_squared_norm(at::TensorList vector) {
     const auto launches =
         launches_of<S>(rows, {}, kSquaredNormLanes, 1, kBlockSumBytes,
                        []<int kCapacity>(const Table<kCapacity>&) { return squared_norm_kernel<S, kCapacity>; });
-    const at::Tensor partials = at::empty({1, launches.blocks()}, rows[0].options().dtype(at::kDouble));
+    const at::Tensor partials = rows[0].new_empty({1, launches.blocks()}, at::kDouble);
     launches.run(partials.mutable_data_ptr<double>());
     return reduced(partials, accumulate_dtype(rows[0].scalar_type())).view(at::IntArrayRef());
   });
 }
 
 }  // namespace rgd_ext::cuda
-
-TORCH_LIBRARY_IMPL(rgd_ext, CUDA, m) { m.impl("squared_norm", rgd_ext::cuda::read_squared_norm); }
