@@ -21,6 +21,7 @@ from . import (
     steps,
     study,
     table1,
+    tables,
     torchjd,
     verification,
 )
@@ -67,6 +68,7 @@ def main() -> None:
     command.set_defaults(run=cluster.run)
     compare.add(commands)
     study.add(commands)
+    tables.add(commands)
     command = commands.add_parser("table1", help=table1.__doc__, description=table1.__doc__)
     command.set_defaults(run=table1.run)
     arguments = vars(parser.parse_args())

@@ -11,7 +11,9 @@
 # the marks, for a slower machine. The exit status is 1 if anything failed.
 set -u
 PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-build info environment smoke tests memcheck racecheck initcheck kernels steps operators distributed ncu compile compiled_steps}
+ALL="build info environment smoke tests memcheck racecheck initcheck"
+ALL+=" kernels steps operators distributed ncu compile goals compiled_steps"
+STEPS=${STEPS:-$ALL}
 SCALE=${SCALE:-1}
 OUT=$(realpath -m "${1:-$(dirname "$0")/results}")
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -188,10 +190,13 @@ for tool in memcheck racecheck initcheck; do
 done
 finish_started
 
+# Large gradients first, then the others for which bench/tabulating/goals.py has goals.
 step kernels 360 "$PYTHON" -m bench kernels --device cuda --no-compile --json "$WORK/kernels.json" --only \
-    "d = 1e+06, B = 128," "d = 1e+07, B = 128," "d = 1e+07, B = 8," "d = 1e+07, B = 16," "d = 1e+06, B = 512," ResNet-50
-step steps 450 "$PYTHON" -m bench steps --device cuda --json "$WORK/steps.json" --only \
-    "MLP 784-2048" "ResNet-GN 0.3M" "GPT-2 small's shape, autocast" "GPT 4 x 256" "GPT-2 small's shape, bfloat16"
+    "d = 1e+07, B = 128," ResNet-50 "d = 3e+07, B = 4," "d = 1e+07, B = 8," "d = 1e+07, B = 16," "d = 1e+07, B = 32," \
+    "d = 1e+06, B = 512," "d = 1e+06, B = 1024," "d = 1e+06, B = 128," GPT-2
+step steps 460 "$PYTHON" -m bench steps --device cuda --json "$WORK/steps.json" --only \
+    "MLP 784-2048" "ResNet-GN 0.3M" "GPT-2 small's shape, bfloat16" "GPT 4 x 256" "GPT-2 small's shape, autocast" \
+    "ResNet-16-8, GN" "MLP 784-1024"
 step operators 480 "$PYTHON" -m bench operators --device cuda --json "$WORK/operators.json"
 step distributed 510 "$PYTHON" -m bench distributed --quick --device cuda --json "$WORK/distributed.json"
 if command -v ncu >/dev/null; then
@@ -201,9 +206,10 @@ if command -v ncu >/dev/null; then
 else
     absent ncu ncu
 fi
-step compile 580 "$PYTHON" -m bench kernels --device cuda --json "$WORK/compile.json" --only "d = 1e+06, B = 128,"
+step compile 575 "$PYTHON" -m bench kernels --device cuda --json "$WORK/kernels-compile.json" --only "d = 1e+07, B = 128,"
+step goals 580 "$PYTHON" -m bench.tabulating.goals "$WORK"
 # Last, in the time that is left, since it compiles each model several times.
-step compiled_steps 590 "$PYTHON" -m bench compile --device cuda --json "$WORK/compiled_steps.json" --only \
+step compiled_steps 590 "$PYTHON" -m bench compile --device cuda --json "$WORK/compile.json" --only \
     "MLP 784-2048" "GPT 4 x 256" "GPT-2 small's shape, bfloat16"
 
 finish

@@ -21,11 +21,15 @@ from .measuring.selection import chosen, run_recorded
 from .measuring.timing import host_clock, interleave, synchronize
 from .training.arms import CONSECUTIVE, OURS, UNDER_AUTOCAST, repeat
 from .training.candidates import candidates, compare_with_float64
+from .training.graphs import graph_clocks
 from .training.models import Case, cases
 from .training.result import HEADER, Result, section
 
 # Steps that take longer than these milliseconds are timed one by one: a change of arms adds little to them.
 LONG = 500
+
+# On CUDA, a step of SGD that takes less than these milliseconds is mostly launches, so graphs are timed as well.
+SHORT = 10
 
 # For each device, milliseconds for all of our arms on a model, and for each peer.
 OURS_TIME, PEER_TIME = {"cpu": 20_000, "cuda": 4_000}, {"cpu": 10_000, "cuda": 2_000}
@@ -54,6 +58,8 @@ def bench(name: str, case: Case, device: str, quick: bool) -> Result:
     counts = {name: max(1, int(PEER_TIME[device] / steps / price[name])) for name in arms if name not in OURS}
     once = {name: [price[name]] for name in counts if price[name] > PEER_TIME[device]}
     timed = {name: clock for name, clock in timed.items() if name not in once}
+    if device == "cuda" and price["SGD"] < SHORT:
+        timed |= graph_clocks(model, x, y, arms, ours, result)
     with limited_memory(device):
         result.milliseconds = interleave(timed, rounds, warm_up=0, counts=counts) | once
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..measuring.pages import number
 from ..measuring.timing import ratio
 from ..training.models import SMALL
 from .cells import Footnotes, code
@@ -16,10 +17,6 @@ ARMS = {
     "TorchJD, Spectral": "TorchJD",
 }
 HEADER = ["training step", *ARMS.values()]
-
-
-def number(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def rows(record: dict, notes: Footnotes) -> list[list[str]]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..measuring.pages import refilled
 from .sass import Function, Instruction, Kernel, Loop, disassembly, resources
 
 ROOT = Path(__file__).parents[2]
@@ -156,8 +157,7 @@ def main() -> None:
     new = table(resources(binary), disassembly(binary, ARCHITECTURE))
     print(new, end="")
     if arguments.write:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(before + BEGIN + new + rest[rest.index(END) :])
+        README.write_text(refilled(README.read_text(), lambda command: new if command in BEGIN else None))
 
 
 if __name__ == "__main__":

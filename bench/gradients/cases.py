@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..measuring.inputs import dtype_name
 
-BATCH_SIZES = (8, 16, 32, 128, 512, 1024)
+BATCH_SIZES = (4, 8, 16, 32, 128, 512, 1024)
 WEIGHTS = (10**4, 10**5, 10**6, 10**7, 3 * 10**7)
 DTYPES = (torch.float32, torch.bfloat16)
 ALIGNMENT = 512  # bytes, as torch's allocator aligns tensors

@@ -1,6 +1,15 @@
-"""Achieved bandwidth against the size of G, one panel per dtype, with the measured ceilings."""
+"""Achieved bandwidth against the size of G, one panel per dtype, with the measured ceilings.
+
+    python -m bench.gradients.roofline PICTURE.png RECORD.json ...
+
+draws what `python -m bench kernels --json` has recorded, with the ceilings of the first record.
+"""
 
 from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
 
 from ..measuring.plots import new_figure, save
 from .result import Result
@@ -33,7 +42,23 @@ def draw(results: list[Result], ceilings: dict[str, object], path: str) -> None:
                 panel.axhline(ceilings[name], color="black", linestyle=style, linewidth=1, label=label)
         panel.set(xscale="log", yscale="log", title=dtype, xlabel="size of G (bytes)")
         panel.grid(True, which="major", alpha=0.3)
+        panel.xaxis.set_minor_formatter("")
+        for formatted in panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter:
+            formatted("{x:g}")
     panels[0].set_ylabel("(two reads of G + one write) / time (GB/s)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if len(dtypes) > 1 else 2, frameon=False)
     save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gradients.roofline", description=__doc__.partition("\n")[0])
+    parser.add_argument("picture", metavar="PICTURE.png")
+    parser.add_argument("records", metavar="RECORD.json", type=Path, nargs="+", help="of `bench kernels --json`")
+    arguments = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in arguments.records]
+    draw([Result(**case) for record in records for case in record["cases"]], records[0]["ceilings"], arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -111,6 +111,7 @@ def large_cases() -> dict[str, Case]:
     """Models that keep a GPU busy, by name."""
     return {
         "MLP 784-2048-2048-10, B = 256": Case(partial(mlp, 256, width=2048)),
+        "ResNet-GN 0.3M, B = 128": Case(partial(resnet, 128)),
         "GPT-2 small's shape, autocast, B = 8": Case(partial(gpt2_small, torch.float32), 2, autocast=True),
         "GPT-2 small's shape, bfloat16, B = 8": Case(partial(gpt2_small, torch.bfloat16), 2),
     }

@@ -16,6 +16,7 @@ BELOW = {
     **{folder: {"measuring"} for folder in ("gradients", "training", "fitting", "gpu", "simulating", "studying")},
     "comparing": {"measuring", "training"},
     "distributing": {"measuring", "simulating", "training"},
+    "tabulating": {"measuring", "gradients", "training"},
 }
 
 

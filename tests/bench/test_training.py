@@ -5,13 +5,15 @@ import torch
 from oracle import assert_close
 from oracle import direction as explicit_direction
 
+from bench.measuring import cuda_timing
 from bench.training import candidates, oracle
 from bench.training.architectures import ARCHITECTURES
 from bench.training.arms import OURS, PEERS, UNDER_AUTOCAST, Arm, Training, sgd
 from bench.training.candidates import compare_with_float64
+from bench.training.graphs import graph_clocks
 from bench.training.growth import Series
 from bench.training.models import cases, large_cases, loss
-from bench.training.result import Result, section
+from bench.training.result import Result, graph_of, section
 
 
 def test_large_models_are_for_cuda():
@@ -123,3 +125,42 @@ def test_peer_that_is_missing_or_has_another_direction_is_left_out_with_the_reas
     assert "its direction differs from that of RGD Rayleigh by" in result.left_out["SGD again"]
     result.milliseconds = {name: [1.0, 2.0] for name in found}
     assert "No module named 'peer'" in str(section(result))
+
+
+def ordinary_and_graphs(example, monkeypatch, timer=None):
+    """What `graph_clocks` finds on a small MLP, with the result; on the CPU a replay is a step."""
+    if timer is not None:
+        monkeypatch.setattr(cuda_timing, "timer", lambda device: timer)
+    model, x, y = example("MLP")
+    arms = {name: Training(arm, model, x, y) for name, arm in OURS.items()}
+    for step in arms.values():
+        step()
+    result = Result("MLP")
+    return graph_clocks(model, x, y, arms, OURS, result), result
+
+
+def test_the_steps_of_graphs_have_the_direction_of_ordinary_steps(example, monkeypatch):
+    found, result = ordinary_and_graphs(example, monkeypatch)
+    assert found.keys() == result.error.keys() == {graph_of(name) for name in OURS}
+    assert max(result.error.values()) < 1e-4
+    assert result.left_out == {}
+    assert all(clock() > 0 for clock in found.values())
+
+
+def test_a_step_that_cannot_be_captured_is_left_out_with_its_reason(example, monkeypatch):
+    problem = RuntimeError("operation not permitted when stream is capturing")
+    found, result = ordinary_and_graphs(example, monkeypatch, lambda call, inputs: (lambda: 1.0, problem))
+    assert found == {}
+    assert set(result.left_out.values()) == {f"RuntimeError: {problem}"}
+
+
+def test_a_graph_that_writes_no_direction_is_left_out(example, monkeypatch):
+    found, result = ordinary_and_graphs(example, monkeypatch, lambda call, inputs: (lambda: 1.0, None))
+    assert found == {}
+    assert all("its direction differs from that of" in why for why in result.left_out.values())
+
+
+def test_arms_without_a_peak_are_shown(example):
+    result = Result("MLP", {"SGD": [1.0, 2.0], graph_of("SGD"): [0.5, 1.0]}, {"SGD": 2**20})
+    (_, (_, name, *cells)) = section(result)
+    assert (name, cells[:6]) == (graph_of("SGD"), ["0.75", "0.50", "0.50 (0.50 to 0.50)", "", "", ""])

@@ -1,0 +1,1 @@
+"""Tables of the documentation, in Markdown, from the records of benchmarks."""
