@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .capture import Preconditioner, precondition
 from .capture.captures import is_captured
-from .capture.steps import checks_of
+from .capture.steps import forget_gradients
 from .distributed import Mode, ProcessGroupLike
 from .metric import Epsilon, Inverse, Weights
 
@@ -124,8 +124,7 @@ class RGD(torch.optim.SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`; also drops what was collected and not written, of the whole model."""
-        for check in checks_of(self):
-            check.drop()
+        forget_gradients(self)
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

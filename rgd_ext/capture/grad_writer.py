@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -84,9 +84,11 @@ class GradWriter(StepCheck):
     def check(self) -> None:
         most = max(self._written[id(parameter)][2] for parameter in self.stepped())
         self._is_quiet = True
-        self.drop()
+        self._written, self._sums = {}, {}
         # Of whoever calls step(), behind this method, `_check` and `_before_step` of steps.py, and torch's wrapper.
         warnings.warn(_SEVERAL.format(count=most), stacklevel=5)
 
-    def drop(self) -> None:
-        self._written, self._sums = {}, {}
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            self._written.pop(id(parameter), None)
+            self._sums.pop(id(parameter), None)

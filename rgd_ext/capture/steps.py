@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 
 from torch import nn
@@ -23,8 +23,8 @@ class StepCheck(ABC):
         """Raise an error, or warn, before a step of one of them."""
 
     @abstractmethod
-    def drop(self) -> None:
-        """Forget what was found in earlier backwards: the gradients are set to zero."""
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget what was found in earlier backwards: the gradients of these parameters are set to zero."""
 
 
 # A list, which is short, since small models would wait for a WeakSet.
@@ -42,13 +42,23 @@ def _hook_steps() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
-def checks_of(optimizer: Optimizer) -> list[StepCheck]:
+def _checks_of(optimizer: Optimizer) -> list[StepCheck]:
     """The checks that concern parameters of `optimizer`."""
     found = [(check, stepped) for reference in _checks if (check := reference()) and (stepped := check.stepped())]
     if not found:
         return []
-    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    own = _parameters_of(optimizer)
     return [check for check, stepped in found if not own.isdisjoint(stepped)]
+
+
+def forget_gradients(optimizer: Optimizer) -> None:
+    """Have the checks forget the gradients of the parameters of `optimizer`, which are set to zero."""
+    for check in _checks_of(optimizer):
+        check.forget(_parameters_of(optimizer))
+
+
+def _parameters_of(optimizer: Optimizer) -> set[nn.Parameter]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -72,5 +82,5 @@ def _with_check(closure: Callable[[], object], optimizer: Optimizer) -> Callable
 
 
 def _check(optimizer: Optimizer) -> None:
-    for check in checks_of(optimizer):
+    for check in _checks_of(optimizer):
         check.check()

@@ -189,5 +189,9 @@ class BatchUnion(StepCheck):
     def _pop(self, parameter: nn.Parameter) -> Factor:
         return concatenate_batches([each.pop(parameter) for each in self._samples])
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.drop()  # a union with the contributions of some parameters alone is none
+
     def drop(self) -> None:
+        """Forget all contributions."""
         self._samples, self._is_torn = [], False

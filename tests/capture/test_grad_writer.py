@@ -169,6 +169,31 @@ def test_optimizers_of_parts_step_along_single_directions(set_to_none):
             optimizer.step()
 
 
+def parts_with_optimizers():
+    """A model, and an optimizer for each half of it."""
+    model = mlp().double()
+    return model, rgd_ext.precondition(model), *(rgd_ext.RGD(m.parameters(), lr=0.1) for m in (model[:2], model[2:]))
+
+
+def test_a_sum_stays_one_when_other_gradients_are_set_to_zero():
+    model, _, first, second = parts_with_optimizers()
+    backwards(model, batches())
+    first.zero_grad()
+    with pytest.warns(UserWarning, match="sum of 2 directions"):
+        second.step()
+
+
+def test_a_direction_stays_part_of_a_sum_when_other_gradients_are_set_to_zero():
+    model, _, first, second = parts_with_optimizers()
+    for optimizer in (second, first):  # at first.zero_grad() its part has a sum, and the other one direction
+        backwards(model, batches()[:1])
+        optimizer.zero_grad()
+    backwards(model, batches()[:1])
+    first.step()
+    with pytest.warns(UserWarning, match="sum of 2 directions"):
+        second.step()
+
+
 def test_steps_of_other_parameters_do_not_warn(model, handle):
     other = torch.optim.SGD(mlp().parameters(), lr=0.1)
     backwards(model, batches())
