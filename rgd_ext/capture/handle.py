@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..contributions.buffers import Workspace
 from ..contributions.ledger import Contributions
@@ -39,6 +40,8 @@ _NO_SAMPLES = (
     "an empty batch of a sharded model, whose processes wait for each other in every forward and backward: pass at"
     " least one sample in each process, as with drop_last=True"
 )
+# The optimizers that refuse to step, since the model has been captured anew, and their hooks.
+_refusals: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 class Preconditioner:
@@ -219,8 +222,11 @@ class Preconditioner:
         self._direction.clear()
 
     def belongs_to(self, owner: torch.optim.Optimizer) -> None:
-        """Note the optimizer that made the capture: it refuses to step once the model is captured again."""
+        """Note the optimizer that made the capture: it refuses to step while a later capture is another's."""
         self._owner = weakref.ref(owner)
+        refusal = _refusals.pop(owner, None)
+        if refusal is not None:
+            refusal.remove()
 
     @property
     def has_owner(self) -> bool:
@@ -232,7 +238,7 @@ class Preconditioner:
         owner = None if self._owner is None else self._owner()
         self.remove()
         if owner is not None:
-            owner.register_step_pre_hook(_refuse_step)
+            _refusals[owner] = owner.register_step_pre_hook(_refuse_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ class RGDTrainer(transformers.Trainer):
     without momentum. Each step takes one direction, that of all its micro-batches, which is written before gradients
     are unscaled and clipped. Checkpoints have what the policy remembers, in the state of the optimizer. The model
     stays captured after the training, and every backward then writes its own direction, until
-    `rgd_ext.handle_of(model).remove()` or a new `RGDTrainer` of it.
+    `rgd_ext.handle_of(model).remove()`, or until another `RGDTrainer` trains it. Several may train a model in turn.
 
     For other trainers than the Trainer, derive from both: `class RGDSeq2SeqTrainer(RGDTrainer, Seq2SeqTrainer): pass`.
 

@@ -55,18 +55,18 @@ def trainer_of(folder, model, data, others=(), **options):
     return RGDTrainer(model, arguments_of(folder, **options), train_dataset=data, **others)
 
 
-def by_hand(name, model, data):
+def by_hand(name, model, data, fraction=0.3, smoothing=SMOOTHING):
     """The direction of all samples, from the loss that docs/distributed.md says."""
     inputs, labels = (torch.stack(column) for column in zip(*(sample.values() for sample in data), strict=True))
 
     def loss(logits):
         if name != "gpt2":
-            return cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+            return cross_entropy(logits, labels, label_smoothing=smoothing)
         scores, tokens = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        total = cross_entropy(scores, tokens, label_smoothing=SMOOTHING, reduction="sum")
+        total = cross_entropy(scores, tokens, label_smoothing=smoothing, reduction="sum")
         return total / (labels != -100).sum()
 
-    return weak_field(per_sample_gradients(Logits(model), loss, [inputs]), "Rayleigh", 0.3)
+    return weak_field(per_sample_gradients(Logits(model), loss, [inputs]), "Rayleigh", fraction)
 
 
 def step_of(trainer):
@@ -176,6 +176,17 @@ def test_a_second_trainer_takes_the_capture_over_with_its_own_options(tmp_path):
     second = trainer_of(tmp_path, model, data, others={"precondition": {"epsilon": 0.0}})
     step_of(second)
     assert rgd_ext.handle_of(model).stats.epsilon == 0
+
+
+def test_trainers_of_one_model_take_turns(tmp_path):
+    model, data, fractions = model_of("bert"), samples_of("bert", BATCH), (0.3, 0.1)
+    options = ({"precondition": {"epsilon": rgd_ext.Rayleigh(fraction)}} for fraction in fractions)
+    trainers = [trainer_of(tmp_path, model, data, others, gradient_accumulation_steps=1) for others in options]
+    for turn in (0, 1, 0, 1):
+        expected = by_hand("bert", model, data, fractions[turn], smoothing=0.0)
+        assert_close(step_of(trainers[turn]), expected)
+    with pytest.raises(RuntimeError, match="captured anew since, by a newer optimizer"):
+        trainers[0].optimizer.step()
 
 
 def test_the_plain_direction_is_that_of_the_trainer_itself(tmp_path):
