@@ -20,6 +20,11 @@ REMEDIES_IN_UNIT = (
     "it is part of a module captured sample by sample; call .eval() on it, replace it with"
     " rgd_ext.convert_batch_norm(model), or leave it outside of that module"
 )
+REMEDIES_OF_OWN_FORWARD = (
+    "call .eval() on it for frozen statistics; or, since it has a forward of its own, which may do more than normalise,"
+    " replace it by an nn.Sequential of the nn.BatchNorm that it derives from and what else its forward does, for which"
+    " there are other remedies"
+)
 
 # Those that normalise and do nothing else.
 _FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
@@ -35,6 +40,8 @@ def check_frozen(layers: dict[str, _BatchNorm], remedies: str = REMEDIES) -> Non
     for name, layer in layers.items():
         if layer.training or layer.running_mean is None:
             kind = type(layer).__name__
+            if type(layer).forward not in _FORWARDS:
+                remedies = REMEDIES_OF_OWN_FORWARD  # it is captured as a unit, and not converted
             raise ValueError(
                 f"module '{name or kind}' ({kind}) normalises by the batch's own statistics, which couples the samples,"
                 f" so per-sample gradients do not exist: {remedies}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from capturing import Gain, captured_grad, double, loss_of
+from capturing import Gain, assert_exact, captured_grad, double, loss_of
 from models import Net
 from oracle import assert_close, direction
 from torch import nn
@@ -57,6 +57,30 @@ def test_batch_norm_inside_a_unit_is_refused_whatever_the_mode():
 
     with pytest.raises(ValueError, match=r"one sample|sample by sample"):
         captured_grad(Block(), torch.randn(6, 4), batch_norm="contribution")
+
+
+class Rectified(nn.BatchNorm1d):
+    """As timm's BatchNormAct2d, it does more than normalise."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "contribution"}])
+def test_a_batch_norm_with_a_forward_of_its_own_is_refused_with_remedies_that_work(options):
+    model, x = nn.Sequential(nn.Linear(4, 4), Rectified(4)).double(), double(5, 4)
+    with pytest.raises(ValueError, match=r"'1' \(Rectified\).*\.eval\(\) on it.*nn\.Sequential") as refusal:
+        captured_grad(model, x, **options)
+    assert "convert_batch_norm" not in str(refusal.value)
+    model[1].eval()
+    assert_exact(model, x, **options)
+    model[1].train()
+    norm = nn.BatchNorm1d(4).double()
+    norm.load_state_dict(model[1].state_dict())
+    replaced = nn.Sequential(model[0], nn.Sequential(norm, nn.ReLU()))
+    assert torch.equal(replaced(x), model(x))
+    captured_grad(replaced, x, batch_norm="contribution")
+    captured_grad(rgd_ext.convert_batch_norm(replaced), x)
 
 
 def test_functional_batch_norm_of_a_container_is_refused():
