@@ -17,7 +17,8 @@ _SEVERAL = (
     " one to .grad. The sum is not the direction of all their samples. For that one, run all backwards of a step inside"
     " one block `with rgd_ext.handle_of(model).accumulate():`, where model is the captured module; with a trainer, use"
     " RGDTrainer or RGDCallback of rgd_ext.integrations, or defer() and write() of the handle. If they are of different"
-    " steps, call optimizer.zero_grad() before each. This warning comes once for each capture"
+    " steps, call optimizer.zero_grad() before each; p.grad.data.zero_() is not seen. This warning comes once for each"
+    " capture"
 )
 
 # What is known of a gradient that was written: a weak reference to it; its version after the last direction was added,
@@ -30,7 +31,9 @@ class GradWriter(StepCheck):
     """Adds directions to `.grad`.
 
     It warns once before a step along the sum of several, which users of gradient accumulation take for the direction
-    of the whole batch. Such a sum is noticed only where nothing else has changed the gradient in between.
+    of the whole batch. Such a sum is noticed only where nothing else has changed the gradient in between. Changes of
+    `grad.data` leave no trace, so that it warns after `grad.data.zero_()`, too. A gradient of zeros does not tell: it
+    may be the direction of samples without a loss, and a sum with that is not the direction of the union either.
 
     Args:
         is_additive: whether such sums are the direction of the whole batch, so that there is nothing to warn of.

@@ -61,6 +61,28 @@ def test_gradients_that_are_set_to_zero_are_no_part_of_a_sum(set_to_none, model,
         optimizer.step()
 
 
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_zeros_through_data_are_not_seen_and_the_warning_names_what_is(is_seen, model, handle, optimizer, recwarn):
+    for part in batches():
+        for parameter in model.parameters():
+            if is_seen:
+                optimizer.zero_grad()  # the remedy
+            elif parameter.grad is not None:
+                parameter.grad.data.zero_()
+        backwards(model, [part])
+        optimizer.step()
+    said = ["optimizer.zero_grad() before each; p.grad.data.zero_() is not seen" in str(w.message) for w in recwarn]
+    assert said == ([] if is_seen else [True])
+
+
+def test_a_direction_of_zeros_is_part_of_a_sum(model, handle, optimizer):
+    (model(batches()[0]) * 0).sum().backward()
+    assert not flat_grad(model).any()
+    backwards(model, batches()[1:])
+    with pytest.warns(UserWarning, match="sum of 2 directions"):
+        optimizer.step()
+
+
 def test_a_sum_that_was_dropped_is_not_stepped_along(model, handle, optimizer):
     backwards(model, batches())
     optimizer.zero_grad(set_to_none=not isinstance(optimizer, rgd_ext.RGD))
