@@ -1,6 +1,6 @@
 """Accelerate: with gradient accumulation a step takes the direction of the union of its micro-batches.
 
-    python examples/accelerate_loop.py
+    python examples/accelerate_loop.py     # needs accelerate and scikit-learn
 
 It prints the loss on all data after each epoch, whatever the micro-batches are:
 

@@ -1,6 +1,6 @@
 """PyTorch Lightning: bf16-mixed, gradient accumulation, clipping, logged statistics, and a run that is resumed.
 
-    python examples/lightning_trainer.py
+    python examples/lightning_trainer.py     # needs lightning and scikit-learn
 
 A step takes the direction of four batches. The last row is that of the resumed run:
 

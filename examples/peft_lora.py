@@ -1,6 +1,6 @@
 """PEFT: LoRA adapters of a small GPT-2 are trained along the RGD direction, and all other weights stay as they are.
 
-    python examples/peft_lora.py
+    python examples/peft_lora.py     # needs peft and transformers
 
 The model learns to count on by ones, its adapters then learn to count on by twos, and the losses of both are:
 

@@ -1,6 +1,6 @@
 """timm: small variants of its models are verified and trained along the RGD direction.
 
-    python examples/timm_models.py
+    python examples/timm_models.py     # needs timm and torchvision
 
 It prints the largest relative error of the per-sample gradients that are verified, and losses:
 

@@ -1,6 +1,6 @@
 """The Trainer of Hugging Face: accumulation, checkpointing, label smoothing, logged statistics, and a resumed run.
 
-    python examples/transformers_trainer.py --model gpt2     # or bert, or vit
+    python examples/transformers_trainer.py --model gpt2     # or bert, or vit; needs transformers and accelerate
 
 A step takes the direction of both of its micro-batches, and the resumed run goes on from the middle:
 

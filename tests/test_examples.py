@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,9 @@ EXAMPLES = {
     "suspicious_labels": Example(["sklearn"], ["--epochs", "1"], is_of_a_trainer=False),
 }
 
+PROJECTS = {"sklearn": "scikit-learn"}  # where the project of a package has another name
+OF_OTHERS = {"numpy", "quadprog", "qpsolvers"}  # what rgd_ext and torchjd[quadprog-projector] install
+
 
 def table_of(name, *arguments):
     """The rows that an example prints, split into cells; skips where it needs what is not installed."""
@@ -109,6 +113,13 @@ def test_an_example_prints_a_table_of_numbers(path, mnist):
     if example.is_of_a_trainer:
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert head in [line.split() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_says_what_has_to_be_installed(name):
+    text = ast.get_docstring(ast.parse((ROOT / f"examples/{name}.py").read_text()))
+    for package in {*EXAMPLES[name].needs} - OF_OTHERS:
+        assert re.search(rf"needs .*\b{PROJECTS.get(package, package)}\b", text)
 
 
 @pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.is_of_a_trainer])
