@@ -16,8 +16,6 @@ LINES = {"ring": "-", "tree": "--"}
 def draw(path: str) -> None:
     """Write a PNG: RGD / SGD against the number of ranks, for DDP and for FSDP2."""
     figure = new_figure(9, 4)
-    if figure is None:
-        return
     model = REPLICABLE[0]
     panels = figure.subplots(1, 2, sharey=True)
     for panel, (kind, methods) in zip(panels, KINDS.items(), strict=True):

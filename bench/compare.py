@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,10 +52,34 @@ def run(only: Sequence[str] | None, report: bool) -> list[str]:
 
 
 def page() -> str:
-    """The page, from the records."""
+    """The page, from the records; raises ValueError where one is missing or incomplete."""
+    from .comparing.cases import CASES
     from .comparing.report import TEMPLATE, page
 
-    return page(*(json.loads((RESULTS / name).read_text()) for name in (FEATURES, COST)), TEMPLATE.read_text())
+    return page(read(FEATURES, "case", CASES), read(COST, "model", SMALL), TEMPLATE.read_text())
+
+
+def read(name: str, kind: str, wanted: Iterable[str]) -> dict:
+    """The record of that name, which has to have all cases or models.
+
+    Raises:
+        ValueError: if it lacks one; and where a key that it lacks is looked up.
+    """
+    path, remedy = RESULTS / name, "run `python -m bench compare`"
+
+    class Whole(dict):
+        def __missing__(self, key: str) -> None:
+            raise ValueError(f"{path} lacks {key!r}: {remedy}")
+
+    try:
+        record = json.loads(path.read_text(), object_hook=Whole)
+    except (FileNotFoundError, json.JSONDecodeError) as problem:
+        raise ValueError(f"{path} holds no record ({problem}): {remedy}") from problem
+    found = {result[kind] for result in record[f"{kind}s"]}
+    missing = [each for each in wanted if each not in found]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(map(repr, missing))}: {remedy}")
+    return record
 
 
 def attempt(only: Sequence[str] | None) -> list[str]:

@@ -152,6 +152,6 @@ def run(
     results = run_recorded(record, "cases", wanted, measured, report, failures, ceilings=found)
     show(HEADER, [section(result) for result in results], f"kernels, {device}")
     print({name: value for name, value in found.items() if name != "milliseconds"})
-    if plot:
+    if plot and results:
         draw(results, found, plot)
     return failures

@@ -20,19 +20,9 @@ HEADER = ["training step", *ARMS.values()]
 
 
 def rows(record: dict, notes: Footnotes) -> list[list[str]]:
-    """Time and peak memory of each arm, divided by those of SGD.
-
-    Raises:
-        ValueError: if the record lacks a model.
-    """
+    """Time and peak memory of each arm, divided by those of SGD."""
     models = {model["model"]: model for model in record["models"]}
-    found = []
-    for name in SMALL:
-        if name not in models:
-            raise ValueError(f"the record of the training steps lacks {name!r}: run `python -m bench compare`")
-        model = models[name]
-        found.append([name, *(cell(model, arm, notes) for arm in ARMS)])
-    return found
+    return [[name, *(cell(models[name], arm, notes) for arm in ARMS)] for name in SMALL]
 
 
 def cell(model: dict, arm: str, notes: Footnotes) -> str:

@@ -21,7 +21,8 @@ def versions(environment: dict) -> dict[str, str]:
     installed = environment["packages"] | {"torch": environment["torch"].partition("+")[0]}
     missing = [package.distribution for package in PACKAGES.values() if package.distribution not in installed]
     if missing:
-        raise ValueError(f"the record was made without {', '.join(missing)}")
+        about = "install bench/requirements.txt, and run `python -m bench compare`"
+        raise ValueError(f"the record was made without {', '.join(missing)}: {about}")
     return {name: installed[package.distribution] for name, package in PACKAGES.items()}
 
 

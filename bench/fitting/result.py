@@ -84,8 +84,6 @@ def draw(results: list[Result], path: str) -> None:
     rows = -(-len(results) // COLUMNS)
     columns = min(len(results), COLUMNS)
     figure = new_figure(4.6 * columns, 0.6 + 3.4 * rows)
-    if figure is None:
-        return
     colours = {method: f"C{n}" for n, method in enumerate(dict.fromkeys(m for r in results for m in r.curves))}
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, result in zip(panels, results, strict=False):

@@ -27,9 +27,7 @@ CEILINGS = {"read": ("two linear reads, measured", "-"), "copy": ("device copy, 
 def draw(results: list[Result], ceilings: dict[str, object], path: str) -> None:
     """Write a PNG."""
     dtypes = list(dict.fromkeys(result.dtype for result in results))
-    figure = new_figure(6.2 * len(dtypes), 5.2) if dtypes else None
-    if figure is None:
-        return
+    figure = new_figure(6.2 * len(dtypes), 5.2)
     panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
     for panel, dtype in zip(panels, dtypes, strict=True):
         shown = sorted((r for r in results if r.dtype == dtype and r.tensors == 1), key=lambda r: r.bytes)
@@ -57,7 +55,12 @@ def main() -> None:
     parser.add_argument("records", metavar="RECORD.json", type=Path, nargs="+", help="of `bench kernels --json`")
     arguments = parser.parse_args()
     records = [json.loads(path.read_text()) for path in arguments.records]
-    draw([Result(**case) for record in records for case in record["cases"]], records[0]["ceilings"], arguments.picture)
+    results = [Result(**case) for record in records for case in record["cases"]]
+    if not results:
+        parser.error(
+            f"no case was measured in {', '.join(map(str, arguments.records))}: run `bench kernels --json` anew"
+        )
+    draw(results, records[0]["ceilings"], arguments.picture)
 
 
 if __name__ == "__main__":

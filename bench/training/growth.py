@@ -36,11 +36,9 @@ class Series:
 
 def draw(rows: list[Series], path: str) -> None:
     """Write a PNG: a column of panels for each series, with the time of a step and its ratio to that of SGD."""
-    figure = new_figure(4 * len(rows), 6.4)
-    if figure is None:
-        return
     from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
+    figure = new_figure(4 * len(rows), 6.4)
     panels = figure.subplots(2, len(rows), sharex="col", squeeze=False, height_ratios=(2, 1))
     for (times, ratios), row in zip(panels.T, rows, strict=True):
         for arm, (colour, marker) in STYLES.items():

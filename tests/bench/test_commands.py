@@ -1,6 +1,7 @@
 """The commands run, and leave the records and tables that they promise."""
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from bench import compile as compilation
-from bench import fit, modules, observe, operators, overhead, torchjd
+from bench import fit, modules, observe, operators, overhead, scaling, torchjd
 from bench.fitting.methods import Method
-from bench.training.models import Case, mlp
+from bench.training.arms import Arm, sgd
+from bench.training.models import SMALL, Case, mlp
 
 
 def test_kernels(run, tmp_path, capsys):
@@ -139,16 +141,48 @@ def test_compile(run, tmp_path, capsys, compiled_mlp):
 @dynamo_asks_for_grad
 def test_an_arm_that_is_wrong_or_runs_uncompiled_fails(run, monkeypatch, compiled_mlp):
     def on_others(model, x, y):
-        return compilation.compiled(model, x + 1, y)
+        return compilation.compiled(model, 1.001 * x, y)
+
+    def undefined(model, x, y):
+        return compilation.compiled(model, torch.nan * x, y)
 
     for name, backward, message in (
         ("RGD, compiled after", on_others, "differs from that of RGD by"),
+        ("SGD, compiled", undefined, "differs from that of SGD by nan"),
         ("SGD, compiled", observe.ordinary, "runs uncompiled"),
+        ("RGD, compiled loss", observe.ordinary, "runs uncompiled"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(compilation.ARMS, name, replace(compilation.ARMS[name], backward=backward))
             with pytest.raises(SystemExit, match=f"{name}: .*{message}"):
                 run("compile")
+
+
+def test_directions_of_16_bit_models_are_compared_and_not_judged(monkeypatch):
+    def on_others(model, x, y):
+        return observe.ordinary(model, x + 1, y)
+
+    monkeypatch.setattr(compilation, "ARMS", {"SGD": Arm(sgd), "other": Arm(sgd, on_others, same_as="SGD")})
+    model, x, y = mlp(8, width=16)
+    result = compilation.Result("bfloat16")
+    compilation.first_steps(model.bfloat16(), x.bfloat16(), y, result)
+    assert result.error["other"] > 0.1
+    with pytest.raises(AssertionError, match="other: the direction differs"):
+        compilation.first_steps(model.float(), x, y, result)
+
+
+def test_times_are_divided_by_those_of_the_uncompiled_arm():
+    times = {name: [2.0**power] for power, name in enumerate(compilation.ARMS)}
+    rows = compilation.time_rows(compilation.Result("model", times))
+    beside = {name: last.partition(" ")[0] for _, name, *_, last in rows}
+    assert beside.pop("SGD") == beside.pop("RGD") == ""
+    assert list(beside.values()) == ["2.00", "2.00", "4.00", "8.00"]
+
+
+def test_compile_takes_large_models_on_cuda_alone_and_none_under_autocast():
+    assert set(compilation.models(False, "cpu")) == set(SMALL)
+    large = {"MLP 784-2048-2048-10, B = 256", "GPT-2 small's shape, bfloat16, B = 8"}
+    assert set(compilation.models(False, "cuda")) == {*SMALL, *large}
 
 
 def test_operators(run, tmp_path, capsys):
@@ -249,6 +283,45 @@ COMMANDS = "kernels steps compile distributed observe torchjd operators scaling 
 def test_name_that_no_case_has_is_refused(run, command):
     with pytest.raises(SystemExit, match="no case has 'no such' in its name: "):
         run(command, "--only", "no such")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "cuda", "finds no CUDA device; pass cpu"),
+        ("--json", "file/record.json", "File exists: 'file'): pass a file in a folder that"),
+        ("--json", "folder.png", "Is a directory: 'folder.png'): pass a file in a folder that"),
+        ("--plot", "file/plot.png", "File exists: 'file'): pass a file in a folder that"),
+        ("--plot", "folder.png", "Is a directory: 'folder.png'): pass a file in a folder that"),
+        ("--plot", "plot.txt", "pass a path that ends in .png"),
+        ("--plot", "plot.png", "cannot be drawn without matplotlib: pip install matplotlib"),
+    ],
+)
+def test_what_is_missing_or_cannot_be_written_is_named_before_anything_runs(
+    run, monkeypatch, tmp_path, capsys, option, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(scaling, "run", lambda **options: pytest.fail("it runs"))
+    with pytest.raises(SystemExit):
+        run("scaling", option, value)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: '{value}'" in last
+    assert message in last
+
+
+def test_files_stay_as_they_were_until_there_are_results(run, tmp_path):
+    before, new = tmp_path / "before.json", tmp_path / "folder" / "new.json"
+    before.write_text("{}")
+    for path in (before, new):
+        with pytest.raises(SystemExit, match="no case has"):
+            run("scaling", "--only", "no such", "--json", str(path))
+    assert before.read_text() == "{}"
+    assert not new.exists()
 
 
 def test_an_operator_that_is_wrong_fails_and_another_way_is_left_out():

@@ -1,6 +1,7 @@
 """What packages give for the cases of the comparison, and how it is judged."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from bench.compare import FEATURES, RESULTS
 from bench.comparing.attempts import ABSENT, EXACT, OTHER, WRONG, Attempt, attempt, tried
 from bench.comparing.cases import CASES, Case, vectors
-from bench.comparing.cells import short
+from bench.comparing.cells import LONGEST, code, short
 from bench.comparing.models import Centred, mlp
 from bench.comparing.packages import PACKAGES
 from bench.comparing.packages.found import AbsentError, Found
@@ -90,7 +91,12 @@ def test_attempts_are_judged_by_the_gradients():
         return Found({"gradients": rows, "Gramian": rows @ rows.T * torch.nan}, problem.model)
 
     assert attempt(case, partly_undefined).outcome == WRONG
-    assert attempt(replace(case, half=True), plain).outcome == EXACT
+
+
+def test_gradients_under_autocast_are_compared_with_those_of_float32():
+    found = attempt(replace(CASES["MLP"], half=True), plain)
+    assert found.outcome == EXACT
+    assert found.error > 1e-4, "the rounding errors of bfloat16"
 
 
 def test_worst_of_several_results_counts():
@@ -112,6 +118,27 @@ def test_errors_and_what_is_absent_are_noted():
     assert attempt(CASES["MLP"], absent) == Attempt(ABSENT, about="no unions")
 
 
+@pytest.mark.parametrize("kind", ["torch.nn.modules.rnn.LSTM", "models.Own"])
+def test_first_warning_about_the_result_is_told_in_one_line(kind):
+    """One about hooks is not, and neither is one about a module that only holds others."""
+    told = f"Extension saving to grad_batch does not have an extension for Module <class '{kind}'>"
+
+    def warning(problem):
+        layer = nn.Linear(2, 1)
+        layer.register_full_backward_hook(lambda *_: None)
+        layer(torch.ones(1, 2)).backward()  # torch warns that no input needs a gradient
+        warnings.warn(f"{told}\nand more", stacklevel=1)
+        warnings.warn("word " * LONGEST, stacklevel=1)
+        return plain(problem)
+
+    warned = attempt(CASES["MLP"], warning).warned
+    if "torch" in kind:
+        assert warned == told
+    else:
+        assert len(warned) == LONGEST
+        assert code(warned).endswith("word …`")
+
+
 @pytest.mark.parametrize(("function", "meaning"), [(contributions, CONTRIBUTIONS), (jacobian, JACOBIAN)])
 def test_rows_with_another_meaning_are_named(function, meaning):
     case = Case(lambda: vectors(Centred()), mixes=True)
@@ -119,7 +146,14 @@ def test_rows_with_another_meaning_are_named(function, meaning):
     assert (found.outcome, found.meaning) == (OTHER, meaning)
 
 
+class Other(nn.Sequential):
+    pass
+
+
 def test_models_that_are_wrapped_or_replaced_are_noticed():
+    def of_another_type(problem):
+        return Found({"gradients": problem.rows()}, Other(*problem.model))
+
     def wrapping(problem):
         return Found({"gradients": problem.rows()}, nn.Sequential(problem.model))
 
@@ -130,6 +164,8 @@ def test_models_that_are_wrapped_or_replaced_are_noticed():
     kept = CASES["type and `state_dict` of the model kept"]
     assert attempt(kept, plain).outcome == EXACT
     assert attempt(kept, wrapping).meaning == "0.0.weight"
+    assert attempt(kept, of_another_type).meaning == "Other"
+    assert attempt(CASES["MLP"], wrapping).outcome == EXACT, "nobody has asked that it be kept"
     found = attempt(CASES["MLP"], replacing)
     assert found.another_model
     assert short(found, "exact") == "of another model"

@@ -71,12 +71,12 @@ def test_messages_that_were_cut_off_end_with_a_whole_word():
 
 
 def test_cost_is_divided_by_that_of_sgd():
-    arms = {"SGD": [1.0, 2.0], "RGD Spectral": [1.5, 3.0], "Opacus, Rayleigh": [40.0]}
+    arms = {"SGD": [1.0, 2.0], "RGD Spectral": [1.5, 3.0], "Opacus, Rayleigh": [10.0]}
     peaks = {"SGD": 100, "RGD Spectral": 110, "Opacus, Rayleigh": 1720}
     model = {"milliseconds": arms, "peak_bytes": peaks, "left_out": {"BackPACK, Rayleigh": "ValueError: no"}}
     notes = Footnotes()
     assert cost.cell(model, "RGD Spectral", notes) == "1.50 / 1.10"
-    assert cost.cell(model, "Opacus, Rayleigh", notes) == "40 / 17"
+    assert cost.cell(model, "Opacus, Rayleigh", notes) == "10 / 17"
     assert cost.cell(model, "BackPACK, Rayleigh", notes) == "refused[^1]"
     assert cost.cell(model, "TorchJD, Spectral", notes) == "-"
 
@@ -126,6 +126,40 @@ def test_report_is_written_from_the_records(run, tmp_path):
         (tmp_path / name).write_text(json.dumps(record))
     assert run(None, True) == []
     assert (tmp_path / "comparison.md").read_text() == compare.page()
+
+
+def without_the_last(record, key):
+    return record | {key: record[key][:-1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (compare.FEATURES, None, "holds no record (.*No such file.*)"),
+        (compare.FEATURES, "", "holds no record (.*)"),
+        (compare.COST, "{}", "lacks 'models'"),
+        (compare.COST, json.dumps(STEPS | {"environment": {}}), "lacks 'packages'"),
+        (compare.FEATURES, json.dumps(without_the_last(RECORD, "cases")), "lacks 'type and `state_dict` of the model"),
+        (compare.COST, json.dumps(without_the_last(STEPS, "models")), "lacks 'GPT 4 x 256"),
+    ],
+    ids=["missing", "empty", "without models", "without packages", "without a case", "without a model"],
+)
+def test_a_record_that_is_not_whole_is_named_and_makes_no_page(run, tmp_path, name, text, message):
+    for each, record in {compare.FEATURES: RECORD, compare.COST: STEPS}.items():
+        (tmp_path / each).write_text(json.dumps(record))
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit, match=rf"{tmp_path / name} {message}.*: run `python -m bench compare`$"):
+        run(None, True)
+    assert not (tmp_path / "comparison.md").exists()
+
+
+def test_each_record_is_named_with_its_own_day_and_commit():
+    records = [
+        record | {"environment": record["environment"] | {"date": f"{name} day", "commit": f"{name} commit"}}
+        for name, record in {"cases": RECORD, "steps": STEPS}.items()
+    ]
+    text = "${date}, ${commit}; ${cost.date}, ${cost.commit}"
+    assert page(*records, text) == "cases day, cases commit; steps day, steps commit"
 
 
 def test_steps_are_timed_after_the_cases_and_a_failure_writes_no_page(run, monkeypatch, tmp_path):
