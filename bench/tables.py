@@ -53,7 +53,10 @@ def made_by(command: str) -> str | None:
     """
     if not command.startswith(COMMAND):
         return None
-    kind, folder, *only = shlex.split(command.removeprefix(COMMAND))
+    try:
+        kind, folder, *only = shlex.split(command.removeprefix(COMMAND))
+    except ValueError as problem:
+        raise ValueError(f"`{command}` is not of the form KIND FOLDER [TEXT ...] ({problem})") from problem
     if kind not in KINDS:
         raise ValueError(f"there is no table {kind!r}: choose one of {', '.join(KINDS)}")
     return KINDS[kind](RESULTS / folder, only or [""]) + "\n"

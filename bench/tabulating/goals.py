@@ -43,13 +43,11 @@ class Goal:
     def row(self) -> list[str]:
         """Its line in the table."""
         bounds = self.needed, self.wanted
+        cells = [self.what, *(f"{self.sign} {bound:.2f}" for bound in bounds)]
         if self.measured is None:
-            outcome = "not measured"
-        else:
-            reached = [self.measured >= bound if self.sign == ">=" else self.measured <= bound for bound in bounds]
-            outcome = "wanted" if all(reached) else "needed" if any(reached) else "no"
-        number = "" if self.measured is None else f"{self.measured:.2f}"
-        return [self.what, *(f"{self.sign} {bound:.2f}" for bound in bounds), number, outcome]
+            return [*cells, "", "not measured"]
+        reached = [self.measured >= bound if self.sign == ">=" else self.measured <= bound for bound in bounds]
+        return [*cells, f"{self.measured:.2f}", "wanted" if all(reached) else "needed" if any(reached) else "no"]
 
 
 def at_least(what: str, found: Iterable[float], needed: float, wanted: float) -> Goal:

@@ -44,6 +44,8 @@ def test_a_stale_table_is_written_anew(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
+        ("steps", r"tables: steps` is not of the form KIND FOLDER \[TEXT \.\.\.\]"),
+        ("steps epyc 'MLP", r"'MLP` is not of the form KIND FOLDER .*No closing quotation"),
         ("stepz epyc", "there is no table 'stepz': choose one of steps, kernels"),
         ("steps nowhere", r"nowhere/steps\.json is missing: `python -m bench steps --json .*nowhere/steps\.json`"),
         ("steps epyc AlexNet", "no case has 'AlexNet' in its name: .*MLP"),
